@@ -1,0 +1,57 @@
+"""kvprune prunes the KV cache of Hugging Face decoders. This file is the public API and nothing else.
+
+Importing it lets `AutoModelForCausalLM.from_pretrained` load the folders that `prune` writes. The rest is loaded
+when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from kvprune import errors
+from kvprune.runtime import register
+
+if TYPE_CHECKING:
+    from kvprune.api import load, load_tokenizer
+    from kvprune.channels.plan import PruningPlan
+    from kvprune.channels.prune import Pruned, prune
+    from kvprune.measure.evaluate import evaluate
+    from kvprune.measure.perplexity import Perplexity, perplexity
+    from kvprune.runtime.files import read_record
+    from kvprune.runtime.generate import generate
+
+_HOMES = {
+    "load": "kvprune.api",
+    "load_tokenizer": "kvprune.api",
+    "prune": "kvprune.channels.prune",
+    "Pruned": "kvprune.channels.prune",
+    "PruningPlan": "kvprune.channels.plan",
+    "evaluate": "kvprune.measure.evaluate",
+    "perplexity": "kvprune.measure.perplexity",
+    "Perplexity": "kvprune.measure.perplexity",
+    "generate": "kvprune.runtime.generate",
+    "read_record": "kvprune.runtime.files",
+}
+
+__all__ = [
+    "Perplexity",
+    "Pruned",
+    "PruningPlan",
+    "errors",
+    "evaluate",
+    "generate",
+    "load",
+    "load_tokenizer",
+    "perplexity",
+    "prune",
+    "read_record",
+]
+
+register()
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvprune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,1 @@
+"""Offline: sensitivity -> allocation -> importance -> plan -> surgery."""

@@ -1,0 +1,146 @@
+"""How much width each layer loses: sensitivities and a ratio -> kept widths."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvprune.errors import BadOption, UnreachableRatio
+
+TOLERANCE = 0.01  # of the dense KV bytes: how far the achieved total may be from the asked one
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The widths a layer can have: multiples of `align` from `min_width` up, and the dense head_dim.
+
+    unit: channels that leave Q and K together; `align` must be a multiple of it.
+    """
+
+    layers: int
+    head_dim: int
+    align: int
+    min_width: int
+    unit: int
+
+    def __post_init__(self) -> None:
+        if self.align < 1 or self.align % self.unit:
+            raise BadOption(f"--align {self.align} must be a multiple of {self.unit}, the size of a RoPE pair")
+        if not 1 <= self.min_width <= self.head_dim:
+            raise BadOption(f"--min-width {self.min_width} must lie between 1 and the head_dim, {self.head_dim}")
+
+    @property
+    def widths(self) -> list[int]:
+        """Ascending."""
+        first = math.ceil(self.min_width / self.align) * self.align
+        return [*range(first, self.head_dim, self.align), self.head_dim]
+
+    @property
+    def max_ratio(self) -> float:
+        return 1 - self.widths[0] / self.head_dim
+
+    def check(self, ratio: float) -> None:
+        """Raise UnreachableRatio if no widths on this grid can remove that share."""
+        if not 0 <= ratio <= self.max_ratio + 1e-9:  # also refuses NaN
+            raise UnreachableRatio(
+                f"--ratio {ratio:g} is outside what can be reached: 0 to {self.max_ratio:.4g} with head_dim "
+                f"{self.head_dim}, --align {self.align} and --min-width {self.min_width}"
+            )
+
+
+def uniform(layers: int, ratio: float) -> list[float]:
+    """The same ratio for every layer."""
+    return [ratio] * layers
+
+
+def by_sensitivity(changes: Sequence[float], ratio: float, max_ratio: float, tau: float = 3.0) -> list[float]:
+    """Inverse exponential of the change: sensitive layers lose little (KVPruner, Phase A).
+
+    changes: per layer, mean loss with that layer probed minus the dense mean loss, in nats (ours: the difference of
+    log-perplexities, same order as that of perplexities and a saner scale). r_l = ratio * L * e_l / sum(e) with
+    e_l = exp(-change_l / (tau * median of the positive changes)); tau is ours, since raw changes span five decades.
+    No positive change: uniform. Returns ratios with mean `ratio`, none above max_ratio.
+    """
+    positive = [c for c in changes if c > 0]
+    if not positive:
+        return uniform(len(changes), ratio)
+    scale = tau * statistics.median(positive)
+    lowest = min(changes)  # a common factor cancels in the sum, and keeps exp from overflowing
+    weights = [math.exp(-(change - lowest) / scale) for change in changes]
+    return _clipped([ratio * len(weights) * w / sum(weights) for w in weights], ratio, max_ratio)
+
+
+def by_rank(changes: Sequence[float], ratio: float, max_ratio: float) -> list[float]:
+    """The k-th most sensitive of L layers loses 2 * ratio * k / (L - 1), k = 0 .. L - 1 (KVPruner has a rank mode;
+    the straight line is ours)."""
+    if len(changes) == 1:
+        return [ratio]
+    order = sorted(range(len(changes)), key=lambda i: -changes[i])
+    ratios = [0.0] * len(changes)
+    for rank, layer in enumerate(order):
+        ratios[layer] = 2 * ratio * rank / (len(changes) - 1)
+    return _clipped(ratios, ratio, max_ratio)
+
+
+def _clipped(ratios: list[float], mean: float, top: float) -> list[float]:
+    """Cut ratios at `top` and hand the excess to the others in proportion, until the mean is right again.
+
+    Layers at 0 get their share only when nothing else is left to raise.
+    """
+    total = mean * len(ratios)
+    result = list(ratios)
+    clipped = [False] * len(ratios)
+    while any(r > top + 1e-12 for r in result):
+        clipped = [c or r > top for c, r in zip(clipped, result, strict=True)]
+        left = total - top * sum(clipped)
+        free = sum(r for r, c in zip(ratios, clipped, strict=True) if not c)
+        rest = clipped.count(False)
+        if free > 0:
+            result = [top if c else r * left / free for r, c in zip(ratios, clipped, strict=True)]
+        else:
+            result = [top if c else left / max(rest, 1) for c in clipped]
+    return result
+
+
+def round_widths(ratios: Sequence[float], ratio: float, grid: Grid) -> list[int]:
+    """Ratios per layer -> widths on the grid, whose sum is as near to the asked total as the grid allows.
+
+    Every layer is first rounded down; then the one that fell furthest short of its wish is raised, until the total is
+    reached. Raises UnreachableRatio when the total stays further off than 1 % of the dense bytes.
+    """
+    grid.check(ratio)
+    widths = grid.widths
+    wish = [grid.head_dim * (1 - r) for r in ratios]
+    level = [max((i for i, w in enumerate(widths) if w <= x + 1e-9), default=0) for x in wish]
+    target = grid.layers * grid.head_dim * (1 - ratio)
+
+    def total() -> int:
+        return sum(widths[i] for i in level)
+
+    while True:
+        open_layers = [i for i in range(grid.layers) if level[i] + 1 < len(widths)]
+        if not open_layers or total() >= target - 1e-9:
+            break
+        best = max(open_layers, key=lambda i: (wish[i] - widths[level[i]], -i))
+        step = widths[level[best] + 1] - widths[level[best]]
+        if total() + step - target > target - total():
+            break
+        level[best] += 1
+    while total() - target > grid.align / 2:  # layers that the minimum width held above their wish
+        high = max((i for i in range(grid.layers) if level[i] > 0), key=lambda i: (widths[level[i]] - wish[i], i))
+        level[high] -= 1
+    achieved = 1 - total() / (grid.layers * grid.head_dim)
+    if abs(achieved - ratio) > TOLERANCE:
+        step = grid.align / (grid.layers * grid.head_dim)
+        raise UnreachableRatio(
+            f"--ratio {ratio:g} cannot be met within {TOLERANCE:.0%}: the nearest is {achieved:.4g}, in steps of "
+            f"{step:.4g}; ask for that, or lower --align {grid.align}"
+        )
+    return [widths[i] for i in level]
+
+
+def one_width(ratio: float, grid: Grid) -> list[int]:
+    """The same width for every layer, the nearest that the grid has to the asked ratio."""
+    grid.check(ratio)
+    nearest = min(grid.widths, key=lambda w: (abs(1 - w / grid.head_dim - ratio), -w))
+    return [nearest] * grid.layers

@@ -1,0 +1,113 @@
+"""What an unfinished run has already measured, on disk, so that kill -9 costs no more than one probe."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from kvprune.channels.importance.base import Scores
+from kvprune.errors import NoSpace, OutputExists
+from kvprune.runtime.files import RESUME
+
+_SETTINGS, _SCORES, _LOSSES = "settings.json", "scores.safetensors", "losses.jsonl"
+
+
+class Journal:
+    """Losses by (batch, block), and the importance scores. Without a folder nothing is written."""
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+        self.losses: dict[tuple[int, int], float] = {}
+        if folder is None:
+            return
+        path = folder / _LOSSES
+        if path.exists():
+            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            for line in whole:
+                batch, block, loss = json.loads(line)
+                self.losses[batch, block] = loss
+            path.write_text("".join(whole))  # a last line that was cut short would spoil the next one
+
+    @classmethod
+    def open(cls, out: Path, settings: dict[str, Any], resume: bool) -> "Journal":
+        """The journal of the run that writes to `out`, new or continued.
+
+        Raises OutputExists unless `out` is missing, empty, or a run of the same settings and `resume` is set.
+        """
+        folder = out / RESUME
+        try:
+            found = json.loads((folder / _SETTINGS).read_text())
+        except (OSError, ValueError):
+            found = None
+        if found is None and out.exists() and (not out.is_dir() or any(p.name != RESUME for p in out.iterdir())):
+            raise OutputExists(f"{out} exists and is not empty; choose another --out or remove it")
+        if found is not None:
+            if (out / "config.json").exists():
+                raise OutputExists(f"{out} holds a finished model; choose another --out or remove it")
+            if not resume:
+                raise OutputExists(f"{out} holds an unfinished run; add --resume to continue it, or remove it")
+            differing = [name for name in settings if settings[name] != found.get(name)]
+            if differing:
+                name = differing[0]
+                raise OutputExists(
+                    f"{out} holds an unfinished run with {name}={found.get(name)!r}, not {settings[name]!r}; "
+                    "repeat its settings, or choose another --out"
+                )
+            return cls(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_atomically(folder / _SETTINGS, json.dumps(settings, indent=2).encode())
+        except OSError as error:
+            raise NoSpace(f"cannot write to {out}: {error.strerror}; free some space or choose another --out") from None
+        return cls(folder)
+
+    def add(self, batch: int, block: int, loss: float) -> None:
+        """Record one finished probe, on the disk before this returns."""
+        self.losses[batch, block] = loss
+        if self.folder is None:
+            return
+        with (self.folder / _LOSSES).open("a") as file:
+            file.write(json.dumps([batch, block, loss]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def save_scores(self, scores: Sequence[Scores]) -> None:
+        """Keep the importance scores of all layers."""
+        if self.folder is None:
+            return
+        tensors = {f"{i}.{name}": getattr(s, name).contiguous() for i, s in enumerate(scores) for name in ("qk", "vo")}
+        partial = self.folder / (_SCORES + ".partial")
+        save_file(tensors, partial)
+        os.replace(partial, self.folder / _SCORES)
+
+    def load_scores(self) -> list[Scores] | None:
+        """The kept scores, or None if that phase had not finished."""
+        if self.folder is None or not (self.folder / _SCORES).exists():
+            return None
+        try:
+            tensors = load_file(self.folder / _SCORES)
+        except SafetensorError:
+            return None
+        return [Scores(tensors[f"{i}.qk"], tensors[f"{i}.vo"]) for i in range(len(tensors) // 2)]
+
+    def close(self) -> None:
+        """The run is finished: forget it."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def discard(self) -> None:
+        """The run is of no use: forget it, and remove the output folder if nothing else is in it."""
+        self.close()
+        if self.folder is not None and self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
+            self.folder.parent.rmdir()
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)

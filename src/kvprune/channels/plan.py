@@ -1,0 +1,130 @@
+"""The pruning plan: which channels stay, as plain JSON that can be read, edited, diffed and applied again."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from kvprune.errors import PlanMismatch
+from kvprune.models.attention import AttentionShape
+
+
+class LayerPlan(BaseModel):
+    """Kept channels of one layer, in the dense numbering, ascending: qk[h] and vo[h] for KV head h.
+
+    All heads of a layer keep the same number, and K keeps as many as V.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    qk: tuple[tuple[int, ...], ...]
+    vo: tuple[tuple[int, ...], ...]
+
+    @property
+    def width(self) -> int:
+        return len(self.qk[0])
+
+    @model_validator(mode="after")
+    def _check(self) -> "LayerPlan":
+        if not self.qk or len(self.qk) != len(self.vo):
+            raise ValueError("qk and vo need one list per KV head")
+        for kept in (*self.qk, *self.vo):
+            if len(kept) != self.width or not kept:
+                raise ValueError("every KV head of a layer must keep the same number of channels, at least one")
+            if list(kept) != sorted(set(kept)) or kept[0] < 0:
+                raise ValueError("kept channels must be ascending and distinct")
+        return self
+
+
+class Model(BaseModel):
+    """The model that a plan was made for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    revision: str | None
+    architecture: str
+    layers: int
+    hidden: int
+    kv_heads: int
+    groups: int
+    head_dim: int
+
+
+class PruningPlan(BaseModel):
+    """What to keep in every layer, and where that came from.
+
+    `method` is how it was decided (importance, channels, allocation, ...), `calibration` on what text,
+    `sensitivity` the change of mean loss (nats) when that block alone was probed (None if not measured).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+    model: Model
+    ratio: float
+    layout: str
+    method: dict[str, Any]
+    calibration: dict[str, Any] | None
+    sensitivity: tuple[float, ...] | None
+    seed: int
+    versions: dict[str, str]
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def widths(self) -> list[int]:
+        """Kept channels per KV head, layer by layer."""
+        return [layer.width for layer in self.layers]
+
+    @property
+    def ratio_achieved(self) -> float:
+        """Fraction of the dense KV bytes per token that goes."""
+        return 1 - sum(self.widths) / (self.model.layers * self.model.head_dim)
+
+    def check(self, architecture: str, shape: AttentionShape, units: list[list[int]]) -> None:
+        """Raise PlanMismatch unless this plan fits a model of that shape.
+
+        units: the channels that must leave Q and K together (RoPE pairs).
+        """
+        expected = {
+            "architecture": architecture,
+            "layers": shape.layers,
+            "hidden": shape.hidden,
+            "kv_heads": shape.kv_heads,
+            "groups": shape.groups,
+            "head_dim": shape.head_dim,
+        }
+        for name, value in expected.items():
+            if getattr(self.model, name) != value:
+                raise PlanMismatch(
+                    f"the plan is for another model: its {name} is {getattr(self.model, name)}, the model's is {value}"
+                )
+        if len(self.layers) != shape.layers:
+            raise PlanMismatch(f"the plan has {len(self.layers)} layers, the model {shape.layers}; make it again")
+        for i, layer in enumerate(self.layers):
+            if len(layer.qk) != shape.kv_heads or max(max(k) for k in (*layer.qk, *layer.vo)) >= shape.head_dim:
+                raise PlanMismatch(f"layer {i} of the plan does not fit {shape.kv_heads} KV heads of {shape.head_dim}")
+            for kept in map(set, layer.qk):
+                if any(0 < len(kept.intersection(unit)) < len(unit) for unit in units):
+                    raise PlanMismatch(f"layer {i} of the plan splits a RoPE pair; keep both of its channels or none")
+
+    def to_json(self) -> str:
+        """One layer a line, so that two plans can be compared with diff."""
+        head = self.model_dump_json(indent=2, exclude={"layers"})
+        rows = ",\n".join("    " + layer.model_dump_json() for layer in self.layers)
+        return head[:-2] + ',\n  "layers": [\n' + rows + "\n  ]\n}\n"
+
+    @classmethod
+    def read(cls, path: str | Path) -> "PruningPlan":
+        """Read a plan.json, or the one in a pruned folder. Raises PlanMismatch if it is no valid plan."""
+        path = Path(path)
+        if path.is_dir():
+            path = path / "plan.json"
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError):
+            raise PlanMismatch(f"cannot read a plan from {path}; give a plan.json or a pruned folder") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise PlanMismatch(f"{path} is no valid plan: {where}: {first['msg']}") from None

@@ -1,0 +1,44 @@
+"""Scores and a width -> the channels that stay."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvprune.channels.importance.base import Scores, normalised
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Kept channels of one layer, ascending: qk and vo (kv_heads, width), int64."""
+
+    qk: torch.Tensor
+    vo: torch.Tensor
+
+
+def select(scores: Scores, width: int, units: torch.Tensor, joint: bool) -> Kept:
+    """The best `width` channels of each KV head, each head for itself.
+
+    Q and K lose whole `units` (RoPE pairs, (units, channels per unit)), so width is a multiple of the unit.
+    joint: one index set for Q, K, V and O, by the mean of their normalised scores (KVPruner); then V and O lose
+    units too. Otherwise Q/K and V/O are chosen apart.
+    """
+    singles = torch.arange(scores.vo.shape[1]).unsqueeze(1)
+    if joint:
+        both = (normalised(scores.qk) + normalised(scores.vo)) / 2
+        kept = _top(both, width, units)
+        return Kept(kept, kept)
+    return Kept(_top(scores.qk, width, units), _top(scores.vo, width, singles))
+
+
+def _top(score: torch.Tensor, width: int, units: torch.Tensor) -> torch.Tensor:
+    """(kv_heads, D) -> (kv_heads, width): whole units, by the sum of their channels' scores."""
+    totals = score[:, units].sum(-1)
+    # A stable sort, so that equal scores give the same plan everywhere.
+    order = totals.sort(dim=1, descending=True, stable=True).indices[:, : width // units.shape[1]]
+    return units[order].flatten(1).sort(dim=1).values
+
+
+def everything(kv_heads: int, head_dim: int) -> Kept:
+    """All channels of all heads."""
+    kept = torch.arange(head_dim).repeat(kv_heads, 1)
+    return Kept(kept, kept)

@@ -1,0 +1,112 @@
+"""One pass over the calibration text, for what an importance score needs of it."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from kvprune.channels.importance.base import Importance, Scores, Statistics
+from kvprune.errors import NotFinite
+from kvprune.measure.loss import next_token_loss
+from kvprune.models.attention import AttentionWeights
+from kvprune.models.view import ModelView
+
+Advance = Callable[[int], None]
+
+
+def score_layers(view: ModelView, importance: Importance, batches: Iterable[torch.Tensor], advance: Advance):
+    """Scores of every layer, on the CPU; one pass over the batches (B, T) if the score needs any.
+
+    Raises NotFinite, naming the layer, when statistics or scores hold NaN or infinity.
+    """
+    if importance.needs == "energy":
+        statistics = _energies(view, batches, advance)
+    elif importance.needs == "gradients":
+        statistics = _gradients(view, batches, advance)
+    else:
+        statistics = [Statistics() for _ in view.attention]
+    scores = []
+    for index, (attention, of_layer) in enumerate(zip(view.attention, statistics, strict=True)):
+        with torch.no_grad():
+            score = importance.scores(attention.weights(), of_layer, view.units.to(view.device))
+        if not all(torch.isfinite(s).all() for s in (score.qk, score.vo)):
+            raise NotFinite(f"layer {index}: the importance scores are not finite; try --dtype float32")
+        scores.append(Scores(score.qk.float().cpu(), score.vo.float().cpu()))
+    return scores
+
+
+@torch.no_grad()
+def _energies(view: ModelView, batches: Iterable[torch.Tensor], advance: Advance) -> list[Statistics]:
+    """Mean squares of what Q, K and V put out, summed in float32 within a batch and in float64 over batches."""
+    s = view.shape
+    sums: dict[tuple[int, str], torch.Tensor] = {}
+    hooks = []
+
+    def watch(index: int, name: str) -> None:
+        def hook(_module, _args, output: torch.Tensor) -> None:
+            square = output.flatten(0, -2).float().square().sum(0).double()
+            sums[index, name] = sums.get((index, name), 0) + square
+
+        hooks.append(view.attention[index].projection(name).register_forward_hook(hook))
+
+    for index in range(s.layers):
+        for name in "qkv":
+            watch(index, name)
+    tokens = 0
+    try:
+        for batch in batches:
+            view.lm.base_model(input_ids=batch.to(view.device), use_cache=False)
+            tokens += batch.numel()
+            advance(len(batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shapes = {"q": (s.kv_heads, s.groups, s.head_dim), "k": (s.kv_heads, s.head_dim), "v": (s.kv_heads, s.head_dim)}
+    return [
+        Statistics(energy={n: (sums[i, n] / tokens).float().view(shape) for n, shape in shapes.items()})
+        for i in range(s.layers)
+    ]
+
+
+def _gradients(view: ModelView, batches: Iterable[torch.Tensor], advance: Advance) -> list[Statistics]:
+    """Gradients of the mean loss in the attention projections alone, summed in float32.
+
+    One window at a time goes through autograd, so that its activations stay small, and a gradient is added
+    to its sum and dropped as soon as it exists.
+    """
+    parameters = [p for attention in view.attention for p in attention.parameters()]
+    sums = {p: torch.zeros_like(p, dtype=torch.float32) for p in parameters}
+    before = {p: p.requires_grad for p in view.lm.parameters()}
+    hooks = []
+
+    def collect(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        sums[parameter] += parameter.grad
+        parameter.grad = None
+
+    scored = 0
+    try:
+        for parameter in before:
+            parameter.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+            hooks.append(parameter.register_post_accumulate_grad_hook(collect))
+        for batch in batches:
+            for window in batch.to(view.device).split(1):
+                with torch.enable_grad():
+                    hidden = view.lm.base_model(input_ids=window, use_cache=False).last_hidden_state
+                _, tokens, grad = next_token_loss(view.head, hidden.detach(), window, gradient=True)
+                hidden.backward(grad)
+                scored += tokens
+            advance(len(batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
+    for total in sums.values():
+        total /= scored
+    return [Statistics(gradients=_as_gradients(attention, sums)) for attention in view.attention]
+
+
+def _as_gradients(attention, sums: dict[torch.nn.Parameter, torch.Tensor]) -> AttentionWeights:
+    return attention.weights(of=lambda parameter: sums[parameter])

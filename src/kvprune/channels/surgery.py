@@ -1,0 +1,99 @@
+"""A dense model and a plan -> a smaller model. No scores here: only cutting."""
+
+import copy
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from kvprune.channels.masking import removed
+from kvprune.channels.plan import PruningPlan
+from kvprune.channels.selection import Kept
+from kvprune.models.attention import Attention
+from kvprune.models.view import ModelView
+from kvprune.runtime import modeling
+
+
+@torch.no_grad()
+def cut(view: ModelView, plan: PruningPlan) -> PreTrainedModel:
+    """A pruned model that shares every tensor but the attention's with the dense one, which stays as it is.
+
+    Its logits equal the dense model's with the removed channels masked: Q/K rows zeroed, V rows zeroed but for
+    their biases. Raises PlanMismatch if the plan is for another model.
+    """
+    plan.check(view.family.model_type, view.shape, view.units.tolist())
+    dense = view.lm
+    with torch.device("meta"):
+        pruned = AutoModelForCausalLM.from_config(_config(view, plan), dtype=dense.dtype)
+    state = dict(dense.state_dict())
+    base = dense.base_model_prefix
+    for index, (attention, layer) in enumerate(zip(view.attention, plan.layers, strict=True)):
+        prefix = f"{base}.{view.family.layers}.{index}.{view.family.attention}."
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+        kept = Kept(torch.tensor(layer.qk), torch.tensor(layer.vo))
+        state |= {prefix + name: tensor for name, tensor in _narrow(attention, kept).items()}
+    pruned.load_state_dict(state, strict=True, assign=True)
+    for name, buffer in dense.named_buffers():  # those that no checkpoint holds, such as the rotary table
+        if name not in state:
+            module, _, leaf = name.rpartition(".")
+            pruned.get_submodule(module).register_buffer(leaf, buffer, persistent=False)
+    pruned.tie_weights()
+    pruned.generation_config = copy.deepcopy(dense.generation_config)
+    return pruned.eval()
+
+
+def _config(view: ModelView, plan: PruningPlan):
+    """The dense config with a head_dim per layer, of the family's pruned class."""
+    settings = view.lm.config.to_dict()
+    for name in ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version"):
+        settings.pop(name, None)
+    settings["head_dim"] = settings["dense_head_dim"] = view.shape.head_dim
+    config = modeling.config_class(view.family.model_type)(**settings)
+    config.per_layer_config = {i: {"head_dim": width} for i, width in enumerate(plan.widths)}
+    config.auto_map = modeling.auto_map(view.family.model_type)
+    config._attn_implementation = view.lm.config._attn_implementation
+    return config
+
+
+def _narrow(attention: Attention, kept: Kept) -> dict[str, torch.Tensor]:
+    """The kept rows of Q, K, V and columns of O, named as PrunedAttention names them."""
+    w = attention.weights()
+    shape = attention.shape
+    device = w.k.device
+    qk, vo = kept.qk.to(device), kept.vo.to(device)
+    head = torch.arange(shape.kv_heads, device=device).unsqueeze(1)  # (kv_heads, 1), beside (kv_heads, width)
+
+    def rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """(kv_heads, D, ...) -> (kv_heads, width, ...)"""
+        return tensor[head, index]
+
+    q = rows(w.q.transpose(1, 2), qk).transpose(1, 2)  # (kv_heads, groups, width, hidden)
+    o = rows(w.o.transpose(1, 2), vo).transpose(1, 2)
+    state = {
+        "rope_index": qk,
+        "q_proj.weight": q.reshape(-1, shape.hidden),
+        "k_proj.weight": rows(w.k, qk).reshape(-1, shape.hidden),
+        "v_proj.weight": rows(w.v, vo).reshape(-1, shape.hidden),
+        "o_proj.weight": o.permute(3, 0, 1, 2).reshape(shape.hidden, -1),
+    }
+    if w.q_bias is not None:
+        state["q_proj.bias"] = rows(w.q_bias.transpose(1, 2), qk).transpose(1, 2).reshape(-1)
+    if w.k_bias is not None:
+        state["k_proj.bias"] = rows(w.k_bias, qk).reshape(-1)
+    if w.v_bias is not None:
+        state["v_proj.bias"] = rows(w.v_bias, vo).reshape(-1)
+    if w.o_bias is not None or w.v_bias is not None:
+        state["o_proj.bias"] = _output_bias(attention, vo)
+    return {name: tensor.contiguous().clone() for name, tensor in state.items()}
+
+
+def _output_bias(attention: Attention, vo: torch.Tensor) -> torch.Tensor:
+    """O's bias, plus what the removed V channels' biases put out: attention weights sum to one, so it is constant."""
+    w = attention.weights()
+    total = torch.zeros(attention.shape.hidden, dtype=torch.float64, device=w.o.device)
+    if w.o_bias is not None:
+        total += w.o_bias.double()
+    if w.v_bias is not None:
+        gone = removed(vo, attention.shape.head_dim).to(w.v_bias.device)
+        lost = torch.where(gone, w.v_bias, 0).double()  # (kv_heads, D)
+        total += torch.einsum("kd,kgdh->h", lost, w.o.double())
+    return total.to(w.o.dtype)

@@ -1,0 +1,196 @@
+"""The command line: one verb, one thin function; all logic is behind the public API.
+
+Exit codes: 0 success, 2 a user's mistake (one line on stderr), 1 a fault of kvprune's (a traceback).
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import kvprune
+from kvprune.errors import KVPruneError
+from kvprune.progress import Bars
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make the KV cache of a Hugging Face language model smaller, and say what that cost.",
+)
+
+SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help="hub id, checkpoint folder or .gguf file")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16")]
+Revision = Annotated[str | None, typer.Option(help="of a hub id: branch, tag or commit")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the source")]
+
+
+@app.command()
+def prune(
+    source: SourceArgument,
+    out: Annotated[str, typer.Option(help="folder to write, missing or empty")],
+    ratio: Annotated[float, typer.Option(help="fraction of the KV bytes per token to remove")] = 0.5,
+    importance: Annotated[str | None, typer.Option(help="energy, taylor, l1 or l2  [default: energy]")] = None,
+    channels: Annotated[str | None, typer.Option(help="split or joint  [default: split]")] = None,
+    allocation: Annotated[str | None, typer.Option(help="sensitivity, rank or uniform  [default: sensitivity]")] = None,
+    layout: Annotated[str | None, typer.Option(help="per-layer or uniform  [default: per-layer]")] = None,
+    repair: Annotated[str | None, typer.Option(help="none")] = None,
+    preset: Annotated[str | None, typer.Option(help="kvpruner: the paper's choices")] = None,
+    calibration: Annotated[str, typer.Option(help="text name or file")] = "wikitext2",
+    calibration_tokens: Annotated[int, typer.Option(help="how much of it")] = 16384,
+    eval: Annotated[
+        list[str] | None, typer.Option(help="text name or file, repeatable  [default: its test split]")
+    ] = None,
+    eval_tokens: Annotated[int, typer.Option(help="how much of each")] = 16384,
+    window: Annotated[list[int] | None, typer.Option(help="evaluation window  [default: 128 and 2048]")] = None,
+    probe: Annotated[float | None, typer.Option(help="fraction a probe removes  [default: the ratio]")] = None,
+    tau: Annotated[float, typer.Option(help="softness of the allocation by sensitivity")] = 3.0,
+    align: Annotated[int, typer.Option(help="widths are multiples of this")] = 8,
+    min_width: Annotated[int, typer.Option(help="no layer keeps fewer channels")] = 16,
+    plan: Annotated[str | None, typer.Option(help="apply this plan.json instead of making one")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue a run that was interrupted")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: int = 0,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Remove KV channels from a model and write it to a folder that loads again."""
+    chosen = {
+        "importance": importance,
+        "channels": channels,
+        "allocation": allocation,
+        "layout": layout,
+        "repair": repair,
+    }
+    if preset and any(value is not None for value in chosen.values()):
+        named = ", ".join("--" + name for name, value in chosen.items() if value is not None)
+        raise kvprune.errors.BadOption(f"--preset {preset} decides {named} itself; leave one of them out")
+    options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    if window:
+        options["windows"] = tuple(window)
+    result = kvprune.prune(
+        source,
+        out,
+        resume=resume,
+        progress=Bars(),
+        ratio=ratio,
+        preset=preset,
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        eval=tuple(eval or ()),
+        eval_tokens=eval_tokens,
+        probe=probe,
+        tau=tau,
+        align=align,
+        min_width=min_width,
+        plan=plan,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        **options,
+    )
+    _show(result.record, as_json)
+
+
+@app.command(name="eval")
+def evaluate(
+    source: SourceArgument,
+    against: Annotated[str | None, typer.Option(metavar="SOURCE2", help="a second source, on the same tokens")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="text name or file, repeatable  [default: wikitext2]")] = None,
+    window: Annotated[list[int] | None, typer.Option(help="tokens, repeatable  [default: 2048]")] = None,
+    tokens: Annotated[int, typer.Option(help="how much of each text; 0 for all")] = 16384,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a source, or of two side by side."""
+    result = kvprune.evaluate(
+        source,
+        against,
+        texts=text or ("wikitext2",),
+        window_lengths=window or (2048,),
+        tokens=tokens or None,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        progress=Bars(),
+    )
+    if as_json:
+        print(json.dumps(result))
+        return
+    from kvprune.measure.table import evaluation_table, print_table
+
+    print_table(evaluation_table(result))
+
+
+@app.command()
+def generate(
+    source: SourceArgument,
+    prompt: Annotated[str, typer.Argument(help="the text to continue")],
+    max_new_tokens: Annotated[int, typer.Option()] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: int = 0,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt."""
+    result = kvprune.generate(
+        source,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(result["prompt"] + result["text"])
+        print(f"({result['cache_bytes']:,} bytes of cache for {result['cache_tokens']} tokens)", file=sys.stderr)
+
+
+@app.command()
+def show(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="a pruned folder")], as_json: Json = False
+) -> None:
+    """What was done to a pruned model, and what it cost."""
+    _show(kvprune.read_record(Path(directory)), as_json)
+
+
+def _show(record: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(record))
+        return
+    from kvprune.measure.table import print_table, pruned_table
+
+    print_table(pruned_table(record))
+
+
+def main() -> None:
+    """Run the command line; a KVPruneError becomes one line and exit code 2."""
+    try:
+        app()
+    except KVPruneError as error:
+        print("kvprune: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

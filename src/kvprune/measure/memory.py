@@ -1,0 +1,60 @@
+"""Bytes: of a cache, of weights, and of the process."""
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import Cache
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all key and value tensors that a cache holds, tensor by tensor."""
+    tensors = [t for layer in cache.layers for name in ("keys", "values") if (t := getattr(layer, name)) is not None]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def kv_bytes_per_token(widths: list[int], kv_heads: int, dtype: torch.dtype) -> int:
+    """Bytes that one token leaves in the cache: K and V, `widths[l]` channels per KV head in layer l."""
+    return 2 * kv_heads * sum(widths) * dtype.itemsize
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters, tied ones once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+class PeakMemory:
+    """The process's peak above what it held when this was made: on the GPU if there is one, else resident memory.
+
+    On a CPU the operating system only keeps the peak of the process's whole life, so a process that held
+    more before gives a figure that is too large, never one too small.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.baseline = torch.cuda.memory_allocated(device)
+        else:
+            self.baseline = _resident()
+
+    def bytes(self) -> int:
+        """Peak so far above the baseline."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.baseline
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - self.baseline
+
+
+def _resident() -> int:
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return 0  # no such figure here: count everything

@@ -1,0 +1,46 @@
+"""Perplexity over consecutive windows of a text."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from kvprune.errors import NotFinite
+from kvprune.measure.loss import next_token_loss
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(mean negative log-likelihood) of `tokens` scored tokens, in windows of `window`."""
+
+    value: float
+    window: int
+    tokens: int
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel, windows: torch.Tensor, advance: Callable[[int], None] | None = None
+) -> Perplexity:
+    """Perplexity of any Hugging Face causal LM on windows (n, T) of token ids.
+
+    Each window starts afresh and its first token is not scored, so n * (T - 1) tokens are; there is no
+    padding. `advance` is called with the number of windows done. Raises NotFinite.
+    """
+    step = max(BATCH_TOKENS // windows.shape[1], 1)
+    total, count = 0.0, 0
+    for batch in windows.split(step):
+        ids = batch.to(model.get_input_embeddings().weight.device)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        loss, scored, _ = next_token_loss(model.get_output_embeddings(), hidden, ids)
+        total, count = total + loss, count + scored
+        if advance:
+            advance(len(batch))
+    mean = total / count
+    if not math.isfinite(mean):
+        raise NotFinite("the model's loss is not finite on the evaluation text; try --dtype float32")
+    return Perplexity(math.exp(mean) if mean < 700 else math.inf, windows.shape[1], count)

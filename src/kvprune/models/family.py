@@ -1,0 +1,50 @@
+"""The families: where each architecture keeps what kvprune reads and cuts.
+
+A family is a descriptor of a few lines. Everything else in the library sees the same attention,
+whatever the family (see attention.py), and has no branch on model_type. Adding one: docs/adding-an-architecture.md.
+"""
+
+from dataclasses import dataclass
+
+from kvprune.errors import UnsupportedArchitecture
+from kvprune.runtime import PREFIX
+
+
+@dataclass(frozen=True)
+class Family:
+    """Paths below the base model, and the shape of the projections.
+
+    layers, norm: the decoder blocks and the norm behind them, from the base model.
+    attention: the attention module, from a block; q, k, v, o: its projections (`nn.Linear`, apart).
+    rope: how RoPE pairs the channels: "half" is (c, c + head_dim / 2), as in Llama.
+    """
+
+    model_type: str
+    layers: str = "layers"
+    norm: str = "norm"
+    attention: str = "self_attn"
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    o: str = "o_proj"
+    rope: str = "half"
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama"),
+        Family("mistral"),
+        Family("qwen2"),  # biases on Q, K and V
+    )
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The descriptor for a dense or pruned `model_type`; UnsupportedArchitecture names the supported ones."""
+    dense = model_type.removeprefix(PREFIX)
+    if dense not in FAMILIES:
+        raise UnsupportedArchitecture(
+            f"architecture {dense!r} is not supported; supported are: {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[dense]

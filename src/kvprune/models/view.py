@@ -1,0 +1,84 @@
+"""A causal LM as kvprune sees it: blocks, attention views, and the head behind them."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvprune.errors import UnsupportedArchitecture
+from kvprune.models.attention import Attention, AttentionShape, rope_pairs
+from kvprune.models.family import family_of
+
+
+class ModelView:
+    """A dense model of a supported family. Raises UnsupportedArchitecture for any other."""
+
+    def __init__(self, lm: PreTrainedModel):
+        self.lm = lm
+        self.family = family_of(lm.config.model_type)
+        config = lm.config
+        kv_heads = config.num_key_value_heads
+        self.shape = AttentionShape(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            kv_heads=kv_heads,
+            groups=config.num_attention_heads // kv_heads,
+            head_dim=config.head_dim
+            if getattr(config, "head_dim", None)
+            else config.hidden_size // config.num_attention_heads,
+        )
+        if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise UnsupportedArchitecture("partial rotary embeddings are not supported for this family")
+        base = lm.base_model
+        self.blocks: nn.ModuleList = base.get_submodule(self.family.layers)
+        self.norm: nn.Module = base.get_submodule(self.family.norm)
+        self.attention = [Attention(getattr(b, self.family.attention), self.family, self.shape) for b in self.blocks]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input ids go."""
+        return self.lm.get_input_embeddings().weight.device
+
+    @property
+    def units(self) -> torch.Tensor:
+        """The channels that must leave Q and K together, (units, channels per unit)."""
+        return rope_pairs(self.shape.head_dim, self.family.rope)
+
+    @property
+    def head(self) -> nn.Module:
+        """(..., hidden) behind the final norm -> logits (..., vocabulary)."""
+        return self.lm.get_output_embeddings()
+
+
+class BlockRunner:
+    """Runs a batch through the blocks once, keeps every block's input, and reruns from any block on.
+
+    Each block is called again with the very arguments that the model gave it (mask, rotary table,
+    positions), so no family's masking is written a second time here.
+    """
+
+    def __init__(self, view: ModelView, input_ids: torch.Tensor):
+        """input_ids (B, T). One dense forward of all blocks."""
+        self.view = view
+        self.inputs: list[torch.Tensor] = []  # per block (B, T, hidden)
+        self._calls: list[tuple[tuple, dict]] = []
+        hooks = [block.register_forward_pre_hook(self._keep, with_kwargs=True) for block in view.blocks]
+        try:
+            output = view.lm.base_model(input_ids=input_ids.to(view.device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.output: torch.Tensor = output.last_hidden_state  # (B, T, hidden), behind the norm
+
+    def _keep(self, _block: nn.Module, args: tuple, kwargs: dict) -> None:
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        self.inputs.append(hidden)
+        self._calls.append((args[1:], kwargs))
+
+    def rerun(self, start: int) -> torch.Tensor:
+        """The final hidden states (B, T, hidden), recomputed from block `start` on."""
+        hidden = self.inputs[start]
+        for block, (args, kwargs) in list(zip(self.view.blocks, self._calls, strict=True))[start:]:
+            hidden = block(hidden, *args, **kwargs)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        return self.view.norm(hidden)

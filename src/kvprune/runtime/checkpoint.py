@@ -1,0 +1,66 @@
+"""Writes a pruned model as a folder that loads again, or leaves no trace that could be taken for one."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvprune.errors import NoSpace
+from kvprune.runtime.files import PLAN, RECORD, checksums
+
+SHARD_SIZE = "4GB"
+_PARTIAL = ".partial"
+_LAST = "config.json"  # nothing loads a folder that lacks it, so it is moved into place last
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan_json: str,
+    record: dict[str, Any],
+    folder: Path,
+) -> dict[str, Any]:
+    """Write weights (safetensors, in shards), tokenizer, generation config, code, plan and record to `folder`.
+
+    Everything is written to a folder inside first, flushed to the disk, and then moved, config.json last: a crash
+    at any moment leaves nothing that loads. Returns the record with the checksums added. Raises NoSpace, after which
+    what was there before is as it was.
+    """
+    partial = folder / _PARTIAL
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
+        tokenizer.save_pretrained(partial)
+        (partial / PLAN).write_text(plan_json, encoding="utf-8")
+        record = {**record, "files": checksums(partial)}
+        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        names = sorted((p.name for p in partial.iterdir()), key=lambda name: (name == _LAST, name))
+        for name in names:
+            _flush(partial / name)
+        for name in names:
+            if name == _LAST:
+                _flush(folder)
+            os.replace(partial / name, folder / name)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        if not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise NoSpace(f"cannot write to {folder}: {error}; free some space or choose another --out") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return record
+
+
+def _flush(path: Path) -> None:
+    """Have the operating system write a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

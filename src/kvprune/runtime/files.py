@@ -1,0 +1,53 @@
+"""What lies in a pruned folder, and the checks that it is whole. Needs no torch."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from kvprune.errors import BrokenCheckpoint
+
+RECORD = "kvprune.json"  # the plan's summary, every measured figure, and a checksum of every other file
+PLAN = "plan.json"
+RESUME = ".resume"  # the state of an unfinished run
+
+
+def checksum(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Of every file of the folder but the record itself."""
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != RECORD)
+    return {name: checksum(folder / name) for name in names}
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """kvprune.json of a pruned folder. Raises BrokenCheckpoint."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        if not isinstance(record["files"], dict):
+            raise TypeError
+        return record
+    except FileNotFoundError:
+        raise BrokenCheckpoint(f"{folder} has no {RECORD}; it is not a folder that kvprune wrote") from None
+    except (ValueError, KeyError, TypeError):
+        raise BrokenCheckpoint(f"{folder / RECORD} is damaged; prune the model again") from None
+
+
+def verify_files(folder: Path) -> None:
+    """Raise BrokenCheckpoint if a file that was saved is missing or not what was saved.
+
+    Files that were added later are none of our business; every saved one is read once (about a second per GB).
+    """
+    for name, expected in read_record(folder)["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise BrokenCheckpoint(f"{path} is missing; copy the folder again or prune again")
+        if checksum(path) != expected:
+            raise BrokenCheckpoint(f"{path} is not what was saved; copy the folder again or prune again")

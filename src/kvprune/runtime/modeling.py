@@ -1,0 +1,203 @@
+# Copyright the kvprune authors. SPDX-License-Identifier: Apache-2.0
+"""The code a pruned checkpoint needs, and all of it: it imports only torch and transformers.
+
+This file is copied into every checkpoint that kvprune writes, so that it loads with
+`trust_remote_code=True` where kvprune is not installed. A pruned model is the dense family's own
+model in which each layer's attention has been replaced by `PrunedAttention`. Notable choices:
+
+- The dense modules are built first, from the same config read at the dense width, and hand over
+  all they know (softmax scale, sliding window, biases, rotary table). Nothing is re-derived from
+  the smaller head_dim, which is how pruned models go silently wrong.
+- `rope_index` holds, per KV head, the dense numbers of the kept Q/K channels: cos and sin are
+  gathered with it, so a kept RoPE pair keeps its original frequency.
+- Widths live in `per_layer_config[i].head_dim`, which transformers and vLLM both read.
+"""
+
+import copy
+import sys
+
+import torch
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+FAMILIES = ("llama", "mistral", "qwen2")  # every dense model_type that has a pruned twin here
+PREFIX = "kvprune_"  # model_type of the twin: kvprune_llama, ...
+
+
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """Turn every pair (a_c, a_{c + d/2}) of the last dim by 90 degrees: (-a_{c + d/2}, a_c)."""
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+class PrunedAttention(nn.Module):
+    """Attention with `width` of the dense head_dim channels per head (half-split RoPE, GQA).
+
+    Q, K, V: hidden -> heads * width; O: heads * width -> hidden; the cache holds width numbers per
+    KV head for K and for V. O has a bias where V had one: a removed V channel's bias is a constant
+    at the output, and that is where it is kept.
+    """
+
+    def __init__(self, dense: nn.Module, config, width: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = dense.layer_idx
+        self.head_dim = width
+        self.scaling = dense.scaling  # 1 / sqrt(dense head_dim), or whatever the family says
+        self.num_key_value_groups = dense.num_key_value_groups
+        self.attention_dropout = dense.attention_dropout
+        self.is_causal = dense.is_causal
+        # Families with a window pass it on with every call; the mask is made by the model.
+        self.sliding_window = getattr(dense, "sliding_window", getattr(config, "sliding_window", None))
+        self.eager_attention = sys.modules[type(dense).__module__].eager_attention_forward
+
+        hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        has_bias = {name: getattr(dense, name).bias is not None for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+        self.q_proj = nn.Linear(hidden, heads * width, bias=has_bias["q_proj"])
+        self.k_proj = nn.Linear(hidden, kv_heads * width, bias=has_bias["k_proj"])
+        self.v_proj = nn.Linear(hidden, kv_heads * width, bias=has_bias["v_proj"])
+        self.o_proj = nn.Linear(heads * width, hidden, bias=has_bias["o_proj"] or has_bias["v_proj"])
+        self.register_buffer("rope_index", torch.arange(width).repeat(kv_heads, 1))  # (kv_heads, width)
+
+    def _rotate(self, query, key, cos, sin):
+        """RoPE at the kept channels' own frequencies.
+
+        query (B, heads, T, width), key (B, kv_heads, T, width), cos and sin (B or 1, T, dense head_dim).
+        """
+        kv_heads = key.shape[1]
+        if kv_heads != self.rope_index.shape[0]:
+            raise ValueError(
+                f"layer {self.layer_idx}: {kv_heads} KV heads reached a layer pruned for "
+                f"{self.rope_index.shape[0]}; tensor parallelism across KV heads is not supported"
+            )
+        cos = cos[..., self.rope_index].transpose(1, 2)  # (B, kv_heads, T, width)
+        sin = sin[..., self.rope_index].transpose(1, 2)
+        key = key * cos + rotate_half(key) * sin
+        grouped = query.unflatten(1, (kv_heads, -1))  # (B, kv_heads, groups, T, width)
+        grouped = grouped * cos.unsqueeze(2) + rotate_half(grouped) * sin.unsqueeze(2)
+        return grouped.flatten(1, 2), key
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        **kwargs,
+    ):
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+
+        cos, sin = position_embeddings
+        query_states, key_states = self._rotate(query_states, key_states, cos, sin)
+
+        if past_key_values is not None:
+            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, self.eager_attention
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            query_states,
+            key_states,
+            value_states,
+            attention_mask,
+            dropout=0.0 if not self.training else self.attention_dropout,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        return self.o_proj(attn_output), attn_weights
+
+
+def _twin(model_type: str) -> tuple[type, type, type]:
+    """The pruned config, base model and causal LM of one dense family, made from its own classes."""
+    dense_config = CONFIG_MAPPING[model_type]
+    dense_model = MODEL_MAPPING[dense_config]
+    dense_lm = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
+    stem = "KVPrune" + dense_model.__name__.removesuffix("Model")
+
+    class Config(dense_config):
+        dense_head_dim: int | None = None
+
+        def dense(self):
+            """This config as the dense modules must read it: one head_dim, the dense one."""
+            config = copy.deepcopy(self)
+            config.per_layer_config = None
+            config.head_dim = self.dense_head_dim
+            return config
+
+    Config.model_type = PREFIX + model_type
+
+    class Model(dense_model):
+        config_class = Config
+        _can_record_outputs = {**dense_model._can_record_outputs, "attentions": PrunedAttention}  # noqa: RUF012
+
+        def __init__(self, config):
+            super().__init__(config.dense())
+            # The rotary table keeps the dense config: its frequencies belong to the dense width.
+            config._attn_implementation = self.config._attn_implementation
+            self.config = config
+            for layer, layer_config in zip(self.layers, config.per_layer_config, strict=True):
+                layer.self_attn = PrunedAttention(layer.self_attn, config, layer_config.head_dim)
+            self.post_init()
+
+    class ForCausalLM(dense_lm):
+        config_class = Config
+
+        def __init__(self, config):
+            super().__init__(config.dense())
+            config._attn_implementation = self.config._attn_implementation
+            self.config = config
+            setattr(self, self.base_model_prefix, Model(config))
+            self.post_init()
+
+    for cls, name in ((Config, "Config"), (Model, "Model"), (ForCausalLM, "ForCausalLM")):
+        cls.__name__ = cls.__qualname__ = stem + name
+        globals()[cls.__name__] = cls
+    return Config, Model, ForCausalLM
+
+
+def _register(model_type: str) -> None:
+    """Make AutoConfig, AutoModel and AutoModelForCausalLM know a family's pruned twin."""
+    config, model, lm = _twin(model_type)
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, lm, exist_ok=True)
+    # save_pretrained then copies this file and writes auto_map, so that the folder stands alone.
+    config.register_for_auto_class("AutoConfig")
+    model.register_for_auto_class("AutoModel")
+    lm.register_for_auto_class("AutoModelForCausalLM")
+
+
+for _model_type in FAMILIES:
+    _register(_model_type)
+
+
+def config_class(model_type: str) -> type:
+    """The pruned config class of a dense model_type."""
+    return CONFIG_MAPPING[PREFIX + model_type]
+
+
+def auto_map(model_type: str) -> dict[str, str]:
+    """What config.json needs so that `trust_remote_code=True`, and vLLM, find the classes in the folder."""
+    config = config_class(model_type)
+    found = {
+        "AutoConfig": config,
+        "AutoModel": MODEL_MAPPING[config],
+        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING[config],
+    }
+    return {auto: f"{__name__.rpartition('.')[2]}.{cls.__name__}" for auto, cls in found.items()}

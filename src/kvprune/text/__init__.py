@@ -1,0 +1,1 @@
+"""Named corpora and files -> batches of token ids."""

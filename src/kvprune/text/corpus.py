@@ -1,0 +1,69 @@
+"""A text's name or file -> its characters. Calibration reads the valid split, evaluation the test split."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from kvprune.errors import UnknownText
+
+Split = Literal["valid", "test"]
+
+# name -> (hub data set, configuration, column, how its rows are joined)
+HUB = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text", ""),
+    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", "\n"),
+}
+LOCAL_ONLY = ("wiki",)  # `make demo` writes it
+NAMES = (*HUB, *LOCAL_ONLY)
+
+
+def read_text(name: str, split: Split) -> str:
+    """The text called `name`, or the file of that path (which has no splits).
+
+    A name is looked up as NAME-valid.txt / NAME-test.txt in $KVPRUNE_DATA, then on the hub. Raises UnknownText.
+    """
+    if is_file(name):
+        if split == "valid" and Path(name).stem.endswith("-test"):
+            raise UnknownText(f"{name} is a test split; calibrate on another text and keep this one for --eval")
+        return _read(Path(name))
+    folder = os.environ.get("KVPRUNE_DATA")
+    if folder:
+        path = Path(folder) / f"{name}-{split}.txt"
+        if path.is_file():
+            return _read(path)
+    if name in HUB:
+        return _from_hub(name, split)
+    if name in LOCAL_ONLY:
+        raise UnknownText(f"text {name!r} needs {name}-{split}.txt in the folder that $KVPRUNE_DATA names")
+    raise UnknownText(f"unknown text {name!r}; give a file or one of: {', '.join(NAMES)}")
+
+
+def is_file(name: str) -> bool:
+    """Whether a text is named by its path."""
+    return Path(name).is_file()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError):
+        raise UnknownText(f"{path} is not readable UTF-8 text; convert it first") from None
+
+
+def _from_hub(name: str, split: Split) -> str:
+    repository, configuration, column, joiner = HUB[name]
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UnknownText(
+            f"text {name!r}: put {name}-{split}.txt into the folder that $KVPRUNE_DATA names, "
+            "or pip install 'kvprune[text]' to fetch it from the hub"
+        ) from None
+    try:
+        rows = load_dataset(repository, configuration, split="validation" if split == "valid" else "test")
+    except Exception as error:  # the hub's errors have no common class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnknownText(
+            f"text {name!r} is not in $KVPRUNE_DATA and the hub did not give {repository}: {reason}"
+        ) from error
+    return joiner.join(rows[column])
