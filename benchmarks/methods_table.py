@@ -2,9 +2,9 @@
 
     KVPRUNE_DATA=DIR python benchmarks/methods_table.py MODEL [--out benchmarks/results/methods_table]
 
-DIR holds wikitext2-{valid,test}.txt and ptb-{valid,test}.txt. Every text is calibrated on its valid split and evaluated on
-its test split, windows of 512. Results go to OUT.json (one entry a measurement, kept as soon as it is there, so that an
-interrupted run continues) and OUT.md.
+DIR holds wikitext2-{valid,test}.txt and ptb-{valid,test}.txt. Every text is calibrated on its valid split and
+evaluated on its test split, windows of 512. Results go to OUT.json, each as soon as it is there, so that an
+interrupted run continues, and to OUT.md.
 """
 
 import argparse

@@ -16,7 +16,6 @@ from kvprune.progress import Bars
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Make the KV cache of a Hugging Face language model smaller, and say what that cost.",
 )
@@ -184,12 +183,22 @@ def _show(record: dict[str, Any], as_json: bool) -> None:
 
 
 def main() -> None:
-    """Run the command line; a KVPruneError becomes one line and exit code 2."""
+    """Run the command line; a user's mistake becomes one line and exit code 2."""
     try:
-        app()
+        app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except KVPruneError as error:
-        print("kvprune: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what the parser raises for wrong words
+            raise
+        _refuse(f"{error.format_message()} See: kvprune --help")
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+
+
+def _refuse(message: str) -> None:
+    print("kvprune: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -131,10 +131,10 @@ def round_widths(ratios: Sequence[float], ratio: float, grid: Grid) -> list[int]
         level[high] -= 1
     achieved = 1 - total() / (grid.layers * grid.head_dim)
     if abs(achieved - ratio) > TOLERANCE:
-        step = grid.align / (grid.layers * grid.head_dim)
+        per_step = grid.align / (grid.layers * grid.head_dim)
         raise UnreachableRatio(
             f"--ratio {ratio:g} cannot be met within {TOLERANCE:.0%}: the nearest is {achieved:.4g}, in steps of "
-            f"{step:.4g}; ask for that, or lower --align {grid.align}"
+            f"{per_step:.4g}; ask for that, or lower --align {grid.align}"
         )
     return [widths[i] for i in level]
 

@@ -1,19 +1,22 @@
 """One pass over the calibration text, for what an importance score needs of it."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 from kvprune.channels.importance.base import Importance, Scores, Statistics
 from kvprune.errors import NotFinite
 from kvprune.measure.loss import next_token_loss
-from kvprune.models.attention import AttentionWeights
+from kvprune.models.attention import Attention, AttentionWeights
 from kvprune.models.view import ModelView
 
 Advance = Callable[[int], None]
 
 
-def score_layers(view: ModelView, importance: Importance, batches: Iterable[torch.Tensor], advance: Advance):
+def score_layers(
+    view: ModelView, importance: Importance, batches: Iterable[torch.Tensor], advance: Advance
+) -> list[Scores]:
     """Scores of every layer, on the CPU; one pass over the batches (B, T) if the score needs any.
 
     Raises NotFinite, naming the layer, when statistics or scores hold NaN or infinity.
@@ -74,11 +77,11 @@ def _gradients(view: ModelView, batches: Iterable[torch.Tensor], advance: Advanc
     to its sum and dropped as soon as it exists.
     """
     parameters = [p for attention in view.attention for p in attention.parameters()]
-    sums = {p: torch.zeros_like(p, dtype=torch.float32) for p in parameters}
+    sums: dict[Any, torch.Tensor] = {p: torch.zeros_like(p, dtype=torch.float32) for p in parameters}
     before = {p: p.requires_grad for p in view.lm.parameters()}
     hooks = []
 
-    def collect(parameter: torch.Tensor) -> None:
+    def collect(parameter: Any) -> None:
         assert parameter.grad is not None
         sums[parameter] += parameter.grad
         parameter.grad = None
@@ -108,5 +111,5 @@ def _gradients(view: ModelView, batches: Iterable[torch.Tensor], advance: Advanc
     return [Statistics(gradients=_as_gradients(attention, sums)) for attention in view.attention]
 
 
-def _as_gradients(attention, sums: dict[torch.nn.Parameter, torch.Tensor]) -> AttentionWeights:
+def _as_gradients(attention: Attention, sums: dict[Any, torch.Tensor]) -> AttentionWeights:
     return attention.weights(of=lambda parameter: sums[parameter])

@@ -33,7 +33,8 @@ def evaluate(
 
     A window longer than the model's context becomes that long. tokens: how many of each text, None for all. Returns
     {"sources": [{"source", "kv_bytes_per_token", "parameters"}], "perplexity": [{"text", "window", "tokens",
-    "values"}]} with one value per source. Raises BadOption when two sources tokenise differently: their figures could not be compared.
+    "values"}]} with one value per source. Raises BadOption when two sources tokenise differently: their figures could
+    not be compared.
     """
     progress = progress or Progress()
     if min(window_lengths, default=0) < 2:

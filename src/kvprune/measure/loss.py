@@ -1,5 +1,7 @@
 """Next-token loss in pieces: the logits of a whole batch are never in memory at once."""
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -14,12 +16,12 @@ def next_token_loss(
 ) -> tuple[float, int, torch.Tensor | None]:
     """Summed negative log-likelihood (nats) of every next token, and how many tokens were scored.
 
-    head: the output embedding, (n, hidden) -> (n, vocabulary); hidden (B, T, hidden) behind the final norm; input_ids (B, T).
-    Every token but a window's first is scored. With `gradient`, the third value is d(loss sum) / d(hidden),
-    float32 inside a piece, in hidden's dtype outside.
+    head: the output embedding, (n, hidden) -> (n, vocabulary); hidden (B, T, hidden) behind the final
+    norm; input_ids (B, T). Every token but a window's first is scored. With `gradient`, the third value is
+    d(loss sum) / d(hidden), float32 inside a piece, in hidden's dtype outside.
     """
     states = hidden[:, :-1].flatten(0, 1)
-    vocabulary = head.weight.shape[0]
+    vocabulary = cast(torch.Tensor, head.weight).shape[0]
     labels = input_ids[:, 1:].flatten().to(states.device)
     total = torch.zeros((), dtype=torch.float64)
     grads = []

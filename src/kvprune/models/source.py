@@ -116,9 +116,9 @@ def load_model(source: Source, device: str = "auto", dtype: str = "auto") -> Pre
         model = AutoModelForCausalLM.from_pretrained(source.folder, **arguments)
     if source.gguf_file:  # the weights are plain now, and are saved as such
         model.config.__dict__.pop("quantization_config", None)
-        model.hf_quantizer = None
-        model.is_quantized = False
-    return model.to(target).eval()
+        model.hf_quantizer = None  # type: ignore[assignment]
+        model.is_quantized = False  # type: ignore[assignment]
+    return model.to(target).eval()  # type: ignore[arg-type]
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:

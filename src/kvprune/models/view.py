@@ -1,5 +1,7 @@
 """A causal LM as kvprune sees it: blocks, attention views, and the head behind them."""
 
+from typing import cast
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -29,14 +31,14 @@ class ModelView:
         if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise UnsupportedArchitecture("partial rotary embeddings are not supported for this family")
         base = lm.base_model
-        self.blocks: nn.ModuleList = base.get_submodule(self.family.layers)
-        self.norm: nn.Module = base.get_submodule(self.family.norm)
+        self.blocks = cast(nn.ModuleList, base.get_submodule(self.family.layers))
+        self.norm = base.get_submodule(self.family.norm)
         self.attention = [Attention(getattr(b, self.family.attention), self.family, self.shape) for b in self.blocks]
 
     @property
     def device(self) -> torch.device:
         """Where the input ids go."""
-        return self.lm.get_input_embeddings().weight.device
+        return cast(torch.Tensor, self.lm.get_input_embeddings().weight).device
 
     @property
     def units(self) -> torch.Tensor:

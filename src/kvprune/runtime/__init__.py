@@ -31,4 +31,4 @@ def register() -> None:
 
     for family in FAMILIES:
         if PREFIX + family not in CONFIG_MAPPING:
-            CONFIG_MAPPING.register(PREFIX + family, _Placeholder(PREFIX + family))
+            CONFIG_MAPPING.register(PREFIX + family, _Placeholder(PREFIX + family))  # type: ignore[arg-type]

@@ -38,7 +38,9 @@ def generate(
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     how = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    output = model.generate(**inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **how)
+    output: Any = model.generate(  # type: ignore[operator]
+        **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **how
+    )
     new = output.sequences[0, inputs["input_ids"].shape[1] :]
     return {
         "prompt": prompt,

@@ -15,6 +15,7 @@ model in which each layer's attention has been replaced by `PrunedAttention`. No
 
 import copy
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,6 +66,7 @@ class PrunedAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, kv_heads * width, bias=has_bias["k_proj"])
         self.v_proj = nn.Linear(hidden, kv_heads * width, bias=has_bias["v_proj"])
         self.o_proj = nn.Linear(heads * width, hidden, bias=has_bias["o_proj"] or has_bias["v_proj"])
+        self.rope_index: torch.Tensor
         self.register_buffer("rope_index", torch.arange(width).repeat(kv_heads, 1))  # (kv_heads, width)
 
     def _rotate(self, query, key, cos, sin):
@@ -123,11 +125,11 @@ class PrunedAttention(nn.Module):
         return self.o_proj(attn_output), attn_weights
 
 
-def _twin(model_type: str) -> tuple[type, type, type]:
+def _twin(model_type: str) -> tuple[Any, Any, Any]:
     """The pruned config, base model and causal LM of one dense family, made from its own classes."""
-    dense_config = CONFIG_MAPPING[model_type]
-    dense_model = MODEL_MAPPING[dense_config]
-    dense_lm = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
+    dense_config: Any = CONFIG_MAPPING[model_type]
+    dense_model: Any = MODEL_MAPPING[dense_config]
+    dense_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
     stem = "KVPrune" + dense_model.__name__.removesuffix("Model")
 
     class Config(dense_config):
@@ -150,7 +152,7 @@ def _twin(model_type: str) -> tuple[type, type, type]:
             super().__init__(config.dense())
             # The rotary table keeps the dense config: its frequencies belong to the dense width.
             config._attn_implementation = self.config._attn_implementation
-            self.config = config
+            self.config: Any = config
             for layer, layer_config in zip(self.layers, config.per_layer_config, strict=True):
                 layer.self_attn = PrunedAttention(layer.self_attn, config, layer_config.head_dim)
             self.post_init()
@@ -161,7 +163,7 @@ def _twin(model_type: str) -> tuple[type, type, type]:
         def __init__(self, config):
             super().__init__(config.dense())
             config._attn_implementation = self.config._attn_implementation
-            self.config = config
+            self.config: Any = config
             setattr(self, self.base_model_prefix, Model(config))
             self.post_init()
 
@@ -187,7 +189,7 @@ for _model_type in FAMILIES:
     _register(_model_type)
 
 
-def config_class(model_type: str) -> type:
+def config_class(model_type: str) -> Any:
     """The pruned config class of a dense model_type."""
     return CONFIG_MAPPING[PREFIX + model_type]
 
@@ -195,7 +197,7 @@ def config_class(model_type: str) -> type:
 def auto_map(model_type: str) -> dict[str, str]:
     """What config.json needs so that `trust_remote_code=True`, and vLLM, find the classes in the folder."""
     config = config_class(model_type)
-    found = {
+    found: dict[str, Any] = {
         "AutoConfig": config,
         "AutoModel": MODEL_MAPPING[config],
         "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING[config],

@@ -30,11 +30,11 @@ def windows(
 ) -> torch.Tensor:
     """Consecutive windows (n, window) of ids, none padded; an incomplete last one is left out.
 
-    `tokens` is how many ids are wanted (rounded down to whole windows); None takes the whole text.
+    `tokens` is how many ids are wanted (rounded down to whole windows, at least one); None takes the whole text.
     Raises TextTooShort when the text has fewer.
     """
-    ids = token_ids(text, tokenizer, tokens)
     wanted = window if tokens is None else max(tokens // window, 1) * window
+    ids = token_ids(text, tokenizer, None if tokens is None else wanted)
     if len(ids) < wanted:
         raise TextTooShort(
             f"{what} has {len(ids)} tokens, but {wanted} are needed; give a longer text or ask for fewer"

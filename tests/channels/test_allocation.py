@@ -1,0 +1,102 @@
+"""Widths against the formula, brute force and their own promises."""
+
+import itertools
+import math
+import statistics
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import assume, given
+
+from kvprune.channels import allocation
+from kvprune.channels.allocation import Grid
+from kvprune.errors import BadOption, UnreachableRatio
+
+changes_of = st.lists(st.floats(-0.1, 10), min_size=1, max_size=40)
+
+
+def test_by_sensitivity_is_the_formula():
+    changes, ratio = [0.1, 0.4, 0.02, 1.0], 0.3
+    tau = 3 * statistics.median(changes)
+    e = [math.exp(-change / tau) for change in changes]
+    expected = [ratio * 4 * x / sum(e) for x in e]
+    assert allocation.by_sensitivity(changes, ratio, 1.0) == pytest.approx(expected)
+
+
+def test_excess_over_the_largest_ratio_goes_to_the_others():
+    ratios = allocation.by_sensitivity([0.0, 1.0, 1.0, 1.0], 0.5, 0.75, tau=0.5)
+    assert ratios == pytest.approx([0.75, 1.25 / 3, 1.25 / 3, 1.25 / 3])
+
+
+@given(changes_of, st.floats(0, 0.75), st.floats(0.1, 30))
+def test_by_sensitivity_keeps_mean_limit_and_order(changes, ratio, tau):
+    ratios = allocation.by_sensitivity(changes, ratio, 0.75, tau)
+    assert statistics.fmean(ratios) == pytest.approx(ratio, abs=1e-6)
+    assert all(-1e-12 <= r <= 0.75 + 1e-9 for r in ratios)
+    for (a, ra), (b, rb) in itertools.combinations(zip(changes, ratios, strict=True), 2):
+        assert not (a < b and ra < rb - 1e-9)
+
+
+@given(changes_of, st.floats(0, 0.75))
+def test_by_rank_keeps_mean_limit_and_order(changes, ratio):
+    ratios = allocation.by_rank(changes, ratio, 0.75)
+    assert statistics.fmean(ratios) == pytest.approx(ratio, abs=1e-6)
+    assert all(-1e-12 <= r <= 0.75 + 1e-9 for r in ratios)
+    for (a, ra), (b, rb) in itertools.combinations(zip(changes, ratios, strict=True), 2):
+        assert not (a < b and ra < rb - 1e-9)
+
+
+def test_no_positive_change_means_uniform():
+    assert allocation.by_sensitivity([-0.1, 0.0], 0.4, 0.75) == [0.4, 0.4]
+
+
+@given(
+    st.lists(st.floats(0, 0.9), min_size=1, max_size=40),
+    st.sampled_from([16, 64, 80, 100, 128]),
+    st.sampled_from([2, 4, 8, 16]),
+    st.integers(1, 32),
+)
+def test_rounded_widths_are_on_the_grid_and_meet_the_total(ratios, head_dim, align, min_width):
+    grid = Grid(len(ratios), head_dim, align, min(min_width, head_dim), 2)
+    ratio = statistics.fmean(ratios)
+    assume(ratio <= grid.max_ratio)
+    try:
+        widths = allocation.round_widths(ratios, ratio, grid)
+    except UnreachableRatio:
+        assert align / (len(ratios) * head_dim) > 0.01  # only too coarse a grid is an excuse
+        return
+    assert set(widths) <= set(grid.widths)
+    assert abs(1 - sum(widths) / (len(ratios) * head_dim) - ratio) <= 0.01
+
+
+def test_rounding_reaches_the_brute_force_total():
+    """Of all combinations on a small grid, none is nearer to the asked total."""
+    grid = Grid(4, 16, 2, 4, 2)
+    for ratios in itertools.product([0.0, 0.3, 0.55, 0.75], repeat=4):
+        ratio = statistics.fmean(ratios)
+        best = min(abs(1 - sum(w) / 64 - ratio) for w in itertools.product(grid.widths, repeat=4))
+        if best <= 0.01:
+            found = allocation.round_widths(ratios, ratio, grid)
+            assert abs(1 - sum(found) / 64 - ratio) == pytest.approx(best, abs=1e-9)
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 0.76, 1.0, math.nan, math.inf])
+def test_a_ratio_out_of_reach_names_the_range(ratio):
+    with pytest.raises(UnreachableRatio, match=r"0 to 0.75 "):
+        allocation.round_widths([0.5] * 4, ratio, Grid(4, 64, 8, 16, 2))
+
+
+def test_a_grid_too_coarse_names_the_nearest():
+    with pytest.raises(UnreachableRatio, match=r"nearest is 0\.25|nearest is 0\.5"):
+        allocation.round_widths([0.35] * 2, 0.35, Grid(2, 16, 8, 8, 2))
+
+
+@pytest.mark.parametrize(("align", "min_width"), [(3, 16), (0, 16), (8, 0), (8, 65)])
+def test_an_impossible_grid_is_a_users_mistake(align, min_width):
+    with pytest.raises(BadOption):
+        Grid(4, 64, align, min_width, 2)
+
+
+def test_one_width_takes_the_nearest():
+    assert allocation.one_width(0.3, Grid(3, 64, 8, 16, 2)) == [48] * 3
+    assert allocation.one_width(0.35, Grid(3, 64, 8, 16, 2)) == [40] * 3

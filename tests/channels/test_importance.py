@@ -1,0 +1,131 @@
+"""Every score against a plain loop from its formula."""
+
+import pytest
+import torch
+
+from kvprune.channels.importance import IMPORTANCE
+from kvprune.channels.selection import select
+from kvprune.channels.statistics import score_layers
+from kvprune.errors import NotFinite
+from kvprune.models.view import ModelView
+from tiny import VOCABULARY, tiny_model
+
+KV, GROUPS, D = 2, 3, 8
+
+
+@pytest.fixture(params=["llama", "qwen2"])
+def model(request):
+    return tiny_model(request.param, kv_heads=KV, groups=GROUPS, head_dim=D, layers=2)
+
+
+def batches():
+    return list(torch.randint(3, VOCABULARY, (4, 11), generator=torch.Generator().manual_seed(1)).split(3))
+
+
+def scores(model, name):
+    return score_layers(ModelView(model), IMPORTANCE[name], batches(), lambda n: None)
+
+
+def loop_scores(attention, value):
+    """qk, vo from value(parameter): normalised per projection, Q averaged with K, V with O."""
+    table = {name: torch.zeros(KV, D) for name in "qkvo"}
+    for kv in range(KV):
+        for c in range(D):
+            for name in "kv":
+                linear = getattr(attention, f"{name}_proj")
+                row = kv * D + c
+                table[name][kv, c] = value(linear.weight)[row].sum()
+                if linear.bias is not None:
+                    table[name][kv, c] += value(linear.bias)[row]
+            for g in range(GROUPS):
+                row = (kv * GROUPS + g) * D + c
+                table["q"][kv, c] += value(attention.q_proj.weight)[row].sum()
+                if attention.q_proj.bias is not None:
+                    table["q"][kv, c] += value(attention.q_proj.bias)[row]
+                table["o"][kv, c] += value(attention.o_proj.weight)[:, row].sum()
+    table = {name: t / t.mean() for name, t in table.items()}
+    return (table["q"] + table["k"]) / 2, (table["v"] + table["o"]) / 2
+
+
+def check(found, expected):
+    torch.testing.assert_close(found.qk, expected[0].detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.vo, expected[1].detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "size"), [("l1", torch.abs), ("l2", torch.square)])
+def test_l1_and_l2(model, name, size):
+    for found, block in zip(scores(model, name), model.model.layers, strict=True):
+        check(found, loop_scores(block.self_attn, size))
+
+
+def test_taylor_is_the_plain_gradient_of_the_mean_loss(model):
+    found = scores(model, "taylor")
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())  # left as it was
+    ids = torch.cat(batches())
+    model(ids, labels=ids).loss.backward()
+    for score, block in zip(found, model.model.layers, strict=True):
+        check(score, loop_scores(block.self_attn, lambda p: (p * p.grad).abs()))
+
+
+def test_energy_from_captured_projections(model):
+    found = scores(model, "energy")
+    captured = {}
+
+    def keep(index):
+        return lambda _m, args, kwargs: captured.__setitem__(index, kwargs["hidden_states"])
+
+    for index, block in enumerate(model.model.layers):
+        block.self_attn.register_forward_pre_hook(keep(index), with_kwargs=True)
+    model(torch.cat(batches()))
+    for index, (score, block) in enumerate(zip(found, model.model.layers, strict=True)):
+        a = block.self_attn
+        x = captured[index].reshape(-1, model.config.hidden_size)
+        q, k, v = a.q_proj(x), a.k_proj(x), a.v_proj(x)
+        qk, vo = torch.zeros(KV, D), torch.zeros(KV, D)
+        for kv in range(KV):
+            for c in range(D):
+                pair = [c % (D // 2), c % (D // 2) + D // 2]
+                key = sum(k[:, kv * D + p].square().mean() for p in pair)
+                query, column = 0.0, 0.0
+                for g in range(GROUPS):
+                    head = (kv * GROUPS + g) * D
+                    query += sum(q[:, head + p].square().mean() for p in pair)
+                    column += a.o_proj.weight[:, head + c].square().sum()
+                qk[kv, c] = query * key / 2
+                vo[kv, c] = v[:, kv * D + c].square().mean() * column
+        check(score, (qk, vo))
+
+
+def test_bfloat16_statistics_stay_close_to_float32(model):
+    exact = scores(model, "energy")
+    for found, expected in zip(scores(model.to(torch.bfloat16), "energy"), exact, strict=True):
+        torch.testing.assert_close(found.vo, expected.vo, rtol=0.05, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(IMPORTANCE))
+def test_nan_names_the_layer(model, name):
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
+    layer = "layer 0" if name == "taylor" else "layer 1"  # a gradient of layer 0 has passed layer 1
+    with pytest.raises(NotFinite, match=layer):
+        scores(model, name)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_selection_by_brute_force(joint):
+    from itertools import combinations
+
+    from kvprune.channels.importance import Scores
+
+    generator = torch.Generator().manual_seed(3)
+    score = Scores(torch.rand(KV, D, generator=generator), torch.rand(KV, D, generator=generator))
+    units = [[c, c + D // 2] for c in range(D // 2)]
+    kept = select(score, 4, torch.tensor(units), joint)
+    for head in range(KV):
+        mixed = score.qk[head] / score.qk.mean() + score.vo[head] / score.vo.mean()
+        by_units = [sorted(a + b) for a, b in combinations(units, 2)]
+        singles = [list(c) for c in combinations(range(D), 4)]
+        qk = max(by_units, key=lambda c: (mixed if joint else score.qk[head])[c].sum())
+        vo = qk if joint else max(singles, key=lambda c: score.vo[head][c].sum())
+        assert kept.qk[head].tolist() == qk
+        assert kept.vo[head].tolist() == vo

@@ -1,0 +1,212 @@
+"""`prune` from end to end on a tiny checkpoint."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import kvprune
+from kvprune import errors
+from kvprune.measure.memory import cache_bytes
+from tiny import tiny_model
+
+QUICK = {"calibration_tokens": 512, "calibration_window": 64, "eval_tokens": 512, "windows": (32, 64), "device": "cpu"}
+COARSE = {**QUICK, "align": 2, "min_width": 4}
+
+
+@pytest.mark.parametrize("importance", ["energy", "taylor", "l1", "l2"])
+@pytest.mark.parametrize("channels", ["split", "joint"])
+def test_half_of_the_bytes_go_and_the_folder_loads(checkpoint, texts, tmp_path, importance, channels):
+    out = tmp_path / "out"
+    result = kvprune.prune(checkpoint, out, ratio=0.5, importance=importance, channels=channels, **COARSE)
+    record = json.loads((out / "kvprune.json").read_text())
+    kv = record["kv_bytes_per_token"]
+    assert kv["dense"] == 2 * 4 * 2 * 32 * 4
+    assert abs(kv["pruned"] / kv["dense"] - 0.5) <= 0.01
+    assert record["ratio_achieved"] == pytest.approx(1 - kv["pruned"] / kv["dense"])
+    if channels == "joint":
+        assert all(layer.qk == layer.vo for layer in result.plan.layers)
+
+    model = AutoModelForCausalLM.from_pretrained(out)
+    ids = torch.randint(3, 300, (1, 9))
+    generated = model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    cache = generated.past_key_values
+    assert cache_bytes(cache) == kv["pruned"] * cache.get_seq_length()
+    by_hand = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    assert cache_bytes(cache) == by_hand
+    assert record["parameters"]["pruned"] == sum(p.numel() for p in model.parameters())
+    assert record["parameters"]["dense"] == sum(p.numel() for p in tiny_model_like(checkpoint).parameters())
+
+    assert kvprune.PruningPlan.read(out) == result.plan
+    assert {row["window"] for row in record["perplexity"]} == {32, 64}
+    assert all(row["tokens"] == 512 // row["window"] * (row["window"] - 1) for row in record["perplexity"])
+    assert not (out / ".resume").exists()
+
+
+def tiny_model_like(checkpoint):
+    return AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_record_has_the_contract_fields(checkpoint, texts):
+    record = kvprune.prune(checkpoint, ratio=0.5, **COARSE).record
+    contract = "source ratio ratio_achieved kv_bytes_per_token parameters widths layout method perplexity seconds"
+    assert set(contract.split()) | {"peak_memory_bytes", "versions", "seed"} <= set(record)
+    assert set(record["perplexity"][0]) == {"text", "window", "tokens", "dense", "pruned"}
+    assert {"load", "importance", "sensitivity", "surgery"} <= set(record["seconds"])
+    assert len(record["widths"]) == 4
+    assert sum(record["widths"]) == 64
+
+
+def test_ratio_zero_keeps_the_model(checkpoint, texts, tmp_path):
+    result = kvprune.prune(checkpoint, tmp_path / "out", ratio=0.0, **QUICK)
+    ids = torch.randint(3, 300, (2, 9))
+    dense = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits, dense(ids).logits)
+    assert all(row["dense"] == row["pruned"] for row in result.record["perplexity"])
+
+
+def test_preset_is_the_paper(checkpoint, texts):
+    plan = kvprune.prune(checkpoint, ratio=0.5, preset="kvpruner", **COARSE).plan
+    assert (plan.method["importance"], plan.method["channels"]) == ("taylor", "joint")
+    assert plan.method["allocation"] == "sensitivity"
+    assert plan.sensitivity is not None
+
+
+def test_layouts_and_allocations(checkpoint, texts):
+    uniform = kvprune.prune(checkpoint, ratio=0.4, layout="uniform", **QUICK).plan
+    assert uniform.widths == [24] * 4 or uniform.widths == [16] * 4
+    assert kvprune.prune(checkpoint, ratio=0.5, allocation="uniform", **QUICK).plan.widths == [16] * 4
+    ranked = kvprune.prune(checkpoint, ratio=0.5, allocation="rank", **COARSE).plan
+    order = sorted(range(4), key=lambda i: ranked.sensitivity[i])
+    assert [ranked.widths[i] for i in order] == sorted(ranked.widths)
+
+
+def test_a_saved_plan_gives_the_same_model_again(checkpoint, texts, tmp_path):
+    first = kvprune.prune(checkpoint, tmp_path / "a", ratio=0.5, **COARSE)
+    second = kvprune.prune(checkpoint, tmp_path / "b", plan=str(tmp_path / "a" / "plan.json"), **COARSE)
+    assert first.plan.layers == second.plan.layers
+    for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_file_is_calibrated_on_its_beginning_and_judged_on_its_end(checkpoint, texts):
+    path = str(texts / "ptb-valid.txt")
+    result = kvprune.prune(checkpoint, ratio=0.5, calibration=path, **COARSE)
+    assert result.record["perplexity"][0]["text"] == f"{path} (its end)"
+    with pytest.raises(errors.BadOption, match="--eval"):
+        kvprune.prune(checkpoint, ratio=0.5, calibration=path, **{**COARSE, "eval_tokens": 10**6})
+    with pytest.raises(errors.UnknownText, match="test split"):
+        kvprune.prune(checkpoint, calibration=str(texts / "ptb-test.txt"), **COARSE)
+
+
+RUN = """
+import sys, json, time, kvprune
+from kvprune.channels import journal
+slow = journal.Journal.add
+def add(*a):
+    slow(*a)
+    time.sleep(0.05)
+journal.Journal.add = add
+kvprune.prune(sys.argv[1], sys.argv[2], ratio=0.5, **json.loads(sys.argv[3]))
+"""
+
+
+def test_kill_and_resume_gives_the_same_plan(checkpoint, texts, tmp_path):
+    options = {**COARSE, "calibration_tokens": 4096 * 3, "windows": [32, 64]}
+    command = [sys.executable, "-c", RUN, str(checkpoint), str(tmp_path / "cut"), json.dumps(options)]
+    process = subprocess.Popen(command, env=dict(os.environ), stderr=subprocess.DEVNULL)
+    losses = tmp_path / "cut" / ".resume" / "losses.jsonl"
+    deadline = time.monotonic() + 120
+    while not (losses.exists() and losses.read_text().count("\n") >= 7):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    found = losses.read_text()
+    with pytest.raises(errors.UnknownSource, match="unfinished"):
+        kvprune.load(tmp_path / "cut")
+    options["windows"] = (32, 64)
+    with pytest.raises(errors.OutputExists, match="--resume"):
+        kvprune.prune(checkpoint, tmp_path / "cut", ratio=0.5, **options)
+    resumed = kvprune.prune(checkpoint, tmp_path / "cut", ratio=0.5, resume=True, **options)
+    assert "importance" not in resumed.record["seconds"]
+    assert found.count("\n") >= 7
+    kvprune.prune(checkpoint, tmp_path / "whole", ratio=0.5, **options)
+    layers = [(tmp_path / name / "plan.json").read_text().split('"layers": [')[-1] for name in ("cut", "whole")]
+    assert layers[0] == layers[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"ratio": 0.99}, errors.UnreachableRatio, "0 to 0.5"),
+        ({"ratio": -0.1}, errors.UnreachableRatio, "0 to 0.5"),
+        ({"ratio": 1.0}, errors.UnreachableRatio, "0 to 0.5"),
+        ({"ratio": float("nan")}, errors.UnreachableRatio, "0 to 0.5"),
+        ({"importance": "l3"}, errors.BadOption, "energy, taylor, l1, l2"),
+        ({"preset": "x"}, errors.BadOption, "kvpruner"),
+        ({"repair": "magic"}, errors.BadOption, "none"),
+        ({"calibration": "nosuch"}, errors.UnknownText, "wikitext2, ptb"),
+        ({"eval": ("nosuch",)}, errors.UnknownText, "nosuch"),
+        ({"calibration_tokens": 10**6}, errors.TextTooShort, "1000000|tokens"),
+        ({"eval_tokens": 10**6}, errors.TextTooShort, "tokens"),
+        ({"align": 3}, errors.BadOption, "--align 3"),
+        ({"device": "nosuch"}, errors.BadOption, "nosuch"),
+        ({"dtype": "int3"}, errors.BadOption, "int3"),
+        ({"plan": "nosuch.json"}, errors.PlanMismatch, "nosuch.json"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_writes_nothing(checkpoint, texts, tmp_path, options, error, message):
+    with pytest.raises(error, match=message) as caught:
+        kvprune.prune(checkpoint, tmp_path / "out", **{**QUICK, **options})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use_is_not_overwritten(checkpoint, texts, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(errors.OutputExists):
+            kvprune.prune(checkpoint, tmp_path / "out", resume=resume, **QUICK)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_a_pruned_folder_is_not_pruned_again(checkpoint, texts, tmp_path):
+    kvprune.prune(checkpoint, tmp_path / "once", ratio=0.5, **COARSE)
+    with pytest.raises(errors.BadOption, match="pruned already"):
+        kvprune.prune(tmp_path / "once", tmp_path / "twice", **COARSE)
+
+
+def test_nan_weights_are_named_and_leave_nothing(texts, checkpoint, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        model.model.layers[2].self_attn.k_proj.weight[3, 3] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    kvprune.load_tokenizer(checkpoint).save_pretrained(tmp_path / "nan")
+    with pytest.raises(errors.NotFinite, match="layer 2"):
+        kvprune.prune(tmp_path / "nan", tmp_path / "out", **COARSE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bfloat16(checkpoint, texts):
+    result = kvprune.prune(checkpoint, ratio=0.5, dtype="bfloat16", **COARSE)
+    assert result.model.dtype == torch.bfloat16
+    assert result.record["kv_bytes_per_token"]["dense"] == 2 * 4 * 2 * 32 * 2
+
+
+def test_other_models_are_refused(tmp_path, texts):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=30))
+    model.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(errors.UnsupportedArchitecture, match="llama, mistral, qwen2"):
+        kvprune.prune(tmp_path / "gpt2", tmp_path / "out", **QUICK)
+    assert tiny_model("llama") is not None

@@ -1,0 +1,139 @@
+"""Phase A against the slow way, its cost, and what it leaves behind."""
+
+import pytest
+import torch
+
+from kvprune.channels.importance import IMPORTANCE
+from kvprune.channels.journal import Journal
+from kvprune.channels.masking import masked
+from kvprune.channels.selection import Kept
+from kvprune.channels.sensitivity import measure_sensitivity
+from kvprune.channels.statistics import score_layers
+from kvprune.errors import NotFinite, OutputExists
+from kvprune.models.view import ModelView
+from tiny import VOCABULARY, mask_dense, random_layers, tiny_model
+
+LAYERS, D = 4, 16
+
+
+@pytest.fixture(params=["llama", "mistral", "qwen2-sliding"])
+def model(request):
+    return tiny_model(request.param, groups=2, layers=LAYERS)
+
+
+def batches():
+    return list(torch.randint(3, VOCABULARY, (5, 13), generator=torch.Generator().manual_seed(1)).split(2))
+
+
+def probes_of(layers):
+    return [Kept(torch.tensor(qk), torch.tensor(vo)) for qk, vo in layers]
+
+
+def full_loss(model):
+    ids = torch.cat(batches())
+    return model(ids, labels=ids).loss.item()
+
+
+def test_equals_masking_one_block_at_a_time(model):
+    layers = random_layers(model, [8] * LAYERS)
+    found = measure_sensitivity(ModelView(model), batches(), probes_of(layers), Journal(), lambda n: None)
+    whole = [list(range(D))] * 2
+    for block in range(LAYERS):
+        one = [layer if i == block else (whole, whole) for i, layer in enumerate(layers)]
+        expected = full_loss(mask_dense(model, one)) - full_loss(model)
+        assert abs(expected) > 1e-5
+        assert found[block] == pytest.approx(expected, abs=2e-6)
+
+
+def test_removing_everything_leaves_the_attention_constant(model):
+    empty = Kept(torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long))
+    view = ModelView(model)
+    ids = torch.randint(3, VOCABULARY, (1, 7))
+    outputs = []
+    hook = model.model.layers[0].self_attn.register_forward_hook(lambda _m, _a, out: outputs.append(out[0]))
+    with masked(view.attention[0], empty), torch.no_grad():
+        model(ids)
+    hook.remove()
+    assert torch.allclose(outputs[0], outputs[0][:, :1].expand_as(outputs[0]), atol=1e-6)
+
+
+def test_masking_restores_every_bit_after_an_error(model):
+    view = ModelView(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    probe = probes_of(random_layers(model, [8] * LAYERS))[1]
+    name = "model.layers.1.self_attn.k_proj.weight"
+
+    def fail_inside():
+        with masked(view.attention[1], probe):
+            assert not torch.equal(model.state_dict()[name], before[name])
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("importance", sorted(IMPORTANCE))
+def test_block_forwards_stay_within_the_bound(model, importance):
+    """L (L + 1) / 2 + 2 L per batch, the importance pass included. Counted in windows through a block, since taylor
+    takes a batch window by window."""
+    view = ModelView(model)
+    count = 0
+
+    def hook(_block, args, kwargs, _output):
+        nonlocal count
+        count += len(args[0] if args else kwargs["hidden_states"])
+
+    for block in view.blocks:
+        block.register_forward_hook(hook, with_kwargs=True)
+    windows = sum(len(batch) for batch in batches())
+    score_layers(view, IMPORTANCE[importance], batches(), lambda n: None)
+    measure_sensitivity(view, batches(), probes_of(random_layers(model, [8] * LAYERS)), Journal(), lambda n: None)
+    assert 0 < count <= windows * (LAYERS * (LAYERS + 1) // 2 + 2 * LAYERS)
+
+
+def test_a_journal_resumes_where_it_was_cut(model, tmp_path):
+    view, probes = ModelView(model), probes_of(random_layers(model, [8] * LAYERS))
+    complete = measure_sensitivity(view, batches(), probes, Journal(), lambda n: None)
+
+    journal = Journal.open(tmp_path / "out", {"ratio": 0.5}, resume=False)
+
+    class Cut(Exception):
+        pass
+
+    done = 0
+
+    def advance(steps):
+        nonlocal done
+        done += steps
+        if done == 6:  # in the middle of the second batch
+            raise Cut
+
+    with pytest.raises(Cut):
+        measure_sensitivity(view, batches(), probes, journal, advance)
+    losses = tmp_path / "out" / ".resume" / "losses.jsonl"
+    losses.write_text(losses.read_text() + "[1, 3, 12.")  # what a kill leaves of a line
+
+    again = Journal.open(tmp_path / "out", {"ratio": 0.5}, resume=True)
+    assert len(again.losses) == 6 + 2
+    steps = []
+    assert measure_sensitivity(view, batches(), probes, again, steps.append) == complete
+    assert sum(steps) == LAYERS * len(batches())
+    assert len(losses.read_text().splitlines()) == (LAYERS + 1) * len(batches())
+
+
+def test_a_journal_of_other_settings_is_refused(tmp_path):
+    Journal.open(tmp_path / "out", {"ratio": 0.5}, resume=False)
+    with pytest.raises(OutputExists, match="--resume"):
+        Journal.open(tmp_path / "out", {"ratio": 0.5}, resume=False)
+    with pytest.raises(OutputExists, match=r"ratio=0\.5, not 0\.25"):
+        Journal.open(tmp_path / "out", {"ratio": 0.25}, resume=True)
+
+
+def test_nan_in_a_loss_names_the_layer(model):
+    view = ModelView(model)
+    probes = probes_of(random_layers(model, [8] * LAYERS))
+    with torch.no_grad():  # a value that only matters when another channel is gone
+        model.model.layers[2].self_attn.o_proj.weight[:] = float("inf")
+    with pytest.raises(NotFinite, match="dense model"):
+        measure_sensitivity(view, batches(), probes, Journal(), lambda n: None)

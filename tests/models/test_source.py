@@ -1,0 +1,156 @@
+"""Every kind of source loads, and what cannot be read is said in one line."""
+
+import shutil
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import kvprune
+from kvprune import errors
+from kvprune.models.attention import rope_pairs
+from kvprune.models.view import BlockRunner, ModelView
+from tiny import tiny_model
+
+
+def test_folder(checkpoint):
+    ids = torch.randint(3, 300, (1, 7))
+    assert torch.equal(
+        kvprune.load(checkpoint)(ids).logits, AutoModelForCausalLM.from_pretrained(checkpoint)(ids).logits
+    )
+    assert kvprune.load(checkpoint, dtype="bfloat16").dtype == torch.bfloat16
+    assert kvprune.load_tokenizer(checkpoint)("the cat")["input_ids"]
+
+
+def bad_sources(tmp_path, checkpoint):
+    """name -> (source, error)"""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    pickle = tmp_path / "pickle"
+    pickle.mkdir()
+    shutil.copy(checkpoint / "config.json", pickle)
+    torch.save({}, pickle / "pytorch_model.bin")
+    cut = tmp_path / "cut"
+    shutil.copytree(checkpoint, cut)
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    no_weights = tmp_path / "no-weights"
+    no_weights.mkdir()
+    shutil.copy(checkpoint / "config.json", no_weights)
+    text = tmp_path / "notes.txt"
+    text.write_text("hello")
+    fake = tmp_path / "fake.gguf"
+    fake.write_bytes(b"not a gguf")
+    return {
+        "missing folder": (tmp_path / "nosuch", errors.UnknownSource),
+        "missing gguf": (tmp_path / "nosuch.gguf", errors.UnknownSource),
+        "empty": (empty, errors.UnknownSource),
+        "pickle": (pickle, errors.UnsafeWeights),
+        "cut": (cut, errors.BrokenCheckpoint),
+        "no weights": (no_weights, errors.BrokenCheckpoint),
+        "text file": (text, errors.UnknownSource),
+        "fake gguf": (fake, errors.BrokenCheckpoint),
+        "hub, offline": ("nobody/nothing", errors.UnknownSource),
+    }
+
+
+KINDS = [
+    "missing folder",
+    "missing gguf",
+    "empty",
+    "pickle",
+    "cut",
+    "no weights",
+    "text file",
+    "fake gguf",
+    "hub, offline",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unreadable_sources(tmp_path, checkpoint, kind):
+    source, error = bad_sources(tmp_path, checkpoint)[kind]
+    with pytest.raises(error) as caught:
+        kvprune.load(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_gguf_loads_dequantised(tmp_path):
+    """A float32 GGUF written by hand gives the model it was written from."""
+    model = tiny_model("llama", kv_heads=2, groups=2, head_dim=32, layers=1)
+    config = model.config
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(32)
+    writer.add_value_length(32)
+    writer.add_rope_dimension_count(32)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    names = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+        "self_attn.q_proj.weight": "attn_q.weight",
+        "self_attn.k_proj.weight": "attn_k.weight",
+        "self_attn.v_proj.weight": "attn_v.weight",
+        "self_attn.o_proj.weight": "attn_output.weight",
+        "mlp.gate_proj.weight": "ffn_gate.weight",
+        "mlp.up_proj.weight": "ffn_up.weight",
+        "mlp.down_proj.weight": "ffn_down.weight",
+        "input_layernorm.weight": "attn_norm.weight",
+        "post_attention_layernorm.weight": "ffn_norm.weight",
+    }
+    for name, tensor in model.state_dict().items():
+        array = tensor.numpy()
+        if "q_proj" in name or "k_proj" in name:  # llama.cpp interleaves the halves of a head
+            heads = 4 if "q_proj" in name else 2
+            array = array.reshape(heads, 2, 16, -1).swapaxes(1, 2).reshape(array.shape)
+        layer = "blk.0." if "layers.0." in name else ""
+        writer.add_tensor(layer + names[name.removeprefix("model.layers.0.")], np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ids = torch.randint(3, 300, (1, 7))
+    loaded = kvprune.load(path, dtype="float32")
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+    loaded.save_pretrained(tmp_path / "again")  # as a plain dense checkpoint
+    assert torch.equal(kvprune.load(tmp_path / "again")(ids).logits, loaded(ids).logits)
+
+
+def test_view_is_live_and_right_side_up():
+    model = tiny_model("qwen2", kv_heads=2, groups=3, head_dim=8)
+    weights = ModelView(model).attention[1].weights()
+    linear = model.model.layers[1].self_attn
+    assert torch.equal(weights.q[1, 2, 5], linear.q_proj.weight[(1 * 3 + 2) * 8 + 5])
+    assert torch.equal(weights.q_bias[1, 2, 5], linear.q_proj.bias[(1 * 3 + 2) * 8 + 5])
+    assert torch.equal(weights.k[1, 5], linear.k_proj.weight[8 + 5])
+    assert torch.equal(weights.o[1, 2, 5], linear.o_proj.weight[:, (1 * 3 + 2) * 8 + 5])
+    with torch.no_grad():
+        weights.o[1, 2, 5] = 7
+    assert (linear.o_proj.weight[:, (1 * 3 + 2) * 8 + 5] == 7).all()
+
+
+def test_units_are_rope_pairs():
+    assert rope_pairs(8, "half").tolist() == [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2-sliding"])
+@torch.no_grad()
+def test_a_rerun_from_any_block_gives_the_model_output(family):
+    model = tiny_model(family, layers=3)
+    ids = torch.randint(3, 300, (2, 12))
+    runner = BlockRunner(ModelView(model), ids)
+    expected = model.model(ids).last_hidden_state
+    assert torch.equal(runner.output, expected)
+    for start in range(3):
+        assert torch.equal(runner.rerun(start), expected)

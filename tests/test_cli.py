@@ -1,0 +1,86 @@
+"""The command line as scripts see it: exit codes, one JSON object on stdout, one line on stderr."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+QUICK = ["--calibration-tokens", "512", "--eval-tokens", "512", "--window", "64", "--align", "2", "--min-width", "4"]
+
+
+def run(*arguments, **kwargs):
+    command = [sys.executable, "-m", "kvprune.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture
+def pruned(checkpoint, texts, tmp_path):
+    result = run("prune", checkpoint, "--out", tmp_path / "out", "--ratio", 0.5, "--json", *QUICK)
+    assert result.returncode == 0, result.stderr
+    return tmp_path / "out", result
+
+
+def test_prune_show_eval_generate(checkpoint, pruned):
+    out, result = pruned
+    record = json.loads(result.stdout)
+    assert record == json.loads((out / "kvprune.json").read_text())
+    assert "sensitivity" in result.stderr  # a bar per phase
+
+    shown = run("show", out, "--json")
+    assert json.loads(shown.stdout) == record
+    table = run("show", out).stdout
+    for part in ("KV bytes per token", "parameters", "perplexity", "layer 3", "sensitivity", "peak memory"):
+        assert part in table
+
+    evaluated = run("eval", checkpoint, "--against", out, "--text", "ptb", "--window", 32, "--tokens", 256, "--json")
+    (row,) = json.loads(evaluated.stdout)["perplexity"]
+    assert (row["text"], row["window"], row["tokens"], len(row["values"])) == ("ptb", 32, 248, 2)
+    assert "KV bytes" in run("eval", out, "--text", "ptb", "--window", 32, "--tokens", 256).stdout
+
+    generated = json.loads(run("generate", out, "the cat", "--max-new-tokens", 5, "--json").stdout)
+    assert 0 < generated["new_tokens"] <= 5
+    assert generated["cache_bytes"] == generated["cache_tokens"] * record["kv_bytes_per_token"]["pruned"]
+    assert run("generate", out, "the cat", "--max-new-tokens", 5).stdout.startswith("the cat")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ratio", "2"], "0 to 0.875"),
+        (["--calibration", "nosuch"], "unknown text"),
+        (["--preset", "kvpruner", "--importance", "l1"], "--importance"),
+        (["--device", "nosuch"], "nosuch"),
+        (["--ratio", "half"], "--ratio"),
+        (["--nosuch"], "--nosuch"),
+    ],
+)
+def test_mistakes_exit_with_2_and_one_line(checkpoint, texts, tmp_path, arguments, message):
+    result = run("prune", checkpoint, "--out", tmp_path / "out", *QUICK, *arguments)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    said = [line for line in result.stderr.splitlines() if line.startswith("kvprune:")]
+    assert said == result.stderr.splitlines()[-1:]
+    assert not (tmp_path / "out").exists()
+
+
+def test_our_faults_exit_with_1_and_a_traceback(checkpoint):
+    code = "import sys, kvprune; from kvprune import cli\ndef broken(*a, **k): raise KeyError('ours')\n"
+    code += f"kvprune.generate = broken; sys.argv = ['kvprune', 'generate', '{checkpoint}', 'x']; cli.main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_no_verb_shows_the_help():
+    assert "prune" in run().stdout
+    assert "--ratio" in run("prune", "--help").stdout
+
+
+def test_importing_is_light():
+    """No model code is loaded before it is needed; the time itself is measured in benchmarks."""
+    code = "import sys, kvprune; print('kvprune.runtime.modeling' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"

@@ -1,0 +1,82 @@
+"""Text: where names lead, and windows of exactly the asked tokens."""
+
+import sys
+import types
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from kvprune import errors
+from kvprune.text.corpus import read_text
+from kvprune.text.windows import token_ids, windows
+from tiny import tiny_tokenizer, words
+
+TOKENIZER = tiny_tokenizer()
+TEXT = words(3000)
+WHOLE = TOKENIZER(TEXT)["input_ids"]
+
+
+def test_names_are_files_in_the_data_folder(texts):
+    assert read_text("ptb", "test") == (texts / "ptb-test.txt").read_text()
+    assert read_text("ptb", "valid") == (texts / "ptb-valid.txt").read_text()
+    assert read_text(str(texts / "ptb-test.txt"), "test") == (texts / "ptb-test.txt").read_text()
+
+
+@pytest.mark.parametrize(("name", "split", "rows"), [("wikitext2", "validation", "text"), ("ptb", "test", "sentence")])
+def test_names_come_from_the_hub_otherwise(monkeypatch, tmp_path, name, split, rows):
+    monkeypatch.setenv("KVPRUNE_DATA", str(tmp_path))
+    asked = {}
+
+    def load_dataset(repository, configuration, split):
+        asked.update(repository=repository, split=split)
+        return {rows: ["one\n", "two\n"]}
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    text = read_text(name, "valid" if split == "validation" else "test")
+    assert text.replace("\n", "") == "onetwo"
+    assert asked["split"] == split
+    assert "/" in asked["repository"]
+
+
+def test_without_data_or_hub_the_message_says_both_ways(monkeypatch):
+    monkeypatch.delenv("KVPRUNE_DATA", raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(errors.UnknownText, match="KVPRUNE_DATA") as error:
+        read_text("wikitext2", "test")
+    assert "kvprune[text]" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["nosuch", "wiki", ""])
+def test_unknown_names(texts, name):
+    with pytest.raises(errors.UnknownText):
+        read_text(name, "valid")
+
+
+def test_bytes_are_no_text(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(errors.UnknownText, match="UTF-8"):
+        read_text(str(tmp_path / "x.txt"), "valid")
+
+
+@given(st.integers(2, 80), st.integers(2, 3000))
+def test_windows_are_the_beginning_of_the_text(window, tokens):
+    found = windows(TEXT, TOKENIZER, window, tokens)
+    count = max(tokens // window, 1)
+    assert found.shape == (count, window)
+    assert found.flatten().tolist() == WHOLE[: count * window]
+
+
+def test_the_whole_text_without_a_limit():
+    assert windows(TEXT, TOKENIZER, 100).shape == (len(WHOLE) // 100, 100)
+    assert torch.equal(token_ids(TEXT, TOKENIZER), torch.tensor(WHOLE))
+
+
+def test_a_short_text_says_how_short():
+    with pytest.raises(errors.TextTooShort, match=f"has {len(WHOLE)} tokens"):
+        windows(TEXT, TOKENIZER, 100, len(WHOLE) + 100)
+    with pytest.raises(errors.TextTooShort):
+        windows("the cat", TOKENIZER, 100)
+    with pytest.raises(errors.UnknownText, match="empty"):
+        windows("  \n", TOKENIZER, 2)

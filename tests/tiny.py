@@ -1,0 +1,182 @@
+"""Tiny random models of every family, a tokenizer for them, and the masked dense reference.
+
+The reference is written from the exactness rules with plain loops and shares no code with the library.
+"""
+
+import copy
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from kvprune.channels.plan import LayerPlan, Model, PruningPlan
+from kvprune.models.view import ModelView
+
+VOCABULARY = 300
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "llama-bias": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True}),
+    "llama3-rope": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 6}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen2-sliding": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    ),
+}
+
+
+def tiny_model(family: str, *, kv_heads=2, groups=1, head_dim=16, layers=2, attention="sdpa", seed=0, **extra):
+    """A random model in eval mode, float32, with biases that are not zero."""
+    config_class, model_class, options = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = config_class(
+        vocab_size=VOCABULARY,
+        hidden_size=12 * kv_heads * groups,
+        intermediate_size=40,
+        num_hidden_layers=layers,
+        num_attention_heads=kv_heads * groups,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=128,
+        attn_implementation=attention,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **options,
+        **extra,
+    )
+    model = model_class(config).eval()
+    for name, parameter in model.named_parameters():
+        scale = 0.5 if name.endswith("bias") else 0.1
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=scale)
+    return model
+
+
+def make_plan(model, layers, ratio=0.5) -> PruningPlan:
+    """A plan from [(qk, vo) per layer], lists of kept channels per KV head."""
+    view = ModelView(model)
+    return PruningPlan(
+        model=Model(source="tiny", revision=None, architecture=view.family.model_type, **vars(view.shape)),
+        ratio=ratio,
+        layout="per-layer",
+        method={},
+        calibration=None,
+        sensitivity=None,
+        seed=0,
+        versions={},
+        layers=tuple(LayerPlan.model_validate({"qk": qk, "vo": vo}) for qk, vo in layers),
+    )
+
+
+def random_layers(model, widths, seed=0):
+    """Random kept channels of the given widths, RoPE pairs whole, different for every head."""
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config
+    half = config.head_dim // 2
+    layers = []
+    for width in widths:
+        qk, vo = [], []
+        for _ in range(config.num_key_value_heads):
+            pairs = torch.randperm(half, generator=generator)[: width // 2].tolist()
+            qk.append(sorted(pairs + [p + half for p in pairs]))
+            vo.append(sorted(torch.randperm(config.head_dim, generator=generator)[:width].tolist()))
+        layers.append((qk, vo))
+    return layers
+
+
+def mask_dense(model, layers):
+    """A copy of the dense model with the removed channels masked: Q/K rows zeroed with their biases, V rows zeroed
+    without theirs, O untouched."""
+    masked = copy.deepcopy(model)
+    d = model.config.head_dim
+    groups = model.config.num_attention_heads // model.config.num_key_value_heads
+    with torch.no_grad():
+        for block, (qk, vo) in zip(masked.model.layers, layers, strict=True):
+            attention = block.self_attn
+            for kv_head in range(model.config.num_key_value_heads):
+                for channel in range(d):
+                    if channel not in qk[kv_head]:
+                        zero_row(attention.k_proj, kv_head * d + channel)
+                        for group in range(groups):
+                            zero_row(attention.q_proj, (kv_head * groups + group) * d + channel)
+                    if channel not in vo[kv_head]:
+                        attention.v_proj.weight[kv_head * d + channel] = 0
+    return masked
+
+
+def zero_row(linear, row):
+    linear.weight[row] = 0
+    if linear.bias is not None:
+        linear.bias[row] = 0
+
+
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "house",
+    "river",
+    "saw",
+    "found",
+    "built",
+    "near",
+    "old",
+    "new",
+    "green",
+    "small",
+    "and",
+    "then",
+    "of",
+    "in",
+    "to",
+]
+
+
+def words(count: int, seed: int = 0) -> str:
+    """A text of random words, in lines."""
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(WORDS), (count,), generator=generator).tolist()
+    lines = [" ".join(WORDS[i] for i in picks[start : start + 12]) for start in range(0, count, 12)]
+    return "\n".join(lines) + "\n"
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on such text."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([words(2000)], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
