@@ -19,7 +19,7 @@ from tiny import make_plan, random_layers, tiny_model, tiny_tokenizer
 def parts():
     dense = tiny_model("llama")
     plan = make_plan(dense, random_layers(dense, (8, 12)))
-    return cut(ModelView(dense), plan), tiny_tokenizer(), plan.to_json(), {"widths": plan.widths}
+    return cut(ModelView(dense), plan), tiny_tokenizer(), plan.to_json(), lambda: {"widths": plan.widths}
 
 
 def test_everything_is_there(parts, tmp_path):

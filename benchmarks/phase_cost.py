@@ -1,0 +1,69 @@
+"""What each phase of the default prune costs, as a multiple of one dense forward pass over the same tokens.
+
+    KVPRUNE_DATA=DIR python benchmarks/phase_cost.py MODEL [--out benchmarks/results/phase_cost]
+
+The dense pass (with its loss, in the same batches) runs before and after the prune, three times each (median).
+Loading, evaluation and saving are reported apart from the sum. Needs a quiet machine.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import kvprune
+from kvprune.channels.prune import BATCH_TOKENS, versions
+from kvprune.measure.perplexity import perplexity
+from kvprune.progress import Bars
+from kvprune.text.corpus import read_text
+from kvprune.text.windows import windows
+
+TOKENS, WINDOW = 16384, 512
+COUNTED = ("importance", "sensitivity", "surgery")
+
+
+def dense_seconds(model, ids: torch.Tensor) -> float:
+    start = time.perf_counter()
+    perplexity(model, ids)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--importance", default="energy")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "phase_cost")
+    arguments = parser.parse_args()
+
+    model, tokenizer = kvprune.load(arguments.model), kvprune.load_tokenizer(arguments.model)
+    ids = windows(read_text("wikitext2", "valid"), tokenizer, WINDOW, TOKENS)
+    perplexity(model, ids[: BATCH_TOKENS // WINDOW])  # warm-up
+    passes = [dense_seconds(model, ids) for _ in range(3)]
+    record = kvprune.prune(arguments.model, importance=arguments.importance, progress=Bars()).record
+    passes += [dense_seconds(model, ids) for _ in range(3)]
+    one = statistics.median(passes)
+    multiples = {name: round(seconds / one, 2) for name, seconds in record["seconds"].items()}
+    result = {
+        "importance": arguments.importance,
+        "calibration_tokens": TOKENS,
+        "dense_pass_seconds": [round(seconds, 2) for seconds in passes],
+        "multiples_of_one_dense_pass": multiples,
+        "total_without_loading_and_evaluation": round(sum(multiples.get(name, 0) for name in COUNTED), 2),
+        "threads": torch.get_num_threads(),
+        "dtype": record["dtype"],
+        "perplexity": record["perplexity"],
+        "ratio_achieved": record["ratio_achieved"],
+        "peak_memory_bytes": record["peak_memory_bytes"],
+        "memory_formula_bytes": record["memory_formula_bytes"],
+        "versions": versions(),
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The README's commands run as they stand there, on a tiny model in place of the hub id."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMALLER = {
+    "prune": "--calibration-tokens 512 --eval-tokens 512 --window 64 --align 2 --min-width 4",
+    "eval": "--tokens 512",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_console_commands(checkpoint, texts, tmp_path):
+    commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ kvprune")]
+    assert {shlex.split(c)[1] for c in commands} >= {"prune", "eval", "generate", "show"}
+    for command in commands:
+        words = shlex.split(command.replace(HUB_ID, str(checkpoint)))
+        words += SMALLER.get(words[1], "").split()
+        result = subprocess.run(
+            [sys.executable, "-m", "kvprune.cli", *words[1:]], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert result.returncode == 0, f"{command}\n{result.stderr}"
+
+
+def test_python_example(checkpoint, texts, tmp_path, monkeypatch):
+    (code,) = blocks("python")
+    quick = "calibration_tokens=512, eval_tokens=512, windows=(64,), align=2, min_width=4"
+    code = code.replace(HUB_ID, str(checkpoint)).replace("ratio=0.5", f"ratio=0.5, {quick}")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_make_targets_exist():
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    for target in re.findall(r"`make ([a-z-]+)`", README):
+        assert f"\n{target}:" in makefile

@@ -1,0 +1,80 @@
+"""SmolLM2-135M-Instruct, half of its KV bytes removed through the command line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kvprune
+
+MODEL = os.environ.get("KVPRUNE_TEST_MODEL", "missing")
+QUICK = ["--calibration", "wiki", "--calibration-tokens", "4096", "--eval-tokens", "4096", "--window", "512"]
+
+
+@pytest.fixture(scope="module", params=["energy", "taylor"])
+def pruned(request, tmp_path_factory):
+    """(folder, record) of one run in a process of its own, so that its peak memory is its own."""
+    out = tmp_path_factory.mktemp(request.param) / "out"
+    command = [sys.executable, "-m", "kvprune.cli", "prune", MODEL, "--out", str(out), "--ratio", "0.5", "--json"]
+    result = subprocess.run([*command, "--importance", request.param, *QUICK], check=True, stdout=subprocess.PIPE)
+    return out, json.loads(result.stdout)
+
+
+def test_half_of_the_bytes_in_a_real_cache(pruned):
+    folder, record = pruned
+    kv = record["kv_bytes_per_token"]
+    assert kv["dense"] == 2 * 30 * 3 * 64 * 2
+    assert abs(kv["pruned"] / kv["dense"] - 0.5) <= 0.01
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer("The Eiffel Tower is", return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
+    tensors = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
+    assert len(tensors) == 60
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    assert size == kv["pruned"] * out.past_key_values.get_seq_length()
+
+
+def test_memory_stays_within_the_formula(pruned):
+    _, record = pruned
+    allowed = sum(record["memory_formula_bytes"].values())
+    name = record["method"]["importance"]
+    print(f"\n{name}: peak {record['peak_memory_bytes'] / 1e6:.0f} MB, formula {allowed / 1e6:.0f} MB")
+    assert 0 < record["peak_memory_bytes"] <= allowed
+
+
+def test_quality_is_what_it_was(pruned):
+    """Far from the first trials' figures means that something broke, in either direction."""
+    (row,) = pruned[1]["perplexity"]
+    assert 10 < row["dense"] < 40
+    assert row["dense"] * 1.5 < row["pruned"] < row["dense"] * 8
+
+
+@torch.no_grad()
+def test_masked_dense_model_agrees(pruned):
+    """In float32, on the real weights: the pruned logits are the masked dense model's."""
+    sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
+    from tiny import mask_dense
+
+    plan = kvprune.PruningPlan.read(pruned[0])
+    dense = kvprune.load(MODEL, dtype="float32")
+    from kvprune.channels.surgery import cut
+    from kvprune.models.view import ModelView
+
+    ids = torch.randint(0, 49152, (1, 64))
+    small = cut(ModelView(dense), plan)(ids).logits
+    masked = mask_dense(dense, [(layer.qk, layer.vo) for layer in plan.layers])(ids).logits
+    torch.testing.assert_close(small, masked, rtol=1e-4, atol=1e-3)
+
+
+@torch.no_grad()
+def test_compiled_decode(pruned):
+    """torch.compile with the default backend, static cache."""
+    model = AutoModelForCausalLM.from_pretrained(pruned[0], dtype=torch.float32)
+    ids = torch.randint(0, 49152, (1, 16))
+    expected = model(ids, use_cache=False).logits
+    compiled = torch.compile(model)(ids, use_cache=False).logits
+    torch.testing.assert_close(compiled, expected, rtol=1e-3, atol=1e-3)
