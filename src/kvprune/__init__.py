@@ -11,13 +11,12 @@ from kvprune import errors
 from kvprune.runtime import register
 
 if TYPE_CHECKING:
-    from kvprune.api import load, load_tokenizer
+    from kvprune.api import generate, load, load_tokenizer
     from kvprune.channels.plan import PruningPlan
     from kvprune.channels.prune import Pruned, prune
     from kvprune.measure.evaluate import evaluate
     from kvprune.measure.perplexity import Perplexity, perplexity
     from kvprune.runtime.files import read_record
-    from kvprune.runtime.generate import generate
 
 _HOMES = {
     "load": "kvprune.api",
@@ -28,7 +27,7 @@ _HOMES = {
     "evaluate": "kvprune.measure.evaluate",
     "perplexity": "kvprune.measure.perplexity",
     "Perplexity": "kvprune.measure.perplexity",
-    "generate": "kvprune.runtime.generate",
+    "generate": "kvprune.api",
     "read_record": "kvprune.runtime.files",
 }
 

@@ -1,9 +1,13 @@
-"""Loading for users: one call for any source."""
+"""For users: load any source, and generate with it."""
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvprune.errors import BadOption
+from kvprune.measure.memory import cache_bytes
 from kvprune.models import source as sources
 
 
@@ -28,3 +32,44 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of any source that `load` takes."""
     return sources.load_tokenizer(sources.resolve(source, revision, trust_remote_code))
+
+
+def generate(
+    source: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Continue `prompt`; greedily, or sampled at `temperature`.
+
+    Returns {"prompt", "text" (the continuation), "new_tokens", "cache_tokens", "cache_bytes"}; the bytes are those
+    of the cache's real tensors after the last step.
+    """
+    if max_new_tokens < 1:
+        raise BadOption("--max-new-tokens must be at least 1")
+    if not prompt:
+        raise BadOption("the prompt is empty")
+    if not temperature >= 0:
+        raise BadOption("--temperature must not be negative")
+    resolved = sources.resolve(source, revision, trust_remote_code)
+    model, tokenizer = sources.load_model(resolved, device, dtype), sources.load_tokenizer(resolved)
+    torch.manual_seed(seed)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    how = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    output: Any = model.generate(  # type: ignore[operator]
+        **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **how
+    )
+    new = output.sequences[0, inputs["input_ids"].shape[1] :]
+    return {
+        "prompt": prompt,
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "new_tokens": len(new),
+        "cache_tokens": output.past_key_values.get_seq_length(),
+        "cache_bytes": cache_bytes(output.past_key_values),
+    }

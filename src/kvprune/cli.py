@@ -36,7 +36,7 @@ def prune(
     importance: Annotated[str | None, typer.Option(help="energy, taylor, l1 or l2  [default: energy]")] = None,
     channels: Annotated[str | None, typer.Option(help="split or joint  [default: split]")] = None,
     allocation: Annotated[str | None, typer.Option(help="sensitivity, rank or uniform  [default: sensitivity]")] = None,
-    layout: Annotated[str | None, typer.Option(help="per-layer or uniform  [default: per-layer]")] = None,
+    layout: Annotated[str | None, typer.Option(help="per-layer, uniform or portable  [default: per-layer]")] = None,
     repair: Annotated[str | None, typer.Option(help="none")] = None,
     preset: Annotated[str | None, typer.Option(help="kvpruner: the paper's choices")] = None,
     calibration: Annotated[str, typer.Option(help="text name or file")] = "wikitext2",

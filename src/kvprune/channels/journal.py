@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kvprune.channels.importance.base import Scores
-from kvprune.errors import NoSpace, OutputExists
-from kvprune.runtime.files import RESUME
+from kvprune.errors import OutputExists
+from kvprune.runtime.files import RESUME, writing_to
 
 _SETTINGS, _SCORES, _LOSSES = "settings.json", "scores.safetensors", "losses.jsonl"
 
@@ -59,11 +59,9 @@ class Journal:
                     "repeat its settings, or choose another --out"
                 )
             return cls(folder)
-        try:
+        with writing_to(out):
             folder.mkdir(parents=True, exist_ok=True)
             _write_atomically(folder / _SETTINGS, json.dumps(settings, indent=2).encode())
-        except OSError as error:
-            raise NoSpace(f"cannot write to {out}: {error.strerror}; free some space or choose another --out") from None
         return cls(folder)
 
     def add(self, batch: int, block: int, loss: float) -> None:
@@ -71,7 +69,7 @@ class Journal:
         self.losses[batch, block] = loss
         if self.folder is None:
             return
-        with (self.folder / _LOSSES).open("a") as file:
+        with writing_to(self.folder.parent), (self.folder / _LOSSES).open("a") as file:
             file.write(json.dumps([batch, block, loss]) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -82,8 +80,9 @@ class Journal:
             return
         tensors = {f"{i}.{name}": getattr(s, name).contiguous() for i, s in enumerate(scores) for name in ("qk", "vo")}
         partial = self.folder / (_SCORES + ".partial")
-        save_file(tensors, partial)
-        os.replace(partial, self.folder / _SCORES)
+        with writing_to(self.folder.parent):
+            save_file(tensors, partial)
+            os.replace(partial, self.folder / _SCORES)
 
     def load_scores(self) -> list[Scores] | None:
         """The kept scores, or None if that phase had not finished."""

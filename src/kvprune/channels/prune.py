@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvprune.channels import allocation
+from kvprune.channels import allocation, portable
 from kvprune.channels.importance import IMPORTANCE, Scores
 from kvprune.channels.journal import Journal
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
-from kvprune.channels.selection import Kept, everything, select
+from kvprune.channels.selection import Kept, everything, select, shared_pairs
 from kvprune.channels.sensitivity import measure_sensitivity
+from kvprune.channels.settings import PRESETS, Settings
 from kvprune.channels.statistics import score_layers
 from kvprune.channels.surgery import cut
 from kvprune.errors import BadOption, NotFinite
@@ -27,76 +28,7 @@ from kvprune.runtime.checkpoint import save
 from kvprune.text.corpus import is_file, read_text
 from kvprune.text.windows import token_ids, windows
 
-CHANNELS = ("split", "joint")
-ALLOCATIONS = ("sensitivity", "rank", "uniform")
-LAYOUTS = ("per-layer", "uniform")
 BATCH_TOKENS = 4096  # of a calibration batch: its hidden states of all layers are held at a time
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides a plan; two runs with the same settings give the same plan.
-
-    ratio: fraction of the KV bytes per token to remove. probe: fraction of a block's channels that its sensitivity
-    probe removes (None: the ratio). tau: see allocation.by_sensitivity. calibration_window and windows in tokens.
-    """
-
-    source: str
-    ratio: float = 0.5
-    importance: str = "energy"
-    channels: str = "split"
-    allocation: str = "sensitivity"
-    layout: str = "per-layer"
-    repair: str = "none"
-    probe: float | None = None
-    tau: float = 3.0
-    calibration: str = "wikitext2"
-    calibration_tokens: int = 16384
-    calibration_window: int = 512
-    eval: tuple[str, ...] = ()
-    eval_tokens: int = 16384
-    windows: tuple[int, ...] = (128, 2048)
-    align: int = 8
-    min_width: int = 16
-    device: str = "auto"
-    dtype: str = "auto"
-    seed: int = 0
-    revision: str | None = None
-    trust_remote_code: bool = False
-    plan: str | None = None
-
-    def __post_init__(self) -> None:
-        choices = {
-            "importance": tuple(IMPORTANCE),
-            "channels": CHANNELS,
-            "allocation": ALLOCATIONS,
-            "layout": LAYOUTS,
-            "repair": ("none",),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise BadOption(f"unknown {name} {getattr(self, name)!r}; choose {', '.join(allowed)}")
-        for name in ("calibration_tokens", "calibration_window", "eval_tokens"):
-            if getattr(self, name) < 2:
-                raise BadOption(f"{name} must be at least 2")
-        if not self.windows or min(self.windows) < 2:
-            raise BadOption("an evaluation window must have at least 2 tokens")
-        if not self.tau > 0:
-            raise BadOption("tau must be positive")
-        if self.probe is not None and not 0 < self.probe <= 1:
-            raise BadOption("the probe must lie above 0 and up to 1")
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # the paper: arXiv 2409.11057
-    "kvpruner": {
-        "importance": "taylor",
-        "channels": "joint",
-        "allocation": "sensitivity",
-        "layout": "per-layer",
-        "repair": "none",
-    }
-}
 
 
 @dataclass
@@ -152,10 +84,12 @@ class _Run:
             self._reachable(grid)
         else:
             given.check(view.family.model_type, view.shape, view.units.tolist())
+        if (s.layout if given is None else given.layout) == "portable":
+            portable.check(view)
         texts = self._texts(tokenizer, lm.config.max_position_embeddings)
         needs_text = given is None and s.ratio > 0
         batches = self._calibration(tokenizer, lm.config.max_position_embeddings) if needs_text else []
-        journal = Journal.open(self.out, asdict_json(s), self.resume) if self.out else Journal()
+        journal = Journal.open(self.out, s.as_json(), self.resume) if self.out else Journal()
 
         try:
             plan = given if given is not None else self._plan(view, source, grid, batches, journal)
@@ -180,7 +114,7 @@ class _Run:
     def _reachable(self, grid: allocation.Grid) -> None:
         """Refuse a ratio that the layout cannot reach before any work is done."""
         s = self.settings
-        if s.layout == "uniform":
+        if s.layout != "per-layer":
             allocation.one_width(s.ratio, grid)
         else:
             allocation.round_widths(allocation.uniform(grid.layers, s.ratio), s.ratio, grid)
@@ -230,6 +164,8 @@ class _Run:
             if s.layout == "per-layer" and s.allocation != "uniform":
                 sensitivity = self._sensitivity(view, scores, batches, journal)
             widths = self._widths(grid, sensitivity)
+            if s.layout == "portable":
+                scores = shared_pairs(scores)
             kept = [
                 select(score, width, view.units, s.channels == "joint")
                 for score, width in zip(scores, widths, strict=True)
@@ -266,12 +202,12 @@ class _Run:
 
     def _widths(self, grid: allocation.Grid, sensitivity: list[float] | None) -> list[int]:
         s = self.settings
-        if s.layout == "uniform":
+        if s.layout != "per-layer":
             widths = allocation.one_width(s.ratio, grid)
             achieved = 1 - widths[0] / grid.head_dim
             if abs(achieved - s.ratio) > 1e-9:
                 self.progress.say(
-                    f"layout uniform has one width for all layers: {widths[0]} is the nearest, ratio {achieved:.4g}"
+                    f"layout {s.layout} has one width for all layers: {widths[0]} is the nearest, ratio {achieved:.4g}"
                 )
             return widths
         if sensitivity is None:
@@ -345,11 +281,6 @@ def _model(view: ModelView, source: Source) -> Model:
 def _method(s: Settings) -> dict[str, Any]:
     names = ("importance", "channels", "allocation", "repair", "probe", "tau", "align", "min_width")
     return {name: getattr(s, name) for name in (*names, "calibration_window")}
-
-
-def asdict_json(settings: Settings) -> dict[str, Any]:
-    """Settings as they come back from JSON."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(settings).items()}
 
 
 def versions() -> dict[str, str]:

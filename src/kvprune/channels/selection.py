@@ -1,5 +1,6 @@
 """Scores and a width -> the channels that stay."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,16 @@ def select(scores: Scores, width: int, units: torch.Tensor, joint: bool) -> Kept
         kept = _top(both, width, units)
         return Kept(kept, kept)
     return Kept(_top(scores.qk, width, units), _top(scores.vo, width, singles))
+
+
+def shared_pairs(scores: Sequence[Scores]) -> list[Scores]:
+    """Q/K scores that are the same for every head and layer: the mean of all, each normalised first [ours].
+
+    For the portable layout, in which the whole model keeps one set of RoPE pairs. V/O scores stay.
+    """
+    heads = torch.cat([score.qk for score in scores])  # (layers * kv_heads, D)
+    common = torch.stack([normalised(head) for head in heads]).mean(0)
+    return [Scores(common.expand_as(score.qk), score.vo) for score in scores]
 
 
 def _top(score: torch.Tensor, width: int, units: torch.Tensor) -> torch.Tensor:

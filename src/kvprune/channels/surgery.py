@@ -5,6 +5,7 @@ import copy
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from kvprune.channels import portable
 from kvprune.channels.masking import removed
 from kvprune.channels.plan import PruningPlan
 from kvprune.channels.selection import Kept
@@ -22,19 +23,29 @@ def cut(view: ModelView, plan: PruningPlan) -> PreTrainedModel:
     """
     plan.check(view.family.model_type, view.shape, view.units.tolist())
     dense = view.lm
-    with torch.device("meta"):
-        pruned = AutoModelForCausalLM.from_config(_config(view, plan), dtype=dense.dtype)
+    is_portable = plan.layout == "portable"
+    if is_portable:
+        pruned = portable.stock_model(view, plan)
+        rotary = type(pruned.base_model.rotary_emb)(pruned.config)
+    else:
+        with torch.device("meta"):
+            pruned = AutoModelForCausalLM.from_config(_config(view, plan), dtype=dense.dtype)
     state = dict(dense.state_dict())
     base = dense.base_model_prefix
     for index, (attention, layer) in enumerate(zip(view.attention, plan.layers, strict=True)):
         prefix = f"{base}.{view.family.layers}.{index}.{view.family.attention}."
         state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
         kept = Kept(torch.tensor(layer.qk), torch.tensor(layer.vo))
-        state |= {prefix + name: tensor for name, tensor in _narrow(attention, kept).items()}
+        narrow = _narrow(attention, kept)
+        if is_portable:
+            _make_stock(narrow, portable.query_scale(view, plan))
+        state |= {prefix + name: tensor for name, tensor in narrow.items()}
     pruned.load_state_dict(state, strict=True, assign=True)
+    if is_portable:
+        pruned.base_model.rotary_emb = rotary.to(view.device)
     for name, buffer in dense.named_buffers():  # those that no checkpoint holds, such as the rotary table
-        if name not in state:
-            module, _, leaf = name.rpartition(".")
+        module, _, leaf = name.rpartition(".")
+        if name not in state and pruned.get_submodule(module).get_buffer(leaf).is_meta:
             pruned.get_submodule(module).register_buffer(leaf, buffer, persistent=False)
     pruned.tie_weights()
     pruned.generation_config = copy.deepcopy(dense.generation_config)
@@ -84,6 +95,14 @@ def _narrow(attention: Attention, kept: Kept) -> dict[str, torch.Tensor]:
     if w.o_bias is not None or w.v_bias is not None:
         state["o_proj.bias"] = _output_bias(attention, vo)
     return {name: tensor.contiguous().clone() for name, tensor in state.items()}
+
+
+def _make_stock(state: dict[str, torch.Tensor], query_scale: float) -> None:
+    """Turn one layer's PrunedAttention tensors into those of the stock attention with biases on all or none."""
+    del state["rope_index"]
+    for name in ("q_proj.weight", "q_proj.bias"):
+        if name in state:
+            state[name] = state[name] * query_scale
 
 
 def _output_bias(attention: Attention, vo: torch.Tensor) -> torch.Tensor:

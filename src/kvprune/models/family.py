@@ -17,6 +17,7 @@ class Family:
     layers, norm: the decoder blocks and the norm behind them, from the base model.
     attention: the attention module, from a block; q, k, v, o: its projections (`nn.Linear`, apart).
     rope: how RoPE pairs the channels: "half" is (c, c + head_dim / 2), as in Llama.
+    portable_as: the stock model_type that holds this family in the portable layout (a bias on V wants one on O).
     """
 
     model_type: str
@@ -28,13 +29,14 @@ class Family:
     v: str = "v_proj"
     o: str = "o_proj"
     rope: str = "half"
+    portable_as: str = "llama"
 
 
 FAMILIES = {
     family.model_type: family
     for family in (
         Family("llama"),
-        Family("mistral"),
+        Family("mistral", portable_as="mistral"),
         Family("qwen2"),  # biases on Q, K and V
     )
 }

@@ -1,6 +1,5 @@
 """Writes a pruned model as a folder that loads again, or leaves no trace that could be taken for one."""
 
-import errno
 import json
 import os
 import shutil
@@ -8,11 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvprune.errors import NoSpace
-from kvprune.runtime.files import PLAN, RECORD, checksums
+from kvprune.runtime.files import PLAN, RECORD, checksums, writing_to
 
 SHARD_SIZE = "4GB"
 _PARTIAL = ".partial"
@@ -35,28 +32,30 @@ def save(
     """
     partial = folder / _PARTIAL
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
-        tokenizer.save_pretrained(partial)
-        (partial / PLAN).write_text(plan_json, encoding="utf-8")
-        complete = {**record(), "files": checksums(partial)}
-        (partial / RECORD).write_text(json.dumps(complete, indent=2) + "\n", encoding="utf-8")
-        names = sorted((p.name for p in partial.iterdir()), key=lambda name: (name == _LAST, name))
-        for name in names:
-            _flush(partial / name)
-        for name in names:
-            if name == _LAST:
-                _flush(folder)
-            os.replace(partial / name, folder / name)
-        _flush(folder)
-    except (OSError, SafetensorError) as error:
-        if not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise NoSpace(f"cannot write to {folder}: {error}; free some space or choose another --out") from error
-        raise
+        with writing_to(folder):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
+            tokenizer.save_pretrained(partial)
+            (partial / PLAN).write_text(plan_json, encoding="utf-8")
+            complete = {**record(), "files": checksums(partial)}
+            (partial / RECORD).write_text(json.dumps(complete, indent=2) + "\n", encoding="utf-8")
+            _move(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return complete
+
+
+def _move(partial: Path, folder: Path) -> None:
+    """Every file, flushed to the disk first, config.json last."""
+    names = sorted((p.name for p in partial.iterdir()), key=lambda name: (name == _LAST, name))
+    for name in names:
+        _flush(partial / name)
+    for name in names:
+        if name == _LAST:
+            _flush(folder)
+        os.replace(partial / name, folder / name)
+    _flush(folder)
 
 
 def _flush(path: Path) -> None:

@@ -1,15 +1,33 @@
 """What lies in a pruned folder, and the checks that it is whole. Needs no torch."""
 
+import errno
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvprune.errors import BrokenCheckpoint
+from safetensors import SafetensorError
+
+from kvprune.errors import BrokenCheckpoint, NoSpace
 
 RECORD = "kvprune.json"  # the plan's summary, every measured figure, and a checksum of every other file
 PLAN = "plan.json"
 RESUME = ".resume"  # the state of an unfinished run
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into NoSpace; other errors stay what they are."""
+    try:
+        yield
+    except SafetensorError as error:  # safetensors wraps what the operating system said
+        raise NoSpace(f"cannot write to {folder}: {error}; free some space or choose another --out") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise
+        raise NoSpace(f"cannot write to {folder}: {error}; free some space or choose another --out") from error
 
 
 def checksum(path: Path) -> str:

@@ -1,0 +1,62 @@
+"""The portable layout: a stock model, equal to the masked dense one, with kvprune nowhere near."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM
+
+import kvprune
+from kvprune.channels.surgery import cut
+from kvprune.errors import BadOption, PlanMismatch
+from kvprune.models.view import ModelView
+from tiny import VOCABULARY, make_plan, mask_dense, tiny_model
+
+PAIRS = [1, 2, 4, 7]
+QK = [[*PAIRS, *(p + 8 for p in PAIRS)]] * 2
+VO = [[0, 1, 2, 3, 4, 5, 6, 7], [1, 3, 5, 7, 9, 11, 13, 15]]
+
+
+def portable_plan(model, layers):
+    return make_plan(model, layers).model_copy(update={"layout": "portable"})
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-bias", "llama3-rope", "mistral", "qwen2"])
+@torch.no_grad()
+def test_a_stock_model_equals_the_masked_dense_one(family, tmp_path):
+    dense = tiny_model(family, groups=3)
+    layers = [(QK, VO)] * 2
+    pruned = cut(ModelView(dense), portable_plan(dense, layers))
+    assert type(pruned) is (MistralForCausalLM if family == "mistral" else LlamaForCausalLM)
+    ids = torch.randint(3, VOCABULARY, (2, 40))
+    expected = mask_dense(dense, layers)(ids).logits
+    torch.testing.assert_close(pruned(ids).logits, expected, rtol=0, atol=1e-5)
+    pruned.save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, pruned(ids).logits)
+
+
+def test_prune_to_the_portable_layout(checkpoint, texts, tmp_path):
+    options = {"calibration_tokens": 512, "eval_tokens": 512, "windows": (64,), "device": "cpu"}
+    result = kvprune.prune(checkpoint, tmp_path / "out", ratio=0.5, layout="portable", **options)
+    assert result.plan.widths == [16] * 4
+    assert len({kept for layer in result.plan.layers for kept in layer.qk}) == 1
+    assert len({kept for layer in result.plan.layers for kept in layer.vo}) > 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model) is LlamaForCausalLM
+    assert not (tmp_path / "out" / "modeling.py").exists()
+    (row,) = result.record["perplexity"]
+    (again,) = kvprune.evaluate(tmp_path / "out", window_lengths=(64,), tokens=512)["perplexity"]
+    assert again["values"] == [pytest.approx(row["pruned"], rel=1e-6)]
+
+
+def test_what_stock_code_cannot_hold_is_refused():
+    dynamic = tiny_model("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    for model in (dynamic, tiny_model("qwen2-sliding")):
+        with pytest.raises(BadOption, match="--layout uniform"):
+            cut(ModelView(model), portable_plan(model, [(QK, VO)] * 2))
+    model = tiny_model("llama")
+    other = [[*range(4), *range(8, 12)]] * 2
+    with pytest.raises(PlanMismatch, match="same qk"):
+        cut(ModelView(model), portable_plan(model, [(QK, VO), (other, VO)]))
