@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from transformers.utils import logging as hf_logging
 
 import kvprune
 from kvprune.errors import KVPruneError
@@ -184,6 +185,8 @@ def _show(record: dict[str, Any], as_json: bool) -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake becomes one line and exit code 2."""
+    hf_logging.disable_progress_bar()  # ours say more
+    hf_logging.set_verbosity_error()
     try:
         app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except KVPruneError as error:
