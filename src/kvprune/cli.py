@@ -33,7 +33,7 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that 
 def prune(
     source: SourceArgument,
     out: Annotated[str, typer.Option(help="folder to write, missing or empty")],
-    ratio: Annotated[float, typer.Option(help="fraction of the KV bytes per token to remove")] = 0.5,
+    ratio: Annotated[float | None, typer.Option(help="fraction of the KV bytes to remove  [default: 0.5]")] = None,
     importance: Annotated[str | None, typer.Option(help="energy, taylor, l1 or l2  [default: energy]")] = None,
     channels: Annotated[str | None, typer.Option(help="split or joint  [default: split]")] = None,
     allocation: Annotated[str | None, typer.Option(help="sensitivity, rank or uniform  [default: sensitivity]")] = None,
@@ -48,9 +48,9 @@ def prune(
     eval_tokens: Annotated[int, typer.Option(help="how much of each")] = 16384,
     window: Annotated[list[int] | None, typer.Option(help="evaluation window  [default: 128 and 2048]")] = None,
     probe: Annotated[float | None, typer.Option(help="fraction a probe removes  [default: the ratio]")] = None,
-    tau: Annotated[float, typer.Option(help="softness of the allocation by sensitivity")] = 3.0,
-    align: Annotated[int, typer.Option(help="widths are multiples of this")] = 8,
-    min_width: Annotated[int, typer.Option(help="no layer keeps fewer channels")] = 16,
+    tau: Annotated[float | None, typer.Option(help="softness of the allocation by sensitivity  [default: 3]")] = None,
+    align: Annotated[int | None, typer.Option(help="widths are multiples of this  [default: 8]")] = None,
+    min_width: Annotated[int | None, typer.Option(help="no layer keeps fewer channels  [default: 16]")] = None,
     plan: Annotated[str | None, typer.Option(help="apply this plan.json instead of making one")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="continue a run that was interrupted")] = False,
     device: Device = "auto",
@@ -61,7 +61,7 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Remove KV channels from a model and write it to a folder that loads again."""
-    chosen = {
+    chosen: dict[str, Any] = {
         "importance": importance,
         "channels": channels,
         "allocation": allocation,
@@ -71,6 +71,7 @@ def prune(
     if preset and any(value is not None for value in chosen.values()):
         named = ", ".join("--" + name for name, value in chosen.items() if value is not None)
         raise kvprune.errors.BadOption(f"--preset {preset} decides {named} itself; leave one of them out")
+    chosen |= {"ratio": ratio, "probe": probe, "tau": tau, "align": align, "min_width": min_width}
     options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     if window:
         options["windows"] = tuple(window)
@@ -79,16 +80,11 @@ def prune(
         out,
         resume=resume,
         progress=Bars(),
-        ratio=ratio,
         preset=preset,
         calibration=calibration,
         calibration_tokens=calibration_tokens,
         eval=tuple(eval or ()),
         eval_tokens=eval_tokens,
-        probe=probe,
-        tau=tau,
-        align=align,
-        min_width=min_width,
         plan=plan,
         device=device,
         dtype=dtype,
@@ -188,15 +184,17 @@ def main() -> None:
     hf_logging.disable_progress_bar()  # ours say more
     hf_logging.set_verbosity_error()
     try:
-        app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except KVPruneError as error:
         _refuse(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
     except Exception as error:
         if not hasattr(error, "format_message"):  # what the parser raises for wrong words
             raise
         _refuse(f"{error.format_message()} See: kvprune --help")
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)  # the parser returns 130 after Ctrl-C
 
 
 def _refuse(message: str) -> None:

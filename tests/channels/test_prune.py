@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import kvprune
 from kvprune import errors
 from kvprune.measure.memory import cache_bytes
-from tiny import tiny_model
+from tiny import tiny_tokenizer
 
 QUICK = {"calibration_tokens": 512, "calibration_window": 64, "eval_tokens": 512, "windows": (32, 64), "device": "cpu"}
 COARSE = {**QUICK, "align": 2, "min_width": 4}
@@ -80,7 +80,7 @@ def test_preset_is_the_paper(checkpoint, texts):
 
 def test_layouts_and_allocations(checkpoint, texts):
     uniform = kvprune.prune(checkpoint, ratio=0.4, layout="uniform", **QUICK).plan
-    assert uniform.widths == [24] * 4 or uniform.widths == [16] * 4
+    assert uniform.widths == [16] * 4  # of 32: 0.5 is nearer to 0.4 than 0.25
     assert kvprune.prune(checkpoint, ratio=0.5, allocation="uniform", **QUICK).plan.widths == [16] * 4
     ranked = kvprune.prune(checkpoint, ratio=0.5, allocation="rank", **COARSE).plan
     order = sorted(range(4), key=lambda i: ranked.sensitivity[i])
@@ -89,7 +89,9 @@ def test_layouts_and_allocations(checkpoint, texts):
 
 def test_a_saved_plan_gives_the_same_model_again(checkpoint, texts, tmp_path):
     first = kvprune.prune(checkpoint, tmp_path / "a", ratio=0.5, **COARSE)
-    second = kvprune.prune(checkpoint, tmp_path / "b", plan=str(tmp_path / "a" / "plan.json"), **COARSE)
+    second = kvprune.prune(checkpoint, tmp_path / "b", plan=tmp_path / "a" / "plan.json", **QUICK)
+    with pytest.raises(errors.BadOption, match="--ratio"):
+        kvprune.prune(checkpoint, plan=tmp_path / "a" / "plan.json", ratio=0.5, **QUICK)
     assert first.plan.layers == second.plan.layers
     for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
@@ -101,6 +103,8 @@ def test_a_file_is_calibrated_on_its_beginning_and_judged_on_its_end(checkpoint,
     assert result.record["perplexity"][0]["text"] == f"{path} (its end)"
     with pytest.raises(errors.BadOption, match="--eval"):
         kvprune.prune(checkpoint, ratio=0.5, calibration=path, **{**COARSE, "eval_tokens": 10**6})
+    with pytest.raises(errors.BadOption, match="leave --eval out"):
+        kvprune.prune(checkpoint, calibration=path, eval=(path,), **COARSE)
     with pytest.raises(errors.UnknownText, match="test split"):
         kvprune.prune(checkpoint, calibration=str(texts / "ptb-test.txt"), **COARSE)
 
@@ -196,6 +200,57 @@ def test_nan_weights_are_named_and_leave_nothing(texts, checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_nan_that_only_the_evaluation_meets_leaves_nothing(texts, checkpoint, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    tiny_tokenizer().save_pretrained(tmp_path / "nan")
+    with pytest.raises(errors.NotFinite):
+        kvprune.prune(tmp_path / "nan", tmp_path / "out", importance="l1", allocation="uniform", **COARSE)
+    with pytest.raises(errors.NotFinite, match="layer 1"):
+        kvprune.prune(tmp_path / "nan", tmp_path / "out", importance="l1", **COARSE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_on_other_text_is_not_resumed(checkpoint, texts, tmp_path, monkeypatch):
+    def stop(*_args):
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr("kvprune.channels.prune.measure_sensitivity", stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        kvprune.prune(checkpoint, tmp_path / "out", **COARSE)
+    (texts / "wikitext2-valid.txt").write_text((texts / "ptb-valid.txt").read_text())
+    with pytest.raises(errors.OutputExists, match="calibration_text"):
+        kvprune.prune(checkpoint, tmp_path / "out", resume=True, **COARSE)
+
+
+def test_a_small_ratio_still_probes_something(checkpoint, texts):
+    plan = kvprune.prune(checkpoint, ratio=0.02, **{**COARSE, "min_width": 2}).plan
+    assert any(change != 0 for change in plan.sensitivity)
+
+
+def test_tied_embeddings_no_head_dim_no_pad_token(texts, tmp_path):
+    """As Qwen2.5 has them."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=300, hidden_size=48, intermediate_size=40, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=128,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen")
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "qwen")
+    options = {**COARSE, "min_width": 2}
+    result = kvprune.prune(tmp_path / "qwen", tmp_path / "out", ratio=0.5, **options)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    ids = torch.randint(3, 300, (1, 9))
+    assert torch.equal(model(ids).logits, result.model(ids).logits)
+    assert sum(result.plan.widths) == 4 * 12 // 2
+
+
 def test_bfloat16(checkpoint, texts):
     result = kvprune.prune(checkpoint, ratio=0.5, dtype="bfloat16", **COARSE)
     assert result.model.dtype == torch.bfloat16
@@ -209,4 +264,3 @@ def test_other_models_are_refused(tmp_path, texts):
     model.save_pretrained(tmp_path / "gpt2")
     with pytest.raises(errors.UnsupportedArchitecture, match="llama, mistral, qwen2"):
         kvprune.prune(tmp_path / "gpt2", tmp_path / "out", **QUICK)
-    assert tiny_model("llama") is not None

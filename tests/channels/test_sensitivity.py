@@ -10,7 +10,7 @@ from kvprune.channels.selection import Kept
 from kvprune.channels.sensitivity import measure_sensitivity
 from kvprune.channels.statistics import score_layers
 from kvprune.errors import NotFinite, OutputExists
-from kvprune.models.view import ModelView
+from kvprune.models.view import BlockRunner, ModelView
 from tiny import VOCABULARY, mask_dense, random_layers, tiny_model
 
 LAYERS, D = 4, 16
@@ -133,7 +133,18 @@ def test_a_journal_of_other_settings_is_refused(tmp_path):
 def test_nan_in_a_loss_names_the_layer(model):
     view = ModelView(model)
     probes = probes_of(random_layers(model, [8] * LAYERS))
-    with torch.no_grad():  # a value that only matters when another channel is gone
+    with torch.no_grad():
         model.model.layers[2].self_attn.o_proj.weight[:] = float("inf")
-    with pytest.raises(NotFinite, match="dense model"):
+    with pytest.raises(NotFinite, match="layer 2 of the dense model"):
+        measure_sensitivity(view, batches(), probes, Journal(), lambda n: None)
+
+
+def test_nan_in_a_probe_names_the_layer(model, monkeypatch):
+    view = ModelView(model)
+    probes = probes_of(random_layers(model, [8] * LAYERS))
+    real = BlockRunner.rerun
+    monkeypatch.setattr(
+        BlockRunner, "rerun", lambda self, start: real(self, start) * (float("nan") if start == 3 else 1)
+    )
+    with pytest.raises(NotFinite, match="layer 3, probed"):
         measure_sensitivity(view, batches(), probes, Journal(), lambda n: None)

@@ -85,5 +85,8 @@ def test_evaluate_refuses_what_cannot_be_compared(checkpoint, texts, tmp_path):
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(errors.BadOption, match="different tokenizers"):
         kvprune.evaluate(checkpoint, tmp_path / "other")
+    for tokens in (1, -5):
+        with pytest.raises(errors.BadOption, match="--tokens"):
+            kvprune.evaluate(checkpoint, tokens=tokens)
     with pytest.raises(errors.BadOption, match="window"):
         kvprune.evaluate(checkpoint, window_lengths=(1,))

@@ -1,11 +1,13 @@
 """Every kind of source loads, and what cannot be read is said in one line."""
 
+import json
 import shutil
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import kvprune
@@ -75,6 +77,46 @@ def test_unreadable_sources(tmp_path, checkpoint, kind):
     with pytest.raises(error) as caught:
         kvprune.load(source)
     assert "\n" not in str(caught.value)
+
+
+def rewritten(checkpoint, target, change):
+    """A copy of the checkpoint with its tensors changed."""
+    shutil.copytree(checkpoint, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_missing_and_misshapen_tensors_are_named(tmp_path, checkpoint):
+    name = "model.layers.1.self_attn.q_proj.weight"
+    missing = rewritten(checkpoint, tmp_path / "missing", lambda t: t.pop(name))
+    with pytest.raises(errors.BrokenCheckpoint, match=name):
+        kvprune.load(missing)
+    misshapen = rewritten(checkpoint, tmp_path / "misshapen", lambda t: t.update({name: t[name][:5].contiguous()}))
+    with pytest.raises(errors.BrokenCheckpoint, match="wrong shape"):
+        kvprune.load(misshapen)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model_type": "nosuch"}, errors.UnsupportedArchitecture, "llama, mistral, qwen2"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, errors.BadOption, "unquantised"),
+    ],
+)
+def test_what_the_config_already_rules_out(tmp_path, checkpoint, change, error, message):
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(error, match=message):
+        kvprune.load(tmp_path / "copy")
+
+
+def test_a_cut_gguf(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\x03\x00\x00\x00\x01")
+    with pytest.raises(errors.KVPruneError):
+        kvprune.load(tmp_path / "x.gguf")
 
 
 def test_gguf_loads_dequantised(tmp_path):

@@ -3,31 +3,44 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-QUICK = ["--calibration", "wiki", "--calibration-tokens", "1024", "--eval-tokens", "1024", "--window", "512"]
+FEWER = {
+    "prune": "--calibration-tokens 1024 --eval-tokens 1024 --window 512",
+    "eval": "--tokens 1024",
+}
 
 
 def test_install_and_first_example(tmp_path):
+    """The README's console block as it stands, but for the hub id, the data folder and the number of tokens."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    binaries = tmp_path / "venv" / "bin"
+    pip = [binaries / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, *shlex.split(os.environ["TORCH"])], check=True)
-    subprocess.run([*pip, f"{ROOT}[gguf]"], check=True)
-    block = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    commands = [line[2:] for text in block for line in text.splitlines() if line.startswith("$ kvprune")]
-    seen = set()
-    for command in commands:
-        words = shlex.split(command.replace(HUB_ID, os.environ["KVPRUNE_TEST_MODEL"]))
-        if words[1] in seen or words[1] == "eval":
+
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("valid", "test"):
+        for name in ("wikitext2", "ptb"):
+            shutil.copy(Path(os.environ["KVPRUNE_DATA"]) / f"wiki-{split}.txt", data / f"{name}-{split}.txt")
+    environment = os.environ | {"KVPRUNE_DATA": str(data)}
+
+    (block,) = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    verbs = set()
+    for line in block.splitlines():
+        program, *words = shlex.split(line.removeprefix("$ ").replace(HUB_ID, os.environ["KVPRUNE_TEST_MODEL"]))
+        if program == "pip":
+            subprocess.run([*pip, *words[1:]], check=True, cwd=ROOT)
+            subprocess.run([*pip, "gguf"], check=True)  # the model at hand is a .gguf
             continue
-        seen.add(words[1])
-        words += QUICK if words[1] == "prune" else []
-        subprocess.run([python.with_name("kvprune"), *words[1:]], check=True, cwd=tmp_path)
-    assert seen == {"prune", "show", "generate"}
+        verbs.add(words[0])
+        words += FEWER.get(words[0], "").split()
+        subprocess.run([binaries / program, *words], check=True, cwd=tmp_path, env=environment)
+    assert verbs == {"prune", "show", "eval", "generate"}
     size = (tmp_path / "pruned" / "model.safetensors").stat().st_size
     assert 0.8 * 269e6 < size < 0.95 * 269e6  # bfloat16: a tenth of the parameters is gone

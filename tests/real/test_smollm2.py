@@ -48,7 +48,7 @@ def test_memory_stays_within_the_formula(pruned):
 
 
 def test_quality_is_what_it_was(pruned):
-    """Far from the first trials' figures means that something broke, in either direction."""
+    """Far from the published table (docs/results.md) means that something broke, in either direction."""
     (row,) = pruned[1]["perplexity"]
     assert 10 < row["dense"] < 40
     assert row["dense"] * 1.5 < row["pruned"] < row["dense"] * 8

@@ -82,6 +82,25 @@ def test_a_full_disk_is_a_users_matter_and_spares_what_was_there(parts, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["journal"]
 
 
+def test_a_full_disk_as_tokenizers_says_it(parts, tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(type(parts[1]), "save_pretrained", full)
+    with pytest.raises(errors.NoSpace):
+        checkpoint.save(*parts, tmp_path / "out")
+
+
+def test_a_generation_config_is_kept_as_it_came(parts, tmp_path):
+    """Many checkpoints have a temperature without do_sample; some versions of transformers refuse to write that."""
+    parts[0].generation_config.temperature = 0.9
+    parts[0].generation_config.top_p = 0.6
+    checkpoint.save(*parts, tmp_path)
+    written = json.loads((tmp_path / "generation_config.json").read_text())
+    assert (written["temperature"], written["top_p"], written["eos_token_id"]) == (0.9, 0.6, 2)
+    assert kvprune.load(tmp_path).generation_config.temperature == 0.9
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "plan.json", "config.json", "kvprune.json"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
 def test_damage_is_named(parts, tmp_path, name, damage):

@@ -27,11 +27,14 @@ class Journal:
             return
         path = folder / _LOSSES
         if path.exists():
-            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            for line in whole:
+            written = path.read_text()
+            whole = written[: written.rfind("\n") + 1]
+            for line in whole.splitlines():
                 batch, block, loss = json.loads(line)
                 self.losses[batch, block] = loss
-            path.write_text("".join(whole))  # a last line that was cut short would spoil the next one
+            if whole != written:  # a last line that was cut short would spoil the next one
+                with writing_to(folder.parent):
+                    os.truncate(path, len(whole.encode()))
 
     @classmethod
     def open(cls, out: Path, settings: dict[str, Any], resume: bool) -> "Journal":
@@ -60,6 +63,7 @@ class Journal:
                 )
             return cls(folder)
         with writing_to(out):
+            shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
             _write_atomically(folder / _SETTINGS, json.dumps(settings, indent=2).encode())
         return cls(folder)

@@ -1,6 +1,9 @@
 """`prune`: a source in, a smaller model and an honest record of it out."""
 
+import hashlib
 import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,16 +21,17 @@ from kvprune.channels.sensitivity import measure_sensitivity
 from kvprune.channels.settings import PRESETS, Settings
 from kvprune.channels.statistics import score_layers
 from kvprune.channels.surgery import cut
-from kvprune.errors import BadOption, NotFinite
+from kvprune.errors import BadOption, NotFinite, PlanMismatch
 from kvprune.measure import memory
 from kvprune.measure.perplexity import perplexity
-from kvprune.models.source import Source, load_model, load_tokenizer, resolve
+from kvprune.models.source import Source, find_device, load_model, load_tokenizer, resolve
 from kvprune.models.view import ModelView
 from kvprune.progress import Progress
 from kvprune.runtime.checkpoint import save
 from kvprune.text.corpus import is_file, read_text
 from kvprune.text.windows import token_ids, windows
 
+DECIDED_BY_A_PLAN = {"ratio", "importance", "channels", "allocation", "layout", "probe", "tau", "align", "min_width"}
 BATCH_TOKENS = 4096  # of a calibration batch: its hidden states of all layers are held at a time
 
 
@@ -57,6 +61,10 @@ def prune(
     preset = options.pop("preset", None)
     if preset is not None and preset not in PRESETS:
         raise BadOption(f"unknown preset {preset!r}; choose {', '.join(PRESETS)}")
+    decided = DECIDED_BY_A_PLAN & {*options, *PRESETS.get(preset, ())}
+    if options.get("plan") is not None and decided:
+        names = ", ".join("--" + name for name in sorted(decided))
+        raise BadOption(f"--plan has decided {names} already; leave one of them out")
     settings = Settings(source=str(source), **({} if preset is None else PRESETS[preset]), **options)
     return _Run(settings, None if out is None else Path(out), resume, progress or Progress()).run()
 
@@ -74,8 +82,8 @@ class _Run:
             raise BadOption(f"{source.name} is pruned already; prune the dense model it came from")
         given = None if s.plan is None else PruningPlan.read(s.plan)
         torch.manual_seed(s.seed)
-        peak = memory.PeakMemory(torch.device("cuda" if torch.cuda.is_available() and s.device != "cpu" else "cpu"))
-        with self.progress.phase("load"):
+        peak = memory.PeakMemory(find_device(s.device))
+        with self._phase("load"):
             lm = load_model(source, s.device, s.dtype)
             tokenizer = load_tokenizer(source)
         view = ModelView(lm)
@@ -89,27 +97,46 @@ class _Run:
         texts = self._texts(tokenizer, lm.config.max_position_embeddings)
         needs_text = given is None and s.ratio > 0
         batches = self._calibration(tokenizer, lm.config.max_position_embeddings) if needs_text else []
-        journal = Journal.open(self.out, s.as_json(), self.resume) if self.out else Journal()
-
+        journal = Journal.open(self.out, self._identity(view, batches), self.resume) if self.out else Journal()
         try:
             plan = given if given is not None else self._plan(view, source, grid, batches, journal)
-        except NotFinite:
+            dense = self._perplexities(lm, texts, "evaluate dense")
+            with self._phase("surgery"):
+                pruned = cut(view, plan)
+            after = self._perplexities(pruned, texts, "evaluate pruned")
+        except (NotFinite, PlanMismatch):
             journal.discard()  # the same would come out again
             raise
-        dense = self._perplexities(lm, texts, "evaluate dense")
-        with self.progress.phase("surgery"):
-            pruned = cut(view, plan)
-        after = self._perplexities(pruned, texts, "evaluate pruned")
 
         def record() -> dict[str, Any]:
             return self._record(view, pruned, plan, dense, after) | _memory_record(view, peak, batches)
 
         if self.out is None:
             return Pruned(pruned, tokenizer, plan, record())
-        with self.progress.phase("save"):
+        with self._phase("save"):
             saved = save(pruned, tokenizer, plan.to_json(), record, self.out)
         journal.close()
         return Pruned(pruned, tokenizer, plan, saved)
+
+    def _identity(self, view: ModelView, batches: list[torch.Tensor]) -> dict[str, Any]:
+        """What must be the same for an unfinished run to go on: the settings, and what they led to."""
+        text, weights = hashlib.sha256(), hashlib.sha256()
+        for batch in batches:
+            text.update(batch.numpy().tobytes())
+        for attention in view.attention:
+            weights.update(attention.weights().k.detach().float().cpu().numpy().tobytes())
+        return self.settings.as_json() | {
+            "calibration_text": text.hexdigest(),
+            "weights": weights.hexdigest(),
+            "computed_on": f"{view.device} in {view.lm.dtype} on {torch.get_num_threads()} threads",
+            "versions": versions(),
+        }
+
+    @contextmanager
+    def _phase(self, name: str, total: int = 1) -> Iterator[Callable[[int], None]]:
+        with self.progress.phase(name, total) as advance:
+            yield advance
+        memory.release()
 
     def _reachable(self, grid: allocation.Grid) -> None:
         """Refuse a ratio that the layout cannot reach before any work is done."""
@@ -134,6 +161,8 @@ class _Run:
         long enough to keep the two apart.
         """
         s = self.settings
+        if is_file(s.calibration) and s.calibration in s.eval:
+            raise BadOption(f"--eval {s.calibration} is the calibration text; leave --eval out to be judged on its end")
         lengths = sorted({min(window, limit, s.eval_tokens) for window in s.windows})
         if not s.eval and is_file(s.calibration):
             ids = token_ids(read_text(s.calibration, "valid"), tokenizer)
@@ -185,7 +214,7 @@ class _Run:
     def _scores(self, view: ModelView, batches: list[torch.Tensor], journal: Journal) -> list[Scores]:
         scores = journal.load_scores()
         if scores is None:
-            with self.progress.phase("importance", sum(len(b) for b in batches)) as advance:
+            with self._phase("importance", sum(len(b) for b in batches)) as advance:
                 scores = score_layers(view, IMPORTANCE[self.settings.importance], batches, advance)
             journal.save_scores(scores)
         return scores
@@ -195,9 +224,9 @@ class _Run:
     ) -> list[float]:
         s, unit = self.settings, view.units.shape[1]
         probe = s.ratio if s.probe is None else s.probe
-        width = view.shape.head_dim - round(view.shape.head_dim * probe / unit) * unit
+        width = view.shape.head_dim - max(1, round(view.shape.head_dim * probe / unit)) * unit
         probes: list[Kept] = [select(score, width, view.units, s.channels == "joint") for score in scores]
-        with self.progress.phase("sensitivity", view.shape.layers * len(batches)) as advance:
+        with self._phase("sensitivity", view.shape.layers * len(batches)) as advance:
             return measure_sensitivity(view, batches, probes, journal, advance)
 
     def _widths(self, grid: allocation.Grid, sensitivity: list[float] | None) -> list[int]:
@@ -221,11 +250,11 @@ class _Run:
         return allocation.round_widths(ratios, s.ratio, grid)
 
     def _perplexities(self, model: PreTrainedModel, texts: list[tuple[str, torch.Tensor]], phase: str):
-        with self.progress.phase(phase, sum(len(ids) for _, ids in texts)) as advance:
+        with self._phase(phase, sum(len(ids) for _, ids in texts)) as advance:
             return [(name, perplexity(model, ids, advance)) for name, ids in texts]
 
     def _record(self, view: ModelView, pruned: PreTrainedModel, plan: PruningPlan, dense, after) -> dict[str, Any]:
-        """The fields of kvprune.json; design.md has their list."""
+        """The fields of kvprune.json; docs/runtime.md has their list."""
         s, shape = self.settings, view.shape
         full = [shape.head_dim] * shape.layers
         dtype = view.lm.dtype

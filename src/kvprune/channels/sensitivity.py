@@ -41,7 +41,9 @@ def measure_sensitivity(
             return next_token_loss(view.head, hidden, ids)[0]
 
         if (number, DENSE) not in journal.losses:
-            journal.add(number, DENSE, _finite(loss(runner.output), "the dense model"))
+            broken = runner.first_broken_block()
+            what = "the dense model" if broken is None else f"layer {broken} of the dense model"
+            journal.add(number, DENSE, _finite(loss(runner.output), what))
         for block in missing:
             with masked(view.attention[block], probes[block]):
                 changed = loss(runner.rerun(block))

@@ -44,6 +44,10 @@ class Settings:
     plan: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("calibration", "plan"):  # paths are welcome, and JSON wants strings
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, str(getattr(self, name)))
+        object.__setattr__(self, "eval", tuple(map(str, self.eval)))
         choices = {
             "importance": tuple(IMPORTANCE),
             "channels": CHANNELS,

@@ -1,6 +1,7 @@
 """One pass over the calibration text, for what an importance score needs of it."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,16 +45,13 @@ def _energies(view: ModelView, batches: Iterable[torch.Tensor], advance: Advance
     sums: dict[tuple[int, str], torch.Tensor] = {}
     hooks = []
 
-    def watch(index: int, name: str) -> None:
-        def hook(_module, _args, output: torch.Tensor) -> None:
-            square = output.flatten(0, -2).float().square().sum(0).double()
-            sums[index, name] = sums.get((index, name), 0) + square
-
-        hooks.append(view.attention[index].projection(name).register_forward_hook(hook))
+    def add(index: int, name: str, output: torch.Tensor) -> None:
+        square = output.flatten(0, -2).float().square().sum(0).cpu().double()
+        sums[index, name] = sums.get((index, name), 0) + square
 
     for index in range(s.layers):
         for name in "qkv":
-            watch(index, name)
+            hooks.append(view.attention[index].watch(name, partial(add, index, name)))
     tokens = 0
     try:
         for batch in batches:

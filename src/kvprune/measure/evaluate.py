@@ -39,6 +39,8 @@ def evaluate(
     progress = progress or Progress()
     if min(window_lengths, default=0) < 2:
         raise BadOption("a window must have at least 2 tokens")
+    if tokens is not None and tokens < 2:
+        raise BadOption(f"--tokens {tokens} is too few: give at least 2, or 0 for the whole text")
     sources = [resolve(s, revision, trust_remote_code) for s in (source, against) if s is not None]
     tokenizers = [load_tokenizer(s) for s in sources]
     if len(sources) == 2 and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():

@@ -28,7 +28,7 @@ def next_token_loss(
     tokens = max(PIECE // vocabulary, 16)
     for piece, label in zip(states.split(tokens), labels.split(tokens), strict=True):
         loss, grad = _piece(head, piece, label, gradient)
-        total += loss.cpu()
+        total += loss
         grads.append(grad)
     if not gradient:
         return total.item(), len(labels), None
@@ -47,7 +47,7 @@ def _piece(head: nn.Module, states: torch.Tensor, labels: torch.Tensor, gradient
     chosen = logits.gather(1, labels.unsqueeze(1))
     largest = logits.amax(1, keepdim=True)
     sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
-    loss = (sums.log() + largest - chosen).double().sum()
+    loss = (sums.log() + largest - chosen).sum().cpu().double()
     if not gradient:
         return loss, None
     probabilities = logits.div_(sums)

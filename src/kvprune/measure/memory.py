@@ -1,5 +1,7 @@
 """Bytes: of a cache, of weights, and of the process."""
 
+import contextlib
+import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -33,8 +35,8 @@ def weight_bytes(model: nn.Module) -> int:
 class PeakMemory:
     """The process's peak above what it held when this was made: on the GPU if there is one, else resident memory.
 
-    On a CPU the operating system only keeps the peak of the process's whole life, so a process that held
-    more before gives a figure that is too large, never one too small.
+    On a CPU the operating system only keeps the peak of the process's whole life: the figure is right in a process
+    that did nothing heavy before, such as the command line's.
     """
 
     def __init__(self, device: torch.device):
@@ -51,6 +53,15 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated(self.device) - self.baseline
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - self.baseline
+
+
+def release() -> None:
+    """Give freed memory back: glibc keeps pages that a phase freed in between ones that live, and the next
+    phase would come on top of them."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library, which looks after itself
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident() -> int:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from kvprune.errors import NotFinite
+from kvprune.errors import NotFinite, UnsupportedArchitecture
 from kvprune.measure.loss import next_token_loss
+from kvprune.models.family import supported
 
 BATCH_TOKENS = 4096
 
@@ -26,11 +27,15 @@ class Perplexity:
 def perplexity(
     model: PreTrainedModel, windows: torch.Tensor, advance: Callable[[int], None] | None = None
 ) -> Perplexity:
-    """Perplexity of any Hugging Face causal LM on windows (n, T) of token ids.
+    """Perplexity of a Hugging Face causal LM, dense or pruned, on windows (n, T) of token ids.
 
     Each window starts afresh and its first token is not scored, so n * (T - 1) tokens are; there is no
-    padding. `advance` is called with the number of windows done. Raises NotFinite.
+    padding. `advance` is called with the number of windows done. Raises NotFinite, and UnsupportedArchitecture for a
+    model that does more behind its output embedding than the supported ones.
     """
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model.config, name, None) not in (None, 1, 1.0):
+            raise UnsupportedArchitecture(f"this model's {name} behind the head is not known here; {supported()}")
     step = max(BATCH_TOKENS // windows.shape[1], 1)
     total, count = 0.0, 0
     for batch in windows.split(step):

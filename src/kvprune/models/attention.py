@@ -61,6 +61,10 @@ class Attention:
         """Weights and biases of Q, K, V and O."""
         return [p for name in "qkvo" for p in self.projection(name).parameters()]
 
+    def watch(self, name: str, callback: Callable[[torch.Tensor], None]):
+        """Call back with what projection `name` puts out, (B, T, heads * D), at every forward; returns the hook."""
+        return self.projection(name).register_forward_hook(lambda _module, _args, output: callback(output))
+
     def weights(self, of: Callable[[torch.Tensor], torch.Tensor] = _itself) -> AttentionWeights:
         """The weights as views; `of` may map each parameter to another tensor of its shape (its gradient)."""
         s = self.shape

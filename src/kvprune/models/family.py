@@ -46,7 +46,10 @@ def family_of(model_type: str) -> Family:
     """The descriptor for a dense or pruned `model_type`; UnsupportedArchitecture names the supported ones."""
     dense = model_type.removeprefix(PREFIX)
     if dense not in FAMILIES:
-        raise UnsupportedArchitecture(
-            f"architecture {dense!r} is not supported; supported are: {', '.join(sorted(FAMILIES))}"
-        )
+        raise UnsupportedArchitecture(f"architecture {dense!r} is not supported; {supported()}")
     return FAMILIES[dense]
+
+
+def supported() -> str:
+    """For messages."""
+    return f"supported are: {', '.join(sorted(FAMILIES))}"

@@ -1,5 +1,6 @@
 """SOURCE -> model and tokenizer. A source is a hub id, a checkpoint folder, a pruned folder or a .gguf file."""
 
+import struct
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,24 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from kvprune.errors import BadOption, BrokenCheckpoint, KVPruneError, UnknownSource, UnsafeWeights
-from kvprune.models.family import family_of
+from kvprune.errors import (
+    BadOption,
+    BrokenCheckpoint,
+    KVPruneError,
+    UnknownSource,
+    UnsafeWeights,
+    UnsupportedArchitecture,
+)
+from kvprune.models.family import family_of, supported
 from kvprune.runtime import register
 from kvprune.runtime.files import RECORD, RESUME, verify_files
 
@@ -34,7 +49,7 @@ class Source:
 
     @property
     def is_pruned(self) -> bool:
-        return self.is_local and (Path(self.folder) / RECORD).is_file()
+        return self.gguf_file is None and (Path(self.folder) / RECORD).is_file()
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for every from_pretrained."""
@@ -68,7 +83,7 @@ def _check_gguf(path: Path) -> None:
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise UnknownSource(f"reading {path} needs the gguf package: pip install 'kvprune[gguf]'") from None
+        raise UnknownSource(f"reading {path} needs the gguf package: pip install gguf") from None
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise BrokenCheckpoint(f"{path} is no GGUF file; fetch it again")
@@ -100,10 +115,8 @@ def _check_folder(folder: Path) -> None:
 def load_model(source: Source, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
     """The model in eval mode on `device`. dtype "auto" is the checkpoint's own (bfloat16 for GGUF)."""
     register()
-    target = _device(device)
-    with _as_user_error(source):
-        config = AutoConfig.from_pretrained(source.folder, **source.arguments())
-    family_of(config.model_type)
+    target = find_device(device)
+    _check_architecture(source)
     arguments = source.arguments()
     if source.gguf_file:
         arguments["dtype"] = torch.bfloat16 if dtype == "auto" else _dtype(dtype)
@@ -113,7 +126,13 @@ def load_model(source: Source, device: str = "auto", dtype: str = "auto") -> Pre
         arguments["dtype"] = dtype if dtype == "auto" else _dtype(dtype)
         arguments["use_safetensors"] = True
     with _as_user_error(source):
-        model = AutoModelForCausalLM.from_pretrained(source.folder, **arguments)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **arguments)
+    model: PreTrainedModel
+    model, found = loaded
+    for problem in ("missing_keys", "mismatched_keys"):
+        if found.get(problem):  # transformers only warns, and fills in random numbers
+            first = sorted(map(str, found[problem]))[0]
+            raise BrokenCheckpoint(f"{source.name}: {first} is missing or of the wrong shape; fetch it again")
     if source.gguf_file:  # the weights are plain now, and are saved as such
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer = None  # type: ignore[assignment]
@@ -128,7 +147,21 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source.folder, **source.arguments())
 
 
-def _device(name: str) -> torch.device:
+def _check_architecture(source: Source) -> None:
+    """Raise UnsupportedArchitecture, or BadOption for quantised weights, before anything large is read."""
+    with _as_user_error(source):
+        if source.gguf_file:
+            settings = AutoConfig.from_pretrained(source.folder, **source.arguments()).to_dict()
+        else:
+            revision = {"revision": source.revision} if source.revision else {}
+            settings, _ = PreTrainedConfig.get_config_dict(source.folder, **revision)
+    family_of(settings.get("model_type", "unknown"))
+    if settings.get("quantization_config") and not source.gguf_file:
+        raise BadOption(f"{source.name} has quantised weights, which cannot be cut; give the unquantised model")
+
+
+def find_device(name: str) -> torch.device:
+    """The device that an option names, "auto" being the GPU if there is one. Raises BadOption."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -152,9 +185,15 @@ def _as_user_error(source: Source):
         yield
     except KVPruneError:
         raise
-    except (SafetensorError, EOFError) as error:
+    except (SafetensorError, EOFError, struct.error, IndexError, KeyError) as error:
         raise BrokenCheckpoint(f"{source.name} is damaged: {_first_line(error)}") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise BrokenCheckpoint(f"{source.name} has tensors of the wrong shape; fetch it again") from error
     except (OSError, ValueError) as error:
+        if source.gguf_file and "architecture" in str(error):
+            raise UnsupportedArchitecture(f"{source.name}: {_first_line(error)}; {supported()}") from error
         if "safetensors" in str(error) and not source.is_local:
             raise UnsafeWeights(f"{source.name} has no safetensors weights: {_first_line(error)}") from error
         raise UnknownSource(f"cannot load {source.name}: {_first_line(error)}") from error

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvprune.errors import UnsupportedArchitecture
+from kvprune.errors import BadOption, UnsupportedArchitecture
 from kvprune.models.attention import Attention, AttentionShape, rope_pairs
 from kvprune.models.family import family_of
+from kvprune.runtime import PREFIX
 
 
 class ModelView:
@@ -16,6 +17,8 @@ class ModelView:
 
     def __init__(self, lm: PreTrainedModel):
         self.lm = lm
+        if lm.config.model_type.startswith(PREFIX):
+            raise BadOption("the model is pruned already; start from the dense model it came from")
         self.family = family_of(lm.config.model_type)
         config = lm.config
         kv_heads = config.num_key_value_heads
@@ -76,6 +79,13 @@ class BlockRunner:
         hidden = args[0] if args else kwargs.pop("hidden_states")
         self.inputs.append(hidden)
         self._calls.append((args[1:], kwargs))
+
+    def first_broken_block(self) -> int | None:
+        """The first block whose output holds NaN or infinity."""
+        for block, hidden in enumerate([*self.inputs[1:], self.output]):
+            if not torch.isfinite(hidden).all():
+                return block
+        return None
 
     def rerun(self, start: int) -> torch.Tensor:
         """The final hidden states (B, T, hidden), recomputed from block `start` on."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvprune.runtime.files import PLAN, RECORD, checksums, writing_to
 
@@ -35,7 +35,7 @@ def save(
         with writing_to(folder):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
+            _save_model(model, partial)
             tokenizer.save_pretrained(partial)
             (partial / PLAN).write_text(plan_json, encoding="utf-8")
             complete = {**record(), "files": checksums(partial)}
@@ -44,6 +44,18 @@ def save(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return complete
+
+
+def _save_model(model: PreTrainedModel, folder: Path) -> None:
+    """Weights, config and code; the generation config as it came, even where transformers would refuse to write it
+    (a temperature without do_sample, as many checkpoints have)."""
+    generation = model.generation_config
+    try:
+        model.generation_config = GenerationConfig()
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    finally:
+        model.generation_config = generation
+    (folder / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
 
 
 def _move(partial: Path, folder: Path) -> None:

@@ -3,17 +3,17 @@
 import errno
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from kvprune.errors import BrokenCheckpoint, NoSpace
 
 RECORD = "kvprune.json"  # the plan's summary, every measured figure, and a checksum of every other file
 PLAN = "plan.json"
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 RESUME = ".resume"  # the state of an unfinished run
 
 
@@ -22,10 +22,11 @@ def writing_to(folder: Path) -> Iterator[None]:
     """Turn a full or read-only disk into NoSpace; other errors stay what they are."""
     try:
         yield
-    except SafetensorError as error:  # safetensors wraps what the operating system said
-        raise NoSpace(f"cannot write to {folder}: {error}; free some space or choose another --out") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+    except Exception as error:
+        # safetensors and tokenizers wrap what the operating system said
+        wrapped = re.search(r"os error (\d+)", str(error))
+        code = int(wrapped.group(1)) if wrapped else getattr(error, "errno", None)
+        if code not in _DISK_ERRORS:
             raise
         raise NoSpace(f"cannot write to {folder}: {error}; free some space or choose another --out") from error
 
@@ -52,7 +53,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         if not isinstance(record["files"], dict):
             raise TypeError
         return record
-    except FileNotFoundError:
+    except OSError:
         raise BrokenCheckpoint(f"{folder} has no {RECORD}; it is not a folder that kvprune wrote") from None
     except (ValueError, KeyError, TypeError):
         raise BrokenCheckpoint(f"{folder / RECORD} is damaged; prune the model again") from None

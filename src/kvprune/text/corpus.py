@@ -8,10 +8,10 @@ from kvprune.errors import UnknownText
 
 Split = Literal["valid", "test"]
 
-# name -> (hub data set, configuration, column, how its rows are joined)
+# name -> (hub data set, configuration, revision, column, how its rows are joined)
 HUB = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text", ""),
-    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "sentence", "\n"),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "text", ""),
+    "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "refs/convert/parquet", "sentence", "\n"),
 }
 LOCAL_ONLY = ("wiki",)  # `make demo` writes it
 NAMES = (*HUB, *LOCAL_ONLY)
@@ -51,16 +51,17 @@ def _read(path: Path) -> str:
 
 
 def _from_hub(name: str, split: Split) -> str:
-    repository, configuration, column, joiner = HUB[name]
+    repository, configuration, revision, column, joiner = HUB[name]
     try:
         from datasets import load_dataset
     except ImportError:
         raise UnknownText(
             f"text {name!r}: put {name}-{split}.txt into the folder that $KVPRUNE_DATA names, "
-            "or pip install 'kvprune[text]' to fetch it from the hub"
+            "or pip install datasets to fetch it from the hub"
         ) from None
     try:
-        rows = load_dataset(repository, configuration, split="validation" if split == "valid" else "test")
+        part = "validation" if split == "valid" else "test"
+        rows = load_dataset(repository, configuration, revision=revision, split=part)
     except Exception as error:  # the hub's errors have no common class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UnknownText(
