@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kvprune
 
 MODEL = os.environ.get("KVPRUNE_TEST_MODEL", "missing")
-QUICK = ["--calibration", "wiki", "--calibration-tokens", "4096", "--eval-tokens", "4096", "--window", "512"]
+QUICK = ["--calibration", "wiki", "--calibration-tokens", "8192", "--eval-tokens", "4096", "--window", "512"]
 
 
 @pytest.fixture(scope="module", params=["energy", "taylor"])

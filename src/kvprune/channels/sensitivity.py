@@ -33,22 +33,8 @@ def measure_sensitivity(
     for number, batch in enumerate(batches):
         missing = [block for block in range(layers) if (number, block) not in journal.losses]
         advance(layers - len(missing))
-        if not missing:
-            continue
-        runner = BlockRunner(view, batch)
-
-        def loss(hidden: torch.Tensor, ids: torch.Tensor = batch) -> float:
-            return next_token_loss(view.head, hidden, ids)[0]
-
-        if (number, DENSE) not in journal.losses:
-            broken = runner.first_broken_block()
-            what = "the dense model" if broken is None else f"layer {broken} of the dense model"
-            journal.add(number, DENSE, _finite(loss(runner.output), what))
-        for block in missing:
-            with masked(view.attention[block], probes[block]):
-                changed = loss(runner.rerun(block))
-            journal.add(number, block, _finite(changed, f"layer {block}, probed"))
-            advance(1)
+        if missing:
+            _probe_batch(view, number, batch, missing, probes, journal, advance)
     scored = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
 
     def mean(block: int) -> float:
@@ -56,6 +42,32 @@ def measure_sensitivity(
 
     dense = mean(DENSE)
     return [mean(block) - dense for block in range(layers)]
+
+
+def _probe_batch(
+    view: ModelView,
+    number: int,
+    batch: torch.Tensor,
+    missing: Sequence[int],
+    probes: Sequence[Kept],
+    journal: Journal,
+    advance: Callable[[int], None],
+) -> None:
+    """Measure the missing blocks on one batch. Its hidden states are gone when this returns, before the next ones come."""
+    runner = BlockRunner(view, batch)
+
+    def loss(hidden: torch.Tensor) -> float:
+        return next_token_loss(view.head, hidden, batch)[0]
+
+    if (number, DENSE) not in journal.losses:
+        broken = runner.first_broken_block()
+        what = "the dense model" if broken is None else f"layer {broken} of the dense model"
+        journal.add(number, DENSE, _finite(loss(runner.output), what))
+    for block in missing:
+        with masked(view.attention[block], probes[block]):
+            changed = loss(runner.rerun(block))
+        journal.add(number, block, _finite(changed, f"layer {block}, probed"))
+        advance(1)
 
 
 def _finite(loss: float, what: str) -> float:
