@@ -53,7 +53,7 @@ def _probe_batch(
     journal: Journal,
     advance: Callable[[int], None],
 ) -> None:
-    """Measure the missing blocks on one batch. Its hidden states are gone when this returns, before the next ones come."""
+    """Measure the missing blocks on one batch, whose hidden states are gone when this returns."""
     runner = BlockRunner(view, batch)
 
     def loss(hidden: torch.Tensor) -> float:
