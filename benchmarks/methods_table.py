@@ -32,7 +32,8 @@ TEXTS = ("wikitext2", "ptb")
 RATIOS = (0.25, 0.5)
 ROWS = (("l1", "joint"), ("l2", "joint"), ("taylor", "joint"), ("taylor", "split"), ("energy", "split"))
 BEST = ("energy", "split")  # tried further: other tau, other probes, rank
-WINDOW, SCORE_TOKENS, PROBE_TOKENS, EVAL_TOKENS = 512, 16384, 4096, 16384
+WINDOW, SCORE_TOKENS, EVAL_TOKENS = 512, 16384, 16384
+PROBE_TOKENS = {"l1": 2048, "l2": 2048, "taylor": 4096, "energy": 4096}
 
 
 class Bench:
@@ -78,7 +79,7 @@ class Bench:
             width = self.view.shape.head_dim - round(self.view.shape.head_dim * probe / 2) * 2
             scores = self.layer_scores(text, importance)
             probes = [select(s, width, self.view.units, channels == "joint") for s in scores]
-            batches = self.ids(text, "valid", PROBE_TOKENS).split(8)
+            batches = self.ids(text, "valid", PROBE_TOKENS[importance]).split(8)
             found = measure_sensitivity(self.view, batches, probes, Journal(), lambda n: None)
             self.keep("sensitivity", key, found)
         return self.results["sensitivity"][key]
