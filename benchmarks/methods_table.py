@@ -21,7 +21,7 @@ from kvprune.channels.journal import Journal
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
 from kvprune.channels.prune import versions
 from kvprune.channels.selection import select
-from kvprune.channels.sensitivity import measure_sensitivity
+from kvprune.channels.sensitivity import measure_sensitivity, probe_width
 from kvprune.channels.statistics import score_layers
 from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
@@ -76,7 +76,7 @@ class Bench:
     def sensitivity(self, text: str, importance: str, channels: str, probe: float) -> list[float]:
         key = f"{text} {importance} {channels} probe {probe}"
         if key not in self.results["sensitivity"]:
-            width = self.view.shape.head_dim - round(self.view.shape.head_dim * probe / 2) * 2
+            width = probe_width(self.view.shape.head_dim, probe, self.view.units.shape[1])
             scores = self.layer_scores(text, importance)
             probes = [select(s, width, self.view.units, channels == "joint") for s in scores]
             batches = self.ids(text, "valid", PROBE_TOKENS[importance]).split(8)

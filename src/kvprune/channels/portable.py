@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from kvprune.channels.plan import PruningPlan
@@ -79,4 +78,4 @@ def _config(view: ModelView, kept: tuple[int, ...]) -> Any:
 
 
 def _has_bias(view: ModelView) -> bool:
-    return any(isinstance(p, nn.Parameter) and p.dim() == 1 for p in view.attention[0].parameters())
+    return any(p.dim() == 1 for p in view.attention[0].parameters())

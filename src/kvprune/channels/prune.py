@@ -17,7 +17,7 @@ from kvprune.channels.importance import IMPORTANCE, Scores
 from kvprune.channels.journal import Journal
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
 from kvprune.channels.selection import Kept, everything, select, shared_pairs
-from kvprune.channels.sensitivity import measure_sensitivity
+from kvprune.channels.sensitivity import measure_sensitivity, probe_width
 from kvprune.channels.settings import PRESETS, Settings
 from kvprune.channels.statistics import score_layers
 from kvprune.channels.surgery import cut
@@ -224,7 +224,7 @@ class _Run:
     ) -> list[float]:
         s, unit = self.settings, view.units.shape[1]
         probe = s.ratio if s.probe is None else s.probe
-        width = view.shape.head_dim - max(1, round(view.shape.head_dim * probe / unit)) * unit
+        width = probe_width(view.shape.head_dim, probe, unit)
         probes: list[Kept] = [select(score, width, view.units, s.channels == "joint") for score in scores]
         with self._phase("sensitivity", view.shape.layers * len(batches)) as advance:
             return measure_sensitivity(view, batches, probes, journal, advance)

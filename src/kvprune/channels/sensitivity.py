@@ -15,6 +15,11 @@ from kvprune.models.view import BlockRunner, ModelView
 DENSE = -1  # the journal's block number of a batch's dense loss
 
 
+def probe_width(head_dim: int, share: float, unit: int) -> int:
+    """Channels a probe keeps when it removes `share` of them, in whole units (RoPE pairs), at least one."""
+    return head_dim - max(1, round(head_dim * share / unit)) * unit
+
+
 @torch.no_grad()
 def measure_sensitivity(
     view: ModelView,
@@ -60,9 +65,10 @@ def _probe_batch(
         return next_token_loss(view.head, hidden, batch)[0]
 
     if (number, DENSE) not in journal.losses:
-        broken = runner.first_broken_block()
+        dense = loss(runner.output)
+        broken = None if math.isfinite(dense) else runner.first_broken_block()
         what = "the dense model" if broken is None else f"layer {broken} of the dense model"
-        journal.add(number, DENSE, _finite(loss(runner.output), what))
+        journal.add(number, DENSE, _finite(dense, what))
     for block in missing:
         with masked(view.attention[block], probes[block]):
             changed = loss(runner.rerun(block))

@@ -98,7 +98,7 @@ def _narrow(attention: Attention, kept: Kept) -> dict[str, torch.Tensor]:
 
 
 def _make_stock(state: dict[str, torch.Tensor], query_scale: float) -> None:
-    """Turn one layer's PrunedAttention tensors into those of the stock attention with biases on all or none."""
+    """Turn one layer's PrunedAttention tensors into those of the stock attention."""
     del state["rope_index"]
     for name in ("q_proj.weight", "q_proj.bias"):
         if name in state:
