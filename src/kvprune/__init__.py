@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvprune.channels.prune import Pruned, prune
     from kvprune.measure.evaluate import evaluate
     from kvprune.measure.perplexity import Perplexity, perplexity
+    from kvprune.recovery.recover import Recovered, recover
     from kvprune.runtime.files import read_record
 
 _HOMES = {
@@ -28,6 +29,8 @@ _HOMES = {
     "perplexity": "kvprune.measure.perplexity",
     "Perplexity": "kvprune.measure.perplexity",
     "generate": "kvprune.api",
+    "recover": "kvprune.recovery.recover",
+    "Recovered": "kvprune.recovery.recover",
     "read_record": "kvprune.runtime.files",
 }
 
@@ -35,6 +38,7 @@ __all__ = [
     "Perplexity",
     "Pruned",
     "PruningPlan",
+    "Recovered",
     "errors",
     "evaluate",
     "generate",
@@ -43,6 +47,7 @@ __all__ = [
     "perplexity",
     "prune",
     "read_record",
+    "recover",
 ]
 
 register()

@@ -96,6 +96,98 @@ def prune(
     _show(result.record, as_json)
 
 
+@app.command()
+def recover(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="a pruned folder")],
+    out: Annotated[str, typer.Option(help="folder to write, missing or empty")],
+    text: Annotated[
+        str, typer.Option(help="text name or file to train on; .json and .jsonl are Alpaca examples")
+    ] = "wikitext2",
+    tokens: Annotated[int, typer.Option(help="how much of it; 0 for all")] = 0,
+    window: Annotated[int | None, typer.Option(help="tokens trained on at a time  [default: 512]")] = None,
+    batch: Annotated[int | None, typer.Option(help="windows a step, of all processes together  [default: 4]")] = None,
+    steps: Annotated[int | None, typer.Option(help="how many updates  [default: 100]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="instead of --steps: passes over the text")] = None,
+    rank: Annotated[int | None, typer.Option(help="of the LoRA adapters  [default: 16]")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA's alpha  [default: twice the rank]")] = None,
+    dropout: Annotated[float | None, typer.Option(help="before the adapters  [default: 0]")] = None,
+    lr: Annotated[float | None, typer.Option(help="highest learning rate  [default: 0.0005]")] = None,
+    warmup: Annotated[int | None, typer.Option(help="steps up to it, then a cosine to 0  [default: 10]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="of AdamW  [default: 0]")] = None,
+    clip: Annotated[float | None, typer.Option(help="largest norm of the gradient  [default: 1]")] = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(help="layers with an adapter, repeatable: q_proj, ... [default: all-linear]"),
+    ] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="next-token, logits or logits+attention  [default: next-token]")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="of distillation  [default: 1]")] = None,
+    attention_weight: Annotated[float | None, typer.Option(help="for logits+attention  [default: 1]")] = None,
+    teacher: Annotated[str | None, typer.Option(metavar="SOURCE", help="[default: the dense model of DIR]")] = None,
+    held_out: Annotated[int | None, typer.Option(help="tokens at its end kept apart  [default: 4096]")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="stop after so many evaluations without a new best; 0: never  [default: 3]")
+    ] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="steps between evaluations  [default: 25]")] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="less memory, a third more time")
+    ] = False,
+    preset: Annotated[str | None, typer.Option(help="kvpruner: what its neighbours train with")] = None,
+    eval: Annotated[
+        list[str] | None, typer.Option(help="text name or file, repeatable  [default: the text's test split]")
+    ] = None,
+    eval_tokens: Annotated[int, typer.Option(help="how much of each")] = 16384,
+    eval_window: Annotated[list[int] | None, typer.Option(help="evaluation window  [default: 128 and 2048]")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="continue a run that was interrupted")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a pruned model with LoRA and write it, merged, to a folder of the same kind."""
+    chosen: dict[str, Any] = {
+        "window": window,
+        "batch": batch,
+        "steps": steps,
+        "epochs": epochs,
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": dropout,
+        "lr": lr,
+        "warmup": warmup,
+        "weight_decay": weight_decay,
+        "clip": clip,
+        "targets": targets,
+        "loss": loss,
+        "temperature": temperature,
+        "attention_weight": attention_weight,
+        "teacher": teacher,
+        "held_out": held_out,
+        "patience": patience,
+        "checkpoint_every": checkpoint_every,
+        "eval": eval,
+        "eval_windows": eval_window,
+    }
+    result = kvprune.recover(
+        directory,
+        out,
+        resume=resume,
+        progress=Bars(),
+        preset=preset,
+        text=text,
+        tokens=tokens,
+        gradient_checkpointing=gradient_checkpointing,
+        eval_tokens=eval_tokens,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        **{name: value for name, value in chosen.items() if value not in (None, [])},
+    )
+    if result.record is not None:  # only the main process of several has one
+        _show(result.record, as_json)
+
+
 @app.command(name="eval")
 def evaluate(
     source: SourceArgument,

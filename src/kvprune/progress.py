@@ -12,8 +12,8 @@ class Progress:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def phase(self, name: str, total: int = 1) -> Iterator[Callable[[int], None]]:
-        """A phase of `total` steps; yields advance(steps)."""
+    def phase(self, name: str, total: int = 1) -> Iterator[Callable[..., None]]:
+        """A phase of `total` steps; yields advance(steps, note=""), note being a few words on how it goes."""
         start = time.perf_counter()
         with self._show(name, total) as advance:
             yield advance
@@ -23,8 +23,8 @@ class Progress:
         """A line for the user."""
 
     @contextmanager
-    def _show(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        yield lambda steps: None
+    def _show(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        yield lambda steps, note="": None
 
 
 class Bars(Progress):
@@ -40,19 +40,20 @@ class Bars(Progress):
         self.console.print(message, style="yellow", highlight=False, markup=False)
 
     @contextmanager
-    def _show(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    def _show(self, name: str, total: int) -> Iterator[Callable[..., None]]:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
         columns = (
-            TextColumn("{task.description:<22}"),
-            BarColumn(),
+            TextColumn("{task.description:<18}"),
+            BarColumn(bar_width=max(8, min(40, self.console.width - 72))),  # what a note leaves
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
         )
         with RichProgress(*columns, console=self.console) as bars:
-            task = bars.add_task(name, total=total)
-            yield lambda steps: bars.advance(task, steps)
+            task = bars.add_task(name, total=total, note="")
+            yield lambda steps, note="": bars.update(task, advance=steps, note=note)
             bars.update(task, completed=total)

@@ -27,9 +27,9 @@ def next_token_loss(
     grads = []
     tokens = max(PIECE // vocabulary, 16)
     for piece, label in zip(states.split(tokens), labels.split(tokens), strict=True):
-        loss, grad = _piece(head, piece, label, gradient)
+        loss, grad = cross_entropy(head, piece, label, gradient)
         total += loss
-        grads.append(grad)
+        grads.append(cast(torch.Tensor, grad))
     if not gradient:
         return total.item(), len(labels), None
     flat = torch.cat(grads).view(hidden.shape[0], hidden.shape[1] - 1, width)
@@ -37,8 +37,12 @@ def next_token_loss(
 
 
 @torch.no_grad()
-def _piece(head: nn.Module, states: torch.Tensor, labels: torch.Tensor, gradient: bool):
+def cross_entropy(
+    head: nn.Module, states: torch.Tensor, labels: torch.Tensor, gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Summed cross-entropy of one piece (float64), and its gradient in the states if asked for.
+
+    states (n, hidden), labels (n,). All n rows of logits exist at once: the caller cuts the pieces.
 
     Everything happens in the one float32 copy of the logits: on a CPU a third less time than torch's own, which
     keeps two more copies.

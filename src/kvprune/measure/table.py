@@ -16,7 +16,10 @@ def pruned_table(record: dict[str, Any]) -> RenderableType:
     table.add_row("parameters", f"{parameters['dense']:,}", f"{parameters['pruned']:,}", _ratio(parameters))
     for row in record["perplexity"]:
         name = f"perplexity, {row['text']}, window {row['window']}, {row['tokens']:,} tokens"
-        table.add_row(name, f"{row['dense']:.2f}", f"{row['pruned']:.2f}", _ratio(row))
+        dense = "-" if row["dense"] is None else f"{row['dense']:.2f}"
+        table.add_row(name, dense, f"{row['pruned']:.2f}", _ratio(row))
+        if "before" in row:
+            table.add_row("    before recovery", "", f"{row['before']:.2f}", _ratio({**row, "pruned": row["before"]}))
     return Group(table, _widths(record), _costs(record))
 
 
@@ -40,7 +43,7 @@ def print_table(table: RenderableType) -> None:
 
 
 def _ratio(pair: dict[str, Any]) -> str:
-    return f"{pair['pruned'] / pair['dense']:.3f}"
+    return "-" if pair["dense"] is None else f"{pair['pruned'] / pair['dense']:.3f}"
 
 
 def _widths(record: dict[str, Any]) -> RenderableType:

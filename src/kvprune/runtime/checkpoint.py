@@ -62,15 +62,15 @@ def _move(partial: Path, folder: Path) -> None:
     """Every file, flushed to the disk first, config.json last."""
     names = sorted((p.name for p in partial.iterdir()), key=lambda name: (name == _LAST, name))
     for name in names:
-        _flush(partial / name)
+        flush(partial / name)
     for name in names:
         if name == _LAST:
-            _flush(folder)
+            flush(folder)
         os.replace(partial / name, folder / name)
-    _flush(folder)
+    flush(folder)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have the operating system write a file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

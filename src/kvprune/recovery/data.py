@@ -1,0 +1,141 @@
+"""A text or an Alpaca file -> what is trained on, and a held-out slice from its end that never is.
+
+Everything is in memory as token ids. Which windows a step sees depends on the seed and the step's number alone, so a
+run that was interrupted goes on with the very windows that it would have seen.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from kvprune.errors import BadOption, TextTooShort, UnknownText
+from kvprune.recovery import alpaca
+from kvprune.text.corpus import is_file, read_text
+from kvprune.text.windows import windows
+
+
+@dataclass(frozen=True)
+class Data:
+    """ids (n, T), padded on the right; labels (n, T), the ids again or -100 where nothing is to be learnt (prompts,
+    padding); lengths (n,) without padding. A token is scored where its label is not -100, but never a window's first.
+
+    Right padding needs no attention mask in a causal model: what is padded comes after everything that is scored.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    lengths: torch.Tensor
+    left_out: int = 0  # examples whose answer has no room in a window
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, index: torch.Tensor) -> "Data":
+        """The rows of that index (m,), cut to the longest of them."""
+        longest = int(self.lengths[index].max()) if len(index) else 0
+        return Data(self.ids[index, :longest], self.labels[index, :longest], self.lengths[index], self.left_out)
+
+    def to(self, device: torch.device) -> "Data":
+        return Data(self.ids.to(device), self.labels.to(device), self.lengths.to(device))
+
+    @property
+    def scored(self) -> int:
+        return int((self.labels[:, 1:] != -100).sum())
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+
+def check_name(text: str) -> None:
+    """Raise UnknownText for a file that is named as a test split: it would make every later figure worthless."""
+    if is_file(text) and any(_is_test(Path(p).name) for p in (text, Path(text).resolve())):
+        raise UnknownText(f"{text} is a test split; train on another text and keep this one for --eval")
+
+
+def _is_test(name: str) -> bool:
+    return "test" in re.split(r"[^a-z]+", name.lower())
+
+
+def read_data(
+    text: str, tokenizer: PreTrainedTokenizerBase, *, window: int, tokens: int, held_out: int, batch: int
+) -> tuple[Data, Data]:
+    """(train, held out) of a text name, a text file or an Alpaca file.
+
+    window: tokens of a window, and the longest example. tokens: how much of the beginning to use, 0 for all. held_out:
+    tokens at the end of that to keep apart, rounded down to whole windows, at least one; for examples, the last ones
+    that have as many. Raises UnknownText, and TextTooShort where not even one batch is left to train on.
+    """
+    check_name(text)
+    if is_file(text) and alpaca.is_named_so(text):
+        data = _from_examples(alpaca.read_examples(text), tokenizer, window, tokens)
+        count = _rows_with(data.lengths.flip(0), held_out)
+    else:
+        ids = windows(read_text(text, "valid"), tokenizer, window, tokens or None, f"the recovery text {text}")
+        data = Data(ids, ids.clone(), torch.full((len(ids),), window))
+        count = max(held_out // window, 1)
+    if len(data) < count + batch:
+        raise TextTooShort(
+            f"the recovery text {text} has {data.tokens} tokens, too few to train on batches of {batch} x {window} and "
+            f"to hold out {held_out} others; give a longer text, or a smaller --batch, --window or --held-out"
+        )
+    index = torch.arange(len(data))
+    return data.rows(index[: len(data) - count]), data.rows(index[len(data) - count :])
+
+
+def batch_rows(step: int, batch: int, count: int, seed: int) -> torch.Tensor:
+    """The row numbers (batch,), below `count`, of step 0, 1, ...: every row once per epoch, in an order of its own."""
+    first = step * batch
+    return torch.tensor([_order(count, seed, i // count)[i % count] for i in range(first, first + batch)])
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(mixed(seed, epoch))
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def mixed(*numbers: int) -> int:
+    """One seed out of several."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % 2**63
+    return seed
+
+
+def _from_examples(examples: Sequence[alpaca.Example], tokenizer, window: int, tokens: int) -> Data:
+    """Examples cut to `window` tokens; those whose answer is cut away altogether are left out."""
+    rows: list[tuple[list[int], list[int]]] = []
+    total = left_out = 0
+    for example in examples:
+        ids, labels = alpaca.tokenize(example, tokenizer)
+        ids, labels = ids[:window], labels[:window]
+        if all(label == -100 for label in labels):
+            left_out += 1
+            continue
+        rows.append((ids, labels))
+        total += len(ids)
+        if tokens and total >= tokens:
+            break
+    if tokens and total < tokens:
+        raise TextTooShort(f"the examples have {total} tokens, but {tokens} were asked for; ask for fewer")
+    if not rows:
+        raise BadOption(f"no example has an answer within {window} tokens; give a larger --window")
+    longest = max(len(ids) for ids, _ in rows)
+    padding = tokenizer.pad_token_id or 0
+    return Data(
+        torch.tensor([ids + [padding] * (longest - len(ids)) for ids, _ in rows]),
+        torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in rows]),
+        torch.tensor([len(ids) for ids, _ in rows]),
+        left_out,
+    )
+
+
+def _rows_with(lengths: torch.Tensor, tokens: int) -> int:
+    """How many of the first rows have `tokens` together (all of them if they have fewer)."""
+    return min(int((lengths.cumsum(0) < tokens).sum()) + 1, len(lengths))

@@ -1,0 +1,288 @@
+"""`recover`: a pruned folder in, the same kind of folder with better weights out."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvprune.channels.prune import versions
+from kvprune.errors import BadOption, KVPruneError, UnknownSource
+from kvprune.measure import memory
+from kvprune.models.family import family_of
+from kvprune.models.source import Source, find_device, load_model, load_tokenizer, resolve
+from kvprune.progress import Progress
+from kvprune.recovery import evaluation
+from kvprune.recovery.checkpoints import Checkpoints
+from kvprune.recovery.data import Data, check_name, read_data
+from kvprune.recovery.losses import LOSSES
+from kvprune.recovery.settings import Settings, from_options
+from kvprune.recovery.train import MICRO_TOKENS, Training
+from kvprune.recovery.trainee import ADAPTER, Trainee, add_adapters, blocks, checkpoint_activations
+from kvprune.runtime.checkpoint import save
+from kvprune.runtime.files import PLAN, read_record
+
+
+@dataclass
+class Recovered:
+    """What `recover` returns: the merged model in memory and the record that kvprune.json holds.
+
+    On processes other than the main one (accelerate launch) model and record are None.
+    """
+
+    model: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase
+    record: dict[str, Any] | None = field(repr=False)
+
+
+def recover(
+    folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **options,
+) -> Recovered:
+    """Train LoRA adapters on the pruned model in `folder`, merge the best of them, and, if `out` is given, save there.
+
+    options: the fields of Settings, and preset="kvpruner". Started by `accelerate launch`, the work is spread over its
+    processes. Raises a KVPruneError for what the user can mend; nothing is written then but the checkpoints of an
+    unfinished run, which `resume` continues.
+    """
+    preset = options.pop("preset", None)
+    settings = from_options(str(folder), preset, options)
+    return _Run(settings, None if out is None else Path(out), resume, progress or Progress()).run()
+
+
+class _Run:
+    """One run of `recover`, phase by phase."""
+
+    def __init__(self, settings: Settings, out: Path | None, resume: bool, progress: Progress):
+        self.settings, self.out, self.resume = settings, out, resume
+        self.source = _pruned_source(settings.folder, out)
+        check_name(settings.text)
+        import peft  # noqa: F401  # so that the memory it takes is no part of the measured peak
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(device_placement=False)
+        self.main = self.accelerator.is_main_process
+        many = self.accelerator.num_processes > 1
+        self.device = self.accelerator.device if many else find_device(settings.device)
+        self.progress = progress if self.main else Progress()
+
+    def run(self) -> Recovered:
+        s = self.settings
+        self.peak = memory.PeakMemory(self.device)
+        old = read_record(Path(s.folder))
+        with self._phase("load"):
+            lm = load_model(self.source, str(self.device), s.dtype)
+            tokenizer = load_tokenizer(self.source)
+            self.weight_bytes = memory.weight_bytes(lm)
+            limit = lm.config.max_position_embeddings
+            data = read_data(
+                s.text,
+                tokenizer,
+                window=min(s.window, limit),
+                tokens=s.tokens,
+                held_out=s.held_out,
+                batch=s.batch,
+            )
+            if data[0].left_out:
+                self.progress.say(f"{data[0].left_out} examples are left out: their answers do not fit into a window")
+            texts = evaluation.texts(s, old, tokenizer, limit, data[1])
+            sharded = "FSDP" in str(self.accelerator.distributed_type)
+            peft_model = add_adapters(lm, s, same_dtype=sharded)
+            teacher = self._teacher(lm, old)
+        checkpoints = Checkpoints(self.out if self.main else None)
+        checkpoints.open(self._identity(old, data, teacher), self.resume)
+        self.accelerator.wait_for_everyone()
+        try:
+            before = self._before(checkpoints, lm, teacher, texts, old)
+            training = self._train(lm, teacher, data, checkpoints)
+        except KVPruneError:
+            self._forget_if_empty(checkpoints)
+            raise
+        teacher = None
+        if not self.main:
+            self.accelerator.wait_for_everyone()
+            return Recovered(None, tokenizer, None)
+        with self._phase("merge"):
+            if sharded:
+                lm = load_model(self.source, str(self.device), s.dtype)
+                peft_model = add_adapters(lm, s, same_dtype=True)
+            merged = merge(peft_model, lm, training.best)
+        after = self._perplexities(merged, texts, "evaluate recovered")
+        rows = [{**row, "pruned": value.value} for row, value in zip(before, after, strict=True)]
+
+        def record() -> dict[str, Any]:
+            return self._record(old, rows, training, merged, LOSSES[s.loss].needs_teacher)
+
+        saved = record()
+        if self.out is not None:
+            with self._phase("save"):
+                saved = save(merged, tokenizer, (Path(s.folder) / PLAN).read_text(encoding="utf-8"), record, self.out)
+            checkpoints.close()
+        self.accelerator.wait_for_everyone()
+        return Recovered(merged, tokenizer, saved)
+
+    @contextmanager
+    def _phase(self, name: str, total: int = 1) -> Iterator[Callable[..., None]]:
+        with self.progress.phase(name, total) as advance:
+            yield advance
+        memory.release()
+
+    def _teacher(self, lm: PreTrainedModel, old: dict[str, Any]) -> PreTrainedModel | None:
+        """The dense model, frozen, where the loss wants one. Raises UnknownSource or BadOption."""
+        s = self.settings
+        if not LOSSES[s.loss].needs_teacher:
+            return None
+        name = s.teacher or old["source"]
+        try:
+            source = resolve(name, None if s.teacher else old.get("revision"))
+            teacher = load_model(source, str(self.device), str(lm.dtype).removeprefix("torch."))
+        except KVPruneError as error:
+            raise UnknownSource(f"the teacher {name}: {error}; name the dense model with --teacher") from error
+        for what in ("vocab_size", "hidden_size", "num_hidden_layers"):
+            mine, theirs = (getattr(model.config, what) for model in (lm, teacher))
+            if mine != theirs:
+                raise BadOption(f"the teacher {name} has {what} {theirs}, the pruned model {mine}; name another")
+        return teacher.requires_grad_(False)
+
+    def _identity(
+        self, old: dict[str, Any], data: tuple[Data, Data], teacher: PreTrainedModel | None
+    ) -> dict[str, Any]:
+        """What must be the same for an unfinished run to go on: the settings, and what they led to."""
+        text = hashlib.sha256()
+        for part in data:
+            for tensor in (part.ids, part.labels):
+                text.update(tensor.numpy().tobytes())
+        return self.settings.as_json() | {
+            "recovery_text": text.hexdigest(),
+            "weights": hashlib.sha256(repr(sorted(old["files"].items())).encode()).hexdigest(),
+            "teacher_weights": None if teacher is None else _fingerprint(teacher),
+            "computed_on": f"{self.accelerator.num_processes} x {self.device.type} in {self.settings.dtype} "
+            f"on {torch.get_num_threads()} threads",
+            "versions": _versions(),
+        }
+
+    def _before(self, checkpoints: Checkpoints, lm, teacher, texts, old: dict[str, Any]) -> list[dict[str, Any]]:
+        """The evaluation's rows with "dense" and "before"; the adapters add nothing yet."""
+        rows = checkpoints.before()
+        if rows is not None or not self.main:
+            return rows or []
+        mine = self._perplexities(lm, texts, "evaluate pruned")
+        dense = None if teacher is None else self._perplexities(teacher, texts, "evaluate dense")
+        rows = evaluation.rows(texts, mine, dense, old)
+        checkpoints.keep_before(rows)
+        return rows
+
+    def _train(self, lm, teacher, data: tuple[Data, Data], checkpoints: Checkpoints) -> Training:
+        reader = checkpoints if self.main else Checkpoints(self.out)
+        training = Training(
+            self.accelerator, Trainee(lm, teacher, self.settings), self.device, data, self.settings, reader
+        )
+        with self._phase("train", training.total) as advance:
+            training.run(advance)
+        return training
+
+    def _forget_if_empty(self, checkpoints: Checkpoints) -> None:
+        """A run that ended before its first checkpoint leaves nothing."""
+        if self.main and not checkpoints.has_steps():
+            checkpoints.discard()
+
+    def _perplexities(self, lm: PreTrainedModel, texts, phase: str):
+        lm.eval()
+        with self._phase(phase, sum(len(ids) for _, ids in texts)) as advance:
+            return evaluation.perplexities(lm, texts, advance)
+
+    def _record(
+        self, old: dict[str, Any], rows: list[dict[str, Any]], training: Training, lm: PreTrainedModel, taught: bool
+    ) -> dict[str, Any]:
+        """DIR's record with what this run measured; docs/recovery.md has the list."""
+        s, state = self.settings, training.state
+        recovered = {
+            "text": s.text,
+            "tokens": state.tokens,
+            "steps": state.step,
+            "loss": s.loss,
+            "settings": s.as_json(),
+            "curve": [list(point) for point in state.curve],
+            "held_out_curve": [list(point) for point in state.held_out],
+            "best_step": state.best_step,
+            "stopped_early": state.stopped_early,
+            "tokens_per_second": round(state.tokens / state.seconds, 1) if state.seconds else None,
+            "seconds": round(state.seconds, 3),
+            "processes": self.accelerator.num_processes,
+        }
+        if "recovered" in old:
+            recovered["earlier"] = old["recovered"]
+        return {
+            **{name: value for name, value in old.items() if name != "files"},
+            "recovered": recovered,
+            "perplexity": rows,
+            "seconds": {name: round(seconds, 3) for name, seconds in self.progress.seconds.items()},
+            "dtype": str(lm.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "versions": _versions(),
+            "peak_memory_bytes": self.peak.bytes(),
+            "memory_formula_bytes": self._formula(training, lm, taught),
+        }
+
+    def _formula(self, training: Training, lm: PreTrainedModel, taught: bool) -> dict[str, int]:
+        """What a process may need at its peak, in bytes; docs/recovery.md says where it comes from."""
+        s, config = self.settings, lm.config
+        tokens = min(MICRO_TOKENS, max(s.batch // self.accelerator.num_processes, 1) * training.train.ids.shape[1])
+        a_layer = 16 * config.hidden_size + 6 * config.intermediate_size
+        layers = 1 + config.num_hidden_layers / 8 if s.gradient_checkpointing else config.num_hidden_layers
+        adapter = sum(t.numel() * t.element_size() for t in training.best.values())
+        return {
+            "weights": self.weight_bytes * (2 if taught else 1),
+            "adapters, gradients, moments, best": 6 * adapter,
+            "activations of one piece": int(tokens * a_layer * layers * lm.dtype.itemsize),
+            "one copy of the weights to save": self.weight_bytes,
+        }
+
+
+def merge(peft_model: Any, lm: PreTrainedModel, adapter: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """The model with `adapter` (names as in Trainee) added to its weights, in the dtype it was loaded in."""
+    dtypes = {name: p.dtype for name, p in lm.named_parameters() if ADAPTER not in name}
+    parameters = dict(lm.named_parameters())
+    with torch.no_grad():
+        for name, value in adapter.items():
+            parameters[name.removeprefix("lm.")].copy_(value)
+    merged: PreTrainedModel = peft_model.merge_and_unload().eval()
+    checkpoint_activations(merged, False)
+    for name, parameter in merged.named_parameters():
+        if parameter.dtype != dtypes.get(name.replace(".weight", ".base_layer.weight"), parameter.dtype):
+            raise TypeError(f"merging changed {name} to {parameter.dtype}")
+    return merged.requires_grad_(True)
+
+
+def _pruned_source(folder: str, out: Path | None) -> Source:
+    source = resolve(folder)
+    if not source.is_pruned:
+        raise BadOption(f"{folder} is not a pruned folder; make one with: kvprune prune {folder} --out DIR")
+    if out is not None and out.resolve() == Path(folder).resolve():
+        raise BadOption(f"--out {out} is the folder to recover; choose another --out")
+    return source
+
+
+def _fingerprint(lm: PreTrainedModel) -> str:
+    """Of all layers' attention weights."""
+    digest = hashlib.sha256()
+    name = family_of(lm.config.model_type).attention
+    for block in blocks(lm)[1]:
+        for parameter in getattr(block, name).parameters():
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {**versions(), **{name: version(name) for name in ("peft", "accelerate")}}

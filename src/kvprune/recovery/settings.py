@@ -1,0 +1,139 @@
+"""Every choice of a recovery, its default, and what it may be."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kvprune.errors import BadOption
+from kvprune.recovery.losses import LOSSES
+
+ALL_LINEAR = "all-linear"
+DEFAULT_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what is learnt; two runs with the same settings give the same weights.
+
+    text: a named text (its valid split), a text file, or an Alpaca file (.json, .jsonl). tokens: how much of it, 0 for
+    all. window, held_out and eval_tokens in tokens; batch in windows, of all processes together. steps or epochs, not
+    both. alpha None is twice the rank. targets: last parts of module names, or "all-linear". warmup in steps, then a
+    cosine down to 0. temperature is for distillation, attention_weight for the loss "logits+attention". teacher None is
+    the record's source. Every `checkpoint_every` steps the held-out slice is evaluated and the state written; after
+    `patience` evaluations in a row without a new best the run stops (0: never).
+    """
+
+    folder: str
+    text: str = "wikitext2"
+    tokens: int = 0
+    window: int = 512
+    batch: int = 4
+    steps: int | None = None
+    epochs: int | None = None
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    lr: float = 5e-4
+    warmup: int = 10
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+    loss: str = "next-token"
+    temperature: float = 1.0
+    attention_weight: float = 1.0
+    teacher: str | None = None
+    checkpoint_every: int = 25
+    patience: int = 3
+    held_out: int = 4096
+    gradient_checkpointing: bool = False
+    eval: tuple[str, ...] = ()
+    eval_tokens: int = 16384
+    eval_windows: tuple[int, ...] = (128, 2048)
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("folder", "text", "teacher"):  # paths are welcome, and JSON wants strings
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, str(getattr(self, name)))
+        for name in ("targets", "eval", "eval_windows"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "eval", tuple(map(str, self.eval)))
+        if self.steps is not None and self.epochs is not None:
+            raise BadOption("give --steps or --epochs, not both")
+        if self.steps is None and self.epochs is None:
+            object.__setattr__(self, "steps", DEFAULT_STEPS)
+        if self.loss not in LOSSES:
+            raise BadOption(f"unknown loss {self.loss!r}; choose {', '.join(LOSSES)}")
+        if self.teacher is not None and not LOSSES[self.loss].needs_teacher:
+            raise BadOption(f"--loss {self.loss} has no teacher; leave --teacher out or choose a distillation loss")
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        least: dict[str, float] = {
+            "tokens": 0,
+            "window": 2,
+            "batch": 1,
+            "steps": 0,
+            "epochs": 1,
+            "rank": 1,
+            "lr": 0,
+            "warmup": 0,
+            "weight_decay": 0,
+            "attention_weight": 0,
+            "checkpoint_every": 1,
+            "patience": 0,
+            "held_out": 2,
+            "eval_tokens": 2,
+        }
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= minimum:
+                raise BadOption(f"--{name.replace('_', '-')} must be at least {minimum}")
+        for name in ("alpha", "temperature", "clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise BadOption(f"--{name} must be positive")
+        if not 0 <= self.dropout < 1:
+            raise BadOption("--dropout must lie from 0 to below 1")
+        if not self.eval_windows or min(self.eval_windows) < 2:
+            raise BadOption("an evaluation window must have at least 2 tokens")
+        if not self.targets:
+            raise BadOption(f"--targets is empty; give module names or {ALL_LINEAR}")
+
+    @property
+    def scale(self) -> float:
+        """LoRA's alpha."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as they come back from JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # what the papers next to KVPruner (arXiv 2409.11057) train with: LLM-Pruner's settings
+    "kvpruner": {
+        "rank": 8,
+        "alpha": 16.0,
+        "dropout": 0.05,
+        "lr": 1e-4,
+        "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "epochs": 2,
+        "batch": 64,
+        "window": 256,
+    }
+}
+
+
+def from_options(folder: str, preset: str | None, options: dict[str, Any]) -> Settings:
+    """Settings from what a user gave. Raises BadOption for an unknown preset, and for an option that it decides."""
+    if preset is None:
+        return Settings(folder=folder, **options)
+    if preset not in PRESETS:
+        raise BadOption(f"unknown preset {preset!r}; choose {', '.join(PRESETS)}")
+    decided = [name for name in (*PRESETS[preset], "steps") if options.get(name) is not None]
+    if decided:
+        names = ", ".join("--" + name for name in decided)
+        raise BadOption(f"--preset {preset} decides {names} itself; leave one of them out")
+    return Settings(folder=folder, **PRESETS[preset], **options)
