@@ -34,20 +34,28 @@ def prune(
     source: SourceArgument,
     out: Annotated[str, typer.Option(help="folder to write, missing or empty")],
     ratio: Annotated[float | None, typer.Option(help="fraction of the KV bytes to remove  [default: 0.5]")] = None,
-    importance: Annotated[str | None, typer.Option(help="energy, taylor, l1 or l2  [default: energy]")] = None,
+    importance: Annotated[
+        str | None, typer.Option(help="variance, energy, taylor, l1 or l2  [default: variance]")
+    ] = None,
     channels: Annotated[str | None, typer.Option(help="split or joint  [default: split]")] = None,
-    allocation: Annotated[str | None, typer.Option(help="sensitivity, rank or uniform  [default: sensitivity]")] = None,
+    allocation: Annotated[
+        str | None, typer.Option(help="sensitivity, budget, rank or uniform  [default: sensitivity]")
+    ] = None,
     layout: Annotated[str | None, typer.Option(help="per-layer, uniform or portable  [default: per-layer]")] = None,
-    repair: Annotated[str | None, typer.Option(help="none")] = None,
+    repair: Annotated[
+        str | None, typer.Option(help="rotate+refit, rotate, refit or none  [default: rotate+refit; joint: refit]")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="kvpruner: the paper's choices")] = None,
-    calibration: Annotated[str, typer.Option(help="text name or file")] = "wikitext2",
+    calibration: Annotated[str, typer.Option(help="text name, file, or self: sampled from the model")] = "wikitext2",
     calibration_tokens: Annotated[int, typer.Option(help="how much of it")] = 16384,
     eval: Annotated[
         list[str] | None, typer.Option(help="text name or file, repeatable  [default: its test split]")
     ] = None,
     eval_tokens: Annotated[int, typer.Option(help="how much of each")] = 16384,
     window: Annotated[list[int] | None, typer.Option(help="evaluation window  [default: 128 and 2048]")] = None,
+    repair_tokens: Annotated[int, typer.Option(help="how much of it refit takes, at most")] = 65536,
     probe: Annotated[float | None, typer.Option(help="fraction a probe removes  [default: the ratio]")] = None,
+    probe_tokens: Annotated[int | None, typer.Option(help="calibration tokens a probe reads  [default: all]")] = None,
     tau: Annotated[float | None, typer.Option(help="softness of the allocation by sensitivity  [default: 3]")] = None,
     align: Annotated[int | None, typer.Option(help="widths are multiples of this  [default: 8]")] = None,
     min_width: Annotated[int | None, typer.Option(help="no layer keeps fewer channels  [default: 16]")] = None,
@@ -83,6 +91,8 @@ def prune(
         preset=preset,
         calibration=calibration,
         calibration_tokens=calibration_tokens,
+        repair_tokens=repair_tokens,
+        probe_tokens=probe_tokens,
         eval=tuple(eval or ()),
         eval_tokens=eval_tokens,
         plan=plan,

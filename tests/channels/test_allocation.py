@@ -5,6 +5,7 @@ import math
 import statistics
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import assume, given
 
@@ -100,3 +101,32 @@ def test_an_impossible_grid_is_a_users_mistake(align, min_width):
 def test_one_width_takes_the_nearest():
     assert allocation.one_width(0.3, Grid(3, 64, 8, 16, 2)) == [48] * 3
     assert allocation.one_width(0.35, Grid(3, 64, 8, 16, 2)) == [40] * 3
+
+
+@given(
+    costs=st.lists(st.tuples(*[st.floats(0, 1)] * 2).map(lambda c: {4: max(c), 8: min(c)}), min_size=2, max_size=4),
+    ratio=st.sampled_from([0.25, 0.375, 0.5, 0.625]),
+)
+def test_budget_is_the_brute_force_optimum(costs, ratio):
+    """All widths of all layers tried; costs in straight lines between the probed widths and (16, 0)."""
+    grid = allocation.Grid(len(costs), 16, align=2, min_width=4, unit=2)
+
+    def cost(points, width):
+        return np.interp(width, [4, 8, 16], [points[4], points[8], 0.0])
+
+    found = allocation.by_budget(costs, ratio, grid)
+    total = sum(allocation.round_widths(allocation.uniform(len(costs), ratio), ratio, grid))
+    assert sum(found) == total
+    best = min(
+        sum(cost(points, width) for points, width in zip(costs, widths, strict=True))
+        for widths in itertools.product(grid.widths, repeat=len(costs))
+        if sum(widths) == total
+    )
+    assert sum(cost(points, width) for points, width in zip(costs, found, strict=True)) == pytest.approx(best, abs=1e-9)
+
+
+def test_budget_reads_noise_as_nothing():
+    """A probe below zero costs nothing, and a narrower cut never less than a wider one."""
+    grid = allocation.Grid(2, 16, align=4, min_width=4, unit=2)
+    widths = allocation.by_budget([{8: 0.5, 4: 0.1}, {8: -0.3, 4: 0.2}], 0.5, grid)
+    assert widths == [12, 4]

@@ -20,7 +20,7 @@ QUICK = {"calibration_tokens": 512, "calibration_window": 64, "eval_tokens": 512
 COARSE = {**QUICK, "align": 2, "min_width": 4}
 
 
-@pytest.mark.parametrize("importance", ["energy", "taylor", "l1", "l2"])
+@pytest.mark.parametrize("importance", ["variance", "energy", "taylor", "l1", "l2"])
 @pytest.mark.parametrize("channels", ["split", "joint"])
 def test_half_of_the_bytes_go_and_the_folder_loads(checkpoint, texts, tmp_path, importance, channels):
     out = tmp_path / "out"
@@ -58,7 +58,7 @@ def test_record_has_the_contract_fields(checkpoint, texts):
     contract = "source ratio ratio_achieved kv_bytes_per_token parameters widths layout method perplexity seconds"
     assert set(contract.split()) | {"peak_memory_bytes", "versions", "seed"} <= set(record)
     assert set(record["perplexity"][0]) == {"text", "window", "tokens", "dense", "pruned"}
-    assert {"load", "importance", "sensitivity", "surgery"} <= set(record["seconds"])
+    assert {"load", "importance", "sensitivity", "surgery", "refit"} <= set(record["seconds"])
     assert len(record["widths"]) == 4
     assert sum(record["widths"]) == 64
 
@@ -217,7 +217,7 @@ def test_a_run_on_other_text_is_not_resumed(checkpoint, texts, tmp_path, monkeyp
     def stop(*_args):
         raise RuntimeError("stopped")
 
-    monkeypatch.setattr("kvprune.channels.prune.measure_sensitivity", stop)
+    monkeypatch.setattr("kvprune.channels.planning.measure_sensitivity", stop)
     with pytest.raises(RuntimeError, match="stopped"):
         kvprune.prune(checkpoint, tmp_path / "out", **COARSE)
     (texts / "wikitext2-valid.txt").write_text((texts / "ptb-valid.txt").read_text())

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kvprune.channels.importance.base import Scores
+from kvprune.channels.repair.rotate import Rotation
 from kvprune.errors import OutputExists
 from kvprune.runtime.files import RESUME, writing_to
 
@@ -78,25 +80,33 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def save_scores(self, scores: Sequence[Scores]) -> None:
-        """Keep the importance scores of all layers."""
+    def save_scores(self, scores: Sequence[Scores], rotations: Sequence[Rotation] | None) -> None:
+        """Keep the importance scores of all layers, and the rotations they go with."""
         if self.folder is None:
             return
-        tensors = {f"{i}.{name}": getattr(s, name).contiguous() for i, s in enumerate(scores) for name in ("qk", "vo")}
+        tensors = {f"{i}.{name}": getattr(s, name) for i, s in enumerate(scores) for name in ("qk", "vo")}
+        for i, rotation in enumerate(rotations or ()):
+            tensors |= {f"{i}.{name}": tensor for name, tensor in rotation.tensors().items()}
         partial = self.folder / (_SCORES + ".partial")
         with writing_to(self.folder.parent):
-            save_file(tensors, partial)
+            save_file({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, partial)
             os.replace(partial, self.folder / _SCORES)
 
-    def load_scores(self) -> list[Scores] | None:
-        """The kept scores, or None if that phase had not finished."""
+    def load_scores(self) -> tuple[list[Scores], list[Rotation] | None] | None:
+        """What save_scores kept, or None if that phase had not finished."""
         if self.folder is None or not (self.folder / _SCORES).exists():
             return None
         try:
             tensors = load_file(self.folder / _SCORES)
         except SafetensorError:
             return None
-        return [Scores(tensors[f"{i}.qk"], tensors[f"{i}.vo"]) for i in range(len(tensors) // 2)]
+        layers: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            layer, _, field = name.partition(".")
+            layers.setdefault(int(layer), {})[field] = tensor
+        found = [layers[i] for i in sorted(layers)]
+        rotations = [Rotation.of(layer) for layer in found] if "slow" in found[0] else None
+        return [Scores(layer["qk"], layer["vo"]) for layer in found], rotations
 
     def close(self) -> None:
         """The run is finished: forget it."""

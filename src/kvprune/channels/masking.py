@@ -5,33 +5,41 @@ from contextlib import contextmanager
 
 import torch
 
+from kvprune.channels.repair.rotate import Rotation
 from kvprune.channels.selection import Kept
 from kvprune.models.attention import Attention
 
 
 @contextmanager
 @torch.no_grad()
-def masked(attention: Attention, kept: Kept) -> Iterator[None]:
+def masked(attention: Attention, kept: Kept, rotation: Rotation | None = None) -> Iterator[None]:
     """Zero what a plan would cut, and restore it bit for bit, also after an error.
 
     Q and K lose the removed channels with their biases; V loses their weights and keeps their biases, which are
-    a constant at the output that surgery keeps too. `kept` may be empty: the attention then adds only that.
+    a constant at the output that surgery keeps too. `kept` may be empty: the attention then adds only that. With a
+    rotation, the channels are those of the turned weights.
     """
-    weights = attention.weights()
-    device = weights.k.device
-    gone_qk = removed(kept.qk, attention.shape.head_dim).to(device)
-    gone_vo = removed(kept.vo, attention.shape.head_dim).to(device)
-    rows = [weights.k, weights.k_bias, weights.q.transpose(1, 2)]
-    rows.append(None if weights.q_bias is None else weights.q_bias.transpose(1, 2))
-    changes = [(tensor, gone_qk) for tensor in rows if tensor is not None] + [(weights.v, gone_vo)]
-    saved = [tensor[gone] for tensor, gone in changes]
+    w = attention.weights()
+    gone = removed(kept.qk, attention.shape.head_dim).to(w.k.device)
+    gone_vo = removed(kept.values, attention.shape.head_dim).to(w.v.device)
+    changed = [(name, tensor) for name, tensor in vars(w).items() if tensor is not None]
+    saved = [tensor.clone() for _, tensor in changed]
     try:
-        for tensor, gone in changes:
-            tensor[gone] = 0
+        if rotation is not None:
+            turned = rotation.turned(w)
+            for name, tensor in changed:
+                tensor.copy_(getattr(turned, name))
+        w.k[gone] = 0
+        w.q.transpose(1, 2)[gone] = 0
+        if w.k_bias is not None:
+            w.k_bias[gone] = 0
+        if w.q_bias is not None:
+            w.q_bias.transpose(1, 2)[gone] = 0
+        w.v[gone_vo] = 0
         yield
     finally:
-        for (tensor, gone), values in zip(changes, saved, strict=True):
-            tensor[gone] = values
+        for (_, tensor), values in zip(changed, saved, strict=True):
+            tensor.copy_(values)
 
 
 def removed(kept: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -12,13 +12,14 @@ from kvprune.models.attention import AttentionShape
 class LayerPlan(BaseModel):
     """Kept channels of one layer, in the dense numbering, ascending: qk[h] and vo[h] for KV head h.
 
-    All heads of a layer keep the same number, and K keeps as many as V.
+    All heads of a layer keep the same number, and K keeps as many as V. vo is None where V and O were rotated before
+    the cut: the leading directions stayed, which only the weights and the calibration text can tell.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     qk: tuple[tuple[int, ...], ...]
-    vo: tuple[tuple[int, ...], ...]
+    vo: tuple[tuple[int, ...], ...] | None
 
     @property
     def width(self) -> int:
@@ -26,9 +27,9 @@ class LayerPlan(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "LayerPlan":
-        if not self.qk or len(self.qk) != len(self.vo):
+        if not self.qk or (self.vo is not None and len(self.qk) != len(self.vo)):
             raise ValueError("qk and vo need one list per KV head")
-        for kept in (*self.qk, *self.vo):
+        for kept in (*self.qk, *(self.vo or ())):
             if len(kept) != self.width or not kept:
                 raise ValueError("every KV head of a layer must keep the same number of channels, at least one")
             if list(kept) != sorted(set(kept)) or kept[0] < 0:
@@ -77,6 +78,11 @@ class PruningPlan(BaseModel):
         return [layer.width for layer in self.layers]
 
     @property
+    def is_rotated(self) -> bool:
+        """Whether V and O of some layer were rotated before the cut."""
+        return any(layer.vo is None for layer in self.layers)
+
+    @property
     def ratio_achieved(self) -> float:
         """Fraction of the dense KV bytes per token that goes."""
         return 1 - sum(self.widths) / (self.model.layers * self.model.head_dim)
@@ -102,7 +108,7 @@ class PruningPlan(BaseModel):
         if len(self.layers) != shape.layers:
             raise PlanMismatch(f"the plan has {len(self.layers)} layers, the model {shape.layers}; make it again")
         for i, layer in enumerate(self.layers):
-            if len(layer.qk) != shape.kv_heads or max(max(k) for k in (*layer.qk, *layer.vo)) >= shape.head_dim:
+            if len(layer.qk) != shape.kv_heads or max(max(k) for k in (*layer.qk, *(layer.vo or ()))) >= shape.head_dim:
                 raise PlanMismatch(f"layer {i} of the plan does not fit {shape.kv_heads} KV heads of {shape.head_dim}")
             for kept in map(set, layer.qk):
                 if any(0 < len(kept.intersection(unit)) < len(unit) for unit in units):

@@ -10,10 +10,22 @@ from kvprune.channels.importance.base import Scores, normalised
 
 @dataclass(frozen=True)
 class Kept:
-    """Kept channels of one layer, ascending: qk and vo (kv_heads, width), int64."""
+    """Kept channels of one layer, ascending: qk and vo (kv_heads, width), int64.
+
+    vo is None where V and O are rotated first: then the leading directions stay, as many as channels in qk.
+    """
 
     qk: torch.Tensor
-    vo: torch.Tensor
+    vo: torch.Tensor | None
+
+    @property
+    def width(self) -> int:
+        return self.qk.shape[1]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """vo, or the leading directions of the turned weights, (kv_heads, width)."""
+        return torch.arange(self.width).expand(len(self.qk), -1) if self.vo is None else self.vo
 
 
 def select(scores: Scores, width: int, units: torch.Tensor, joint: bool) -> Kept:

@@ -2,17 +2,28 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from kvprune.channels.journal import Journal
 from kvprune.channels.masking import masked
+from kvprune.channels.repair.rotate import Rotation
 from kvprune.channels.selection import Kept
 from kvprune.errors import NotFinite
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.view import BlockRunner, ModelView
 
-DENSE = -1  # the journal's block number of a batch's dense loss
+DENSE = -1  # the journal's probe number of a batch's dense loss
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Block `block` with only `kept` of its channels, in the basis of `rotation` where there is no kept.vo."""
+
+    block: int
+    kept: Kept
+    rotation: Rotation | None = None
 
 
 def probe_width(head_dim: int, share: float, unit: int) -> int:
@@ -24,29 +35,29 @@ def probe_width(head_dim: int, share: float, unit: int) -> int:
 def measure_sensitivity(
     view: ModelView,
     batches: Sequence[torch.Tensor],
-    probes: Sequence[Kept],
+    probes: Sequence[Probe],
     journal: Journal,
     advance: Callable[[int], None],
 ) -> list[float]:
-    """Change of the mean loss (nats) per block, when that block alone keeps only `probes[l]`.
+    """Change of the mean loss (nats) for each probe, which touches one block alone.
 
-    batches: token ids (B, T). For each, one dense forward keeps every block's input, so that the probe of block l
-    runs blocks l to L - 1 only: L (L + 1) / 2 + L block forwards a batch. One batch's hidden states are held at a
-    time. Every finished probe goes to the journal at once and is not measured again. Raises NotFinite.
+    batches: token ids (B, T). For each, one dense forward keeps every block's input, so that a probe of block l
+    runs blocks l to L - 1 only: L (L + 1) / 2 + L block forwards a batch with one probe a block. One batch's hidden
+    states are held at a time. Every finished probe goes to the journal at once and is not measured again. Raises
+    NotFinite.
     """
-    layers = view.shape.layers
     for number, batch in enumerate(batches):
-        missing = [block for block in range(layers) if (number, block) not in journal.losses]
-        advance(layers - len(missing))
+        missing = [probe for probe in range(len(probes)) if (number, probe) not in journal.losses]
+        advance(len(probes) - len(missing))
         if missing:
             _probe_batch(view, number, batch, missing, probes, journal, advance)
     scored = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
 
-    def mean(block: int) -> float:
-        return math.fsum(journal.losses[number, block] for number in range(len(batches))) / scored
+    def mean(probe: int) -> float:
+        return math.fsum(journal.losses[number, probe] for number in range(len(batches))) / scored
 
     dense = mean(DENSE)
-    return [mean(block) - dense for block in range(layers)]
+    return [mean(probe) - dense for probe in range(len(probes))]
 
 
 def _probe_batch(
@@ -54,11 +65,11 @@ def _probe_batch(
     number: int,
     batch: torch.Tensor,
     missing: Sequence[int],
-    probes: Sequence[Kept],
+    probes: Sequence[Probe],
     journal: Journal,
     advance: Callable[[int], None],
 ) -> None:
-    """Measure the missing blocks on one batch, whose hidden states are gone when this returns."""
+    """Measure the missing probes on one batch, whose hidden states are gone when this returns."""
     runner = BlockRunner(view, batch)
 
     def loss(hidden: torch.Tensor) -> float:
@@ -69,10 +80,11 @@ def _probe_batch(
         broken = None if math.isfinite(dense) else runner.first_broken_block()
         what = "the dense model" if broken is None else f"layer {broken} of the dense model"
         journal.add(number, DENSE, _finite(dense, what))
-    for block in missing:
-        with masked(view.attention[block], probes[block]):
-            changed = loss(runner.rerun(block))
-        journal.add(number, block, _finite(changed, f"layer {block}, probed"))
+    for index in missing:
+        probe = probes[index]
+        with masked(view.attention[probe.block], probe.kept, probe.rotation):
+            changed = loss(runner.rerun(probe.block))
+        journal.add(number, index, _finite(changed, f"layer {probe.block}, probed"))
         advance(1)
 
 

@@ -4,10 +4,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvprune.channels.importance import IMPORTANCE
+from kvprune.channels.repair import REPAIRS
 from kvprune.errors import BadOption
 
 CHANNELS = ("split", "joint")
-ALLOCATIONS = ("sensitivity", "rank", "uniform")
+ALLOCATIONS = ("sensitivity", "rank", "uniform", "budget")
 LAYOUTS = ("per-layer", "uniform", "portable")
 
 
@@ -16,17 +17,21 @@ class Settings:
     """Everything that decides a plan; two runs with the same settings give the same plan.
 
     ratio: fraction of the KV bytes per token to remove. probe: fraction of a block's channels that its sensitivity
-    probe removes (None: the ratio). tau: see allocation.by_sensitivity. calibration_window and windows in tokens.
+    probe removes (None: the ratio); probe_tokens: how much of the calibration text a probe reads (None: all of it).
+    repair: None is rotate+refit, or refit for joint channels; repair_tokens: how much text refit takes, at most, from
+    the beginning of the calibration text. tau: see allocation.by_sensitivity. calibration_window and windows in tokens.
     """
 
     source: str
     ratio: float = 0.5
-    importance: str = "energy"
+    importance: str = "variance"
     channels: str = "split"
     allocation: str = "sensitivity"
     layout: str = "per-layer"
-    repair: str = "none"
+    repair: str | None = None
+    repair_tokens: int = 65536
     probe: float | None = None
+    probe_tokens: int | None = None
     tau: float = 3.0
     calibration: str = "wikitext2"
     calibration_tokens: int = 16384
@@ -48,25 +53,41 @@ class Settings:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(getattr(self, name)))
         object.__setattr__(self, "eval", tuple(map(str, self.eval)))
+        if self.repair is None:
+            object.__setattr__(self, "repair", "refit" if self.channels == "joint" else "rotate+refit")
         choices = {
             "importance": tuple(IMPORTANCE),
             "channels": CHANNELS,
             "allocation": ALLOCATIONS,
             "layout": LAYOUTS,
-            "repair": ("none",),
+            "repair": REPAIRS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise BadOption(f"unknown {name} {getattr(self, name)!r}; choose {', '.join(allowed)}")
-        for name in ("calibration_tokens", "calibration_window", "eval_tokens"):
+        if self.probe_tokens is not None and self.probe_tokens < 2:
+            raise BadOption("probe_tokens must be at least 2")
+        for name in ("calibration_tokens", "calibration_window", "eval_tokens", "repair_tokens"):
             if getattr(self, name) < 2:
                 raise BadOption(f"{name} must be at least 2")
         if not self.windows or min(self.windows) < 2:
             raise BadOption("an evaluation window must have at least 2 tokens")
+        if self.channels == "joint" and self.rotates:
+            raise BadOption(
+                f"--repair {self.repair} rotates V/O, which --channels joint cuts with Q/K; use refit or none"
+            )
         if not self.tau > 0:
             raise BadOption("tau must be positive")
         if self.probe is not None and not 0 < self.probe <= 1:
             raise BadOption("the probe must lie above 0 and up to 1")
+
+    @property
+    def rotates(self) -> bool:
+        return str(self.repair).startswith("rotate")
+
+    @property
+    def refits(self) -> bool:
+        return str(self.repair).endswith("refit")
 
     def as_json(self) -> dict[str, Any]:
         """The fields as they come back from JSON."""

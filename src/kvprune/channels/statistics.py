@@ -1,12 +1,14 @@
 """One pass over the calibration text, for what an importance score needs of it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from kvprune.channels.importance.base import Importance, Scores, Statistics
+from kvprune.channels.moments import attention_moments
+from kvprune.channels.repair.rotate import Rotation, key_basis, slow_channels, turned_scores, value_basis
 from kvprune.errors import NotFinite
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.attention import Attention, AttentionWeights
@@ -20,8 +22,11 @@ def score_layers(
 ) -> list[Scores]:
     """Scores of every layer, on the CPU; one pass over the batches (B, T) if the score needs any.
 
-    Raises NotFinite, naming the layer, when statistics or scores hold NaN or infinity.
+    `advance` counts windows, or layers for a score that needs attention. Raises NotFinite, naming the layer, when
+    statistics or scores hold NaN or infinity.
     """
+    if importance.needs == "attention":
+        return measure_attention(view, list(batches), importance, False, advance)[0]
     if importance.needs == "energy":
         statistics = _energies(view, batches, advance)
     elif importance.needs == "gradients":
@@ -36,6 +41,32 @@ def score_layers(
             raise NotFinite(f"layer {index}: the importance scores are not finite; try --dtype float32")
         scores.append(Scores(score.qk.float().cpu(), score.vo.float().cpu()))
     return scores
+
+
+@torch.no_grad()
+def measure_attention(
+    view: ModelView, batches: Sequence[torch.Tensor], importance: Importance, rotate: bool, advance: Advance
+) -> tuple[list[Scores], list[Rotation] | None]:
+    """Scores of an importance that needs attention, and the layers' rotations if asked for, in one pass.
+
+    Q and K are rotated too only where their scores can be told apart in the same unit as the others'. With any other
+    importance the scores are empty: those come from score_layers.
+    """
+    own = importance.needs == "attention"
+    slow = slow_channels(view) if rotate and own else torch.empty(0, dtype=torch.int64)
+    scores, rotations = [], []
+    for attention, moments in zip(view.attention, attention_moments(view, batches, slow, advance), strict=True):
+        weights = attention.weights()
+        score = importance.scores(weights, Statistics(attention=moments), view.units) if own else None
+        keys = None
+        if rotate:
+            if score is not None and len(slow):
+                keys, kept = key_basis(moments)
+                score = Scores(turned_scores(score.qk, kept, slow), score.vo)
+            rotations.append(Rotation(value_basis(moments, weights.o), keys, slow))
+        if score is not None:
+            scores.append(Scores(score.qk.float().cpu(), score.vo.float().cpu()))
+    return scores, rotations if rotate else None
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ class Family:
 
     layers, norm: the decoder blocks and the norm behind them, from the base model.
     attention: the attention module, from a block; q, k, v, o: its projections (`nn.Linear`, apart).
+    mlp, down: the MLP, from a block, and its last matrix, whose output joins the residual stream.
     rope: how RoPE pairs the channels: "half" is (c, c + head_dim / 2), as in Llama.
     portable_as: the stock model_type that holds this family in the portable layout (a bias on V wants one on O).
     """
@@ -28,6 +29,8 @@ class Family:
     k: str = "k_proj"
     v: str = "v_proj"
     o: str = "o_proj"
+    mlp: str = "mlp"
+    down: str = "down_proj"
     rope: str = "half"
     portable_as: str = "llama"
 

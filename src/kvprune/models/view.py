@@ -49,6 +49,12 @@ class ModelView:
         return rope_pairs(self.shape.head_dim, self.family.rope)
 
     @property
+    def frequencies(self) -> torch.Tensor:
+        """By how much RoPE turns each pair from one token to the next, radians, (pairs,)."""
+        rotary = cast(nn.Module, self.lm.base_model.get_submodule("rotary_emb"))
+        return cast(torch.Tensor, rotary.inv_freq).double().cpu()
+
+    @property
     def head(self) -> nn.Module:
         """(..., hidden) behind the final norm -> logits (..., vocabulary)."""
         return self.lm.get_output_embeddings()

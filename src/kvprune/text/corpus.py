@@ -14,6 +14,7 @@ HUB = {
     "ptb": ("ptb-text-only/ptb_text_only", "penn_treebank", "refs/convert/parquet", "sentence", "\n"),
 }
 LOCAL_ONLY = ("wiki",)  # `make demo` writes it
+SELF = "self"  # sampled from the model: see sampled.py
 NAMES = (*HUB, *LOCAL_ONLY)
 
 
@@ -33,6 +34,8 @@ def read_text(name: str, split: Split) -> str:
             return _read(path)
     if name in HUB:
         return _from_hub(name, split)
+    if name == SELF:
+        raise UnknownText(f"text {SELF!r} is sampled from the model and serves for --calibration alone; name another")
     if name in LOCAL_ONLY:
         raise UnknownText(f"text {name!r} needs {name}-{split}.txt in the folder that $KVPRUNE_DATA names")
     raise UnknownText(f"unknown text {name!r}; give a file or one of: {', '.join(NAMES)}")

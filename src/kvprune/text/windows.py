@@ -39,5 +39,10 @@ def windows(
         raise TextTooShort(
             f"{what} has {len(ids)} tokens, but {wanted} are needed; give a longer text or ask for fewer"
         )
+    return cut_windows(ids, window)
+
+
+def cut_windows(ids: torch.Tensor, window: int) -> torch.Tensor:
+    """Ids (n,) as whole windows (n // window, window)."""
     count = len(ids) // window
     return ids[: count * window].view(count, window)

@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from kvprune.channels.moments import AttentionMoments
 from kvprune.models.attention import AttentionWeights
 
 
@@ -24,17 +25,19 @@ class Statistics:
     energy: mean square of each channel's output before RoPE, biases included: q (kv_heads, groups, D), k and v
     (kv_heads, D), float32.
     gradients: d(mean loss) / d(weight), shaped like the weights, float32.
+    attention: see channels/moments.py.
     """
 
     energy: dict[str, torch.Tensor] | None = None
     gradients: AttentionWeights | None = None
+    attention: AttentionMoments | None = None
 
 
 class Importance(Protocol):
     """A score: weights and statistics of one layer -> Scores."""
 
     @property
-    def needs(self) -> Literal["nothing", "energy", "gradients"]: ...
+    def needs(self) -> Literal["nothing", "energy", "gradients", "attention"]: ...
 
     def scores(self, weights: AttentionWeights, statistics: Statistics, units: torch.Tensor) -> Scores:
         """units: the channels that leave Q and K together, (units, channels per unit)."""

@@ -1,0 +1,29 @@
+"""What a channel decides in the attention: variance over the keys as the attention weighs them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kvprune.channels.importance.base import Scores, Statistics
+from kvprune.models.attention import AttentionWeights
+
+
+@dataclass(frozen=True)
+class Variance:
+    """Expected loss of attention, to second order [ours].
+
+    Q/K, a RoPE pair: E over queries of the variance, over the keys as the attention weighs them, of the pair's
+    contribution to the scores, summed over the group. Half of it is the KL divergence between the attention with and
+    without the pair, to second order; what a pair adds to all keys alike costs nothing, unlike in `energy`. V/O, a
+    channel c: E z_c^2 * sum over the group of |W_o column|^2 of the attention outputs z, which are values mixed over
+    tokens. One pass over the calibration text, no gradients. Takes pairs as unrelated.
+    """
+
+    needs: Literal["attention"] = "attention"
+
+    def scores(self, weights: AttentionWeights, statistics: Statistics, units: torch.Tensor) -> Scores:
+        moments = statistics.attention
+        assert moments is not None
+        size = weights.o.double().square().sum((1, 3))  # (kv_heads, D)
+        return Scores(moments.pairs, moments.outputs.diagonal(dim1=1, dim2=2) * size)

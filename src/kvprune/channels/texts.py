@@ -1,0 +1,88 @@
+"""The texts of a prune: what is scored, what is repaired on, and what the result is judged on, always apart."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvprune.channels.settings import Settings
+from kvprune.errors import BadOption, TextTooShort
+from kvprune.progress import Progress
+from kvprune.text.corpus import SELF, is_file, read_text
+from kvprune.text.sampled import sample_ids
+from kvprune.text.windows import cut_windows, token_ids, windows
+
+BATCH_TOKENS = 4096  # of a calibration batch: its hidden states of all layers are held at a time
+
+
+@dataclass(frozen=True)
+class Texts:
+    """scored, repaired: batches of token ids (B, T); evaluated: (name, windows (n, T)) pairs."""
+
+    scored: list[torch.Tensor]
+    repaired: list[torch.Tensor]
+    evaluated: list[tuple[str, torch.Tensor]]
+
+
+def prepare(
+    s: Settings, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, calibrate: bool, progress: Progress
+) -> Texts:
+    """Read, or sample, every text of a prune. calibrate: whether scores or repair need a text at all.
+
+    Calibration is the valid split, the beginning of a file, or sampled. Windows longer than the model's context
+    become that long. Raises UnknownText, TextTooShort, BadOption.
+    """
+    if is_file(s.calibration) and s.calibration in s.eval:
+        raise BadOption(f"--eval {s.calibration} is the calibration text; leave --eval out to be judged on its end")
+    limit = lm.config.max_position_embeddings
+    own_end = not s.eval and (is_file(s.calibration) or s.calibration == SELF)
+    wanted = max(s.calibration_tokens, s.repair_tokens if s.refits else 0) if calibrate else 0
+    ids = _calibration_ids(s, lm, tokenizer, wanted, own_end, progress) if wanted or own_end else torch.empty(0)
+    evaluated = []
+    if own_end:
+        ids, end = ids[: -s.eval_tokens], ids[-s.eval_tokens :]
+        name = f"{s.calibration} (its end)" if is_file(s.calibration) else s.calibration
+        evaluated = [(name, cut_windows(end, n)) for n in _lengths(s, limit)]
+    else:
+        for name in s.eval or (s.calibration,):
+            text = read_text(name, "test")
+            for n in _lengths(s, limit):
+                evaluated.append((name, windows(text, tokenizer, n, s.eval_tokens, f"the evaluation text {name}")))
+    if not calibrate:
+        return Texts([], [], evaluated)
+    length = min(s.calibration_window, limit, s.calibration_tokens)
+    if len(ids) < s.calibration_tokens // length * length:
+        raise TextTooShort(
+            f"the calibration text {s.calibration} has {len(ids)} tokens to calibrate on, but {s.calibration_tokens} "
+            "are needed; give a longer text or ask for fewer"
+        )
+    size = max(BATCH_TOKENS // length, 1)
+    scored = cut_windows(ids[: s.calibration_tokens], length)
+    repaired = cut_windows(ids[: max(s.repair_tokens, length)], length)
+    return Texts(list(scored.split(size)), list(repaired.split(size)), evaluated)
+
+
+def _lengths(s: Settings, limit: int) -> list[int]:
+    return sorted({min(window, limit, s.eval_tokens) for window in s.windows})
+
+
+def _calibration_ids(
+    s: Settings, lm: PreTrainedModel, tokenizer: Any, wanted: int, own_end: bool, progress: Progress
+) -> torch.Tensor:
+    """Ids (n,): `wanted` of them or what there is; where the end is to be judged on, that comes on top."""
+    if s.calibration == SELF:
+        total = wanted + (s.eval_tokens if own_end else 0)
+        with progress.phase("sample", total) as advance:
+            window = min(s.calibration_window, lm.config.max_position_embeddings)
+            return sample_ids(lm, tokenizer, total, window, s.seed, advance)[:total]
+    if not own_end:
+        return token_ids(read_text(s.calibration, "valid"), tokenizer, wanted)
+    ids = token_ids(read_text(s.calibration, "valid"), tokenizer)
+    needed = s.calibration_tokens if wanted else 0
+    if len(ids) < needed + s.eval_tokens:
+        raise BadOption(
+            f"{s.calibration} has {len(ids)} tokens, too few to calibrate on {needed} and to evaluate on "
+            f"{s.eval_tokens} others; name another text with --eval"
+        )
+    return ids

@@ -1,0 +1,126 @@
+"""Refit against least squares by other means, and what it promises."""
+
+import pytest
+import torch
+from test_prune import COARSE
+
+import kvprune
+from kvprune.channels.repair.refit import HELD_OUT, Moments, refit, ridge_fit, split
+from kvprune.channels.surgery import cut
+from kvprune.errors import TextTooShort
+from kvprune.models.view import ModelView
+from tiny import VOCABULARY, make_plan, random_layers, tiny_model
+
+
+def windows(count, length=24, seed=1):
+    return torch.randint(3, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 1.0, 100.0])
+def test_ridge_fit_is_the_minimum(ridge):
+    """The same problem as one stacked system, solved by lstsq."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, old = (torch.randn(size, generator=generator) for size in ((50, 7), (50, 3), (3, 7)))
+    moments = Moments()
+    moments.add(x[:20], y[:20])
+    moments.add(x[20:].view(5, 6, 7), y[20:].view(5, 6, 3))
+    found = ridge_fit(moments, old, ridge)
+    pull = (ridge * x.double().square().sum() / 7).sqrt()
+    stacked = torch.cat((x.double(), pull * torch.eye(7, dtype=torch.float64)))
+    target = torch.cat((y.double(), pull * old.double().T))
+    torch.testing.assert_close(found, torch.linalg.lstsq(stacked, target).solution.T, rtol=1e-6, atol=1e-7)
+
+    def residual(weight):
+        return (x.double() @ weight.double().T - y.double()).square().sum().item()
+
+    assert moments.error(found) == pytest.approx(residual(found), rel=1e-5)
+    assert residual(found) <= residual(old)  # the text's own residual never rises
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen2-sliding", "llama-bias"])
+@torch.no_grad()
+def test_refit_brings_the_model_back(family):
+    """Hidden states, logits on text that refit never saw, the dense model left alone, and the held-out errors."""
+    model = tiny_model(family, kv_heads=2, groups=2, head_dim=16, layers=3)
+    view = ModelView(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plan = make_plan(model, random_layers(model, [8, 8, 8]))
+    pruned, repaired = cut(view, plan), cut(view, plan)
+    report = refit(view, repaired, list(windows(200).split(8)), lambda n: None)
+    assert [(r.layer, r.matrix) for r in report] == [(layer, name) for layer in range(3) for name in ("o", "down")]
+    assert all(r.after <= r.before for r in report)
+    assert sum(r.ridge is not None for r in report) >= 4
+    ids = windows(10, seed=5)
+
+    def distance(other):
+        return (other(ids).logits - model(ids).logits).square().mean().item()
+
+    assert distance(repaired) < 0.8 * distance(pruned)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_first_layer_solves_its_own_least_squares():
+    """O of layer 0, whose input is the dense one, by lstsq on the rows themselves."""
+    model = tiny_model("llama", kv_heads=2, groups=1, head_dim=16, layers=1)
+    view = ModelView(model)
+    plan = make_plan(model, random_layers(model, [8]))
+    pruned, repaired = cut(view, plan), cut(view, plan)
+    ids = windows(64)
+    report = refit(view, repaired, list(ids.split(8)), lambda n: None)
+    fitted, _ = split(list(ids.split(8)))
+    rows = {"z": [], "y": []}
+    pruned.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _m, args: rows["z"].append(args[0]))
+    model.model.layers[0].self_attn.register_forward_hook(lambda _m, _a, out: rows["y"].append(out[0]))
+    for batch in fitted:
+        pruned(batch)
+        model(batch)
+    z, y = (torch.cat([part.flatten(0, 1) for part in rows[name]]).double() for name in ("z", "y"))
+    old = pruned.model.layers[0].self_attn.o_proj.weight.double()
+    pull = (report[0].ridge * z.square().sum() / z.shape[1]).sqrt()
+    stacked = torch.cat((z, pull * torch.eye(z.shape[1], dtype=torch.float64)))
+    expected = torch.linalg.lstsq(stacked, torch.cat((y, pull * old.T))).solution.T
+    found = repaired.model.layers[0].self_attn.o_proj.weight.double()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_guard_keeps_what_text_cannot_improve():
+    """Two windows of random text say nothing of other text: the held-out slice must not get worse."""
+    model = tiny_model("llama", kv_heads=2, groups=2, head_dim=16, layers=2)
+    view = ModelView(model)
+    pruned = cut(view, make_plan(model, random_layers(model, [14, 14])))
+    old = {name: tensor.clone() for name, tensor in pruned.state_dict().items()}
+    report = refit(view, pruned, [windows(2, length=3)], lambda n: None)
+    assert all(r.after <= r.before for r in report)
+    kept = [r for r in report if r.ridge is None]
+    assert kept
+    for r in kept:
+        name = {"o": "self_attn.o_proj", "down": "mlp.down_proj"}[r.matrix]
+        key = f"model.layers.{r.layer}.{name}.weight"
+        assert torch.equal(pruned.state_dict()[key], old[key])
+
+
+def test_held_out_windows_are_never_fitted():
+    for count in (2, 7, 8, 9, 33):
+        ids = torch.arange(count).view(-1, 1).expand(-1, 5)
+        fitted, held = (torch.cat(part)[:, 0].tolist() for part in split(list(ids.split(4))))
+        assert sorted(fitted + held) == list(range(count))
+        assert len(held) == max(count // HELD_OUT, 1)
+    with pytest.raises(TextTooShort, match="two"):
+        split([torch.zeros(1, 5, dtype=torch.long)])
+
+
+def test_record_tells_what_refit_did(checkpoint, texts, tmp_path):
+    result = kvprune.prune(checkpoint, tmp_path / "out", ratio=0.5, repair_tokens=2048, **COARSE)
+    record = kvprune.read_record(tmp_path / "out")
+    assert len(record["refit"]) == 8
+    assert {"layer", "matrix", "before", "after", "ridge"} == set(record["refit"][0])
+    assert record["method"]["repair"] == "rotate+refit"
+    plain = kvprune.prune(checkpoint, ratio=0.5, repair="rotate", **COARSE)
+    assert plain.plan.layers == result.plan.layers
+    assert plain.record["refit"] == []
+    down = "model.layers.0.mlp.down_proj.weight"
+    dense = kvprune.load(checkpoint).state_dict()[down]
+    assert torch.equal(plain.model.state_dict()[down], dense)
+    assert not torch.equal(result.model.state_dict()[down], dense)
