@@ -14,7 +14,7 @@ PROMPT := The Eiffel Tower is a famous landmark in
 demo: .venv/done $(MODEL)
 	! test -f build/demo/config.json || rm -rf build/demo
 	KVPRUNE_DATA=$(CACHE) .venv/bin/kvprune prune $(MODEL) --out build/demo \
-		--ratio 0.5 --calibration wiki --calibration-tokens 8192 --resume
+		--ratio 0.5 --calibration wiki --calibration-tokens 8192 --repair-tokens 16384 --resume
 	@echo; echo "--- the folder, read by a new process:"
 	.venv/bin/kvprune show build/demo | head -12
 	@echo "--- dense:"
@@ -53,7 +53,7 @@ $(CACHE)/vllm/pruned/config.json: $(MODEL) $(SOURCES) | .venv/done
 		kvprune.load('$(MODEL)').save_pretrained('$(CACHE)/vllm/dense'); \
 		kvprune.load_tokenizer('$(MODEL)').save_pretrained('$(CACHE)/vllm/dense')"
 	KVPRUNE_DATA=$(CACHE) .venv/bin/kvprune prune $(CACHE)/vllm/dense --out $(CACHE)/vllm/pruned --ratio 0.25 \
-		--align 32 --min-width 32 --calibration wiki --calibration-tokens 2048 --eval-tokens 2048 --window 512
+		--align 32 --min-width 32 --calibration wiki --calibration-tokens 2048 --repair-tokens 4096 --eval-tokens 2048 --window 512
 
 $(MODEL): demo/fetch.py
 	$(PYTHON) demo/fetch.py $(CACHE)

@@ -19,9 +19,9 @@ from kvprune.channels import allocation
 from kvprune.channels.importance import IMPORTANCE
 from kvprune.channels.journal import Journal
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
-from kvprune.channels.prune import versions
+from kvprune.channels.record import versions
 from kvprune.channels.selection import select
-from kvprune.channels.sensitivity import measure_sensitivity, probe_width
+from kvprune.channels.sensitivity import Probe, measure_sensitivity, probe_width
 from kvprune.channels.statistics import score_layers
 from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
@@ -78,7 +78,9 @@ class Bench:
         if key not in self.results["sensitivity"]:
             width = probe_width(self.view.shape.head_dim, probe, self.view.units.shape[1])
             scores = self.layer_scores(text, importance)
-            probes = [select(s, width, self.view.units, channels == "joint") for s in scores]
+            probes = [
+                Probe(block, select(s, width, self.view.units, channels == "joint")) for block, s in enumerate(scores)
+            ]
             batches = self.ids(text, "valid", PROBE_TOKENS[importance]).split(8)
             found = measure_sensitivity(self.view, batches, probes, Journal(), lambda n: None)
             self.keep("sensitivity", key, found)

@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 
 import kvprune
-from kvprune.channels.prune import BATCH_TOKENS, versions
+from kvprune.channels.record import versions
+from kvprune.channels.texts import BATCH_TOKENS
 from kvprune.measure.perplexity import perplexity
 from kvprune.progress import Bars
 from kvprune.text.corpus import read_text
 from kvprune.text.windows import windows
 
 TOKENS, WINDOW = 16384, 512
-COUNTED = ("load", "importance", "sensitivity", "surgery", "save")  # not: evaluation
+COUNTED = ("load", "importance", "sensitivity", "surgery", "save")  # not: evaluation and repair
 
 
 def dense_seconds(model, ids: torch.Tensor) -> float:
@@ -42,7 +43,8 @@ def cpu_name() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--importance", default="energy")
+    parser.add_argument("--importance", default="variance")
+    parser.add_argument("--repair-tokens", type=int, default=16384)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "phase_cost")
     arguments = parser.parse_args()
 
@@ -53,7 +55,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         progress = Bars()
-        record = kvprune.prune(arguments.model, out, importance=arguments.importance, progress=progress).record
+        options = {"importance": arguments.importance, "repair_tokens": arguments.repair_tokens}
+        record = kvprune.prune(arguments.model, out, progress=progress, **options).record
     passes += [dense_seconds(model, ids) for _ in range(3)]
     one = statistics.median(passes)
     multiples = {name: round(seconds / one, 2) for name, seconds in progress.seconds.items()}
@@ -62,7 +65,8 @@ def main() -> None:
         "calibration_tokens": TOKENS,
         "dense_pass_seconds": [round(seconds, 2) for seconds in passes],
         "multiples_of_one_dense_pass": multiples,
-        "total_without_evaluation": round(sum(multiples.get(name, 0) for name in COUNTED), 2),
+        "repair_tokens": arguments.repair_tokens,
+        "total_without_evaluation_and_repair": round(sum(multiples.get(name, 0) for name in COUNTED), 2),
         "threads": torch.get_num_threads(),
         "dtype": record["dtype"],
         "perplexity": record["perplexity"],

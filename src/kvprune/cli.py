@@ -111,7 +111,8 @@ def recover(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="a pruned folder")],
     out: Annotated[str, typer.Option(help="folder to write, missing or empty")],
     text: Annotated[
-        str, typer.Option(help="text name or file to train on; .json and .jsonl are Alpaca examples")
+        str,
+        typer.Option(help="name or file to train on (.json, .jsonl: Alpaca), or self: sampled"),
     ] = "wikitext2",
     tokens: Annotated[int, typer.Option(help="how much of it; 0 for all")] = 0,
     window: Annotated[int | None, typer.Option(help="tokens trained on at a time  [default: 512]")] = None,

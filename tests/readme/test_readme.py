@@ -10,6 +10,7 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMALLER = {
     "prune": "--calibration-tokens 512 --eval-tokens 512 --window 64 --align 2 --min-width 4",
+    "recover": "--tokens 2048 --window 64 --steps 2 --batch 2 --held-out 256 --eval-tokens 512 --eval-window 64",
     "eval": "--tokens 512",
 }
 
@@ -20,7 +21,7 @@ def blocks(language: str) -> list[str]:
 
 def test_console_commands(checkpoint, texts, tmp_path):
     commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ kvprune")]
-    assert {shlex.split(c)[1] for c in commands} >= {"prune", "eval", "generate", "show"}
+    assert {shlex.split(c)[1] for c in commands} >= {"prune", "recover", "eval", "generate", "show"}
     for command in commands:
         words = shlex.split(command.replace(HUB_ID, str(checkpoint)))
         words += SMALLER.get(words[1], "").split()

@@ -11,7 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FEWER = {
-    "prune": "--calibration-tokens 1024 --eval-tokens 1024 --window 512",
+    "prune": "--calibration-tokens 1024 --repair-tokens 2048 --eval-tokens 1024 --window 512",
+    "recover": "--tokens 8192 --steps 2 --held-out 1024 --eval-tokens 1024 --eval-window 512",
     "eval": "--tokens 1024",
 }
 
@@ -41,6 +42,6 @@ def test_install_and_first_example(tmp_path):
         verbs.add(words[0])
         words += FEWER.get(words[0], "").split()
         subprocess.run([binaries / program, *words], check=True, cwd=tmp_path, env=environment)
-    assert verbs == {"prune", "show", "eval", "generate"}
+    assert verbs == {"prune", "recover", "show", "eval", "generate"}
     size = (tmp_path / "pruned" / "model.safetensors").stat().st_size
     assert 0.8 * 269e6 < size < 0.95 * 269e6  # bfloat16: a tenth of the parameters is gone

@@ -16,12 +16,21 @@ MODEL = os.environ.get("KVPRUNE_TEST_MODEL", "missing")
 QUICK = ["--calibration", "wiki", "--calibration-tokens", "8192", "--eval-tokens", "4096", "--window", "512"]
 
 
-@pytest.fixture(scope="module", params=["energy", "taylor"])
+RUNS = {
+    "default": ["--repair-tokens", "8192"],
+    "energy": ["--importance", "energy", "--repair", "none"],
+    "taylor": ["--importance", "taylor", "--repair", "none"],
+}
+# Far from the published tables (docs/results.md) means that something broke, in either direction.
+PERPLEXITY_RATIOS = {"default": (1.2, 2.5), "energy": (1.5, 8), "taylor": (1.5, 8)}
+
+
+@pytest.fixture(scope="module", params=RUNS)
 def pruned(request, tmp_path_factory):
     """(folder, record) of one run in a process of its own, so that its peak memory is its own."""
     out = tmp_path_factory.mktemp(request.param) / "out"
     command = [sys.executable, "-m", "kvprune.cli", "prune", MODEL, "--out", str(out), "--ratio", "0.5", "--json"]
-    result = subprocess.run([*command, "--importance", request.param, *QUICK], check=True, stdout=subprocess.PIPE)
+    result = subprocess.run([*command, *RUNS[request.param], *QUICK], check=True, stdout=subprocess.PIPE)
     return out, json.loads(result.stdout)
 
 
@@ -42,16 +51,16 @@ def test_half_of_the_bytes_in_a_real_cache(pruned):
 def test_memory_stays_within_the_formula(pruned):
     _, record = pruned
     allowed = sum(record["memory_formula_bytes"].values())
-    name = record["method"]["importance"]
+    name = record["method"]["importance"] + ", " + record["method"]["repair"]
     print(f"\n{name}: peak {record['peak_memory_bytes'] / 1e6:.0f} MB, formula {allowed / 1e6:.0f} MB")
     assert 0 < record["peak_memory_bytes"] <= allowed
 
 
 def test_quality_is_what_it_was(pruned):
-    """Far from the published table (docs/results.md) means that something broke, in either direction."""
     (row,) = pruned[1]["perplexity"]
     assert 10 < row["dense"] < 40
-    assert row["dense"] * 1.5 < row["pruned"] < row["dense"] * 8
+    low, high = PERPLEXITY_RATIOS["default" if pruned[1]["refit"] else "energy"]
+    assert row["dense"] * low < row["pruned"] < row["dense"] * high
 
 
 @torch.no_grad()
@@ -61,6 +70,8 @@ def test_masked_dense_model_agrees(pruned):
     from tiny import mask_dense
 
     plan = kvprune.PruningPlan.read(pruned[0])
+    if plan.is_rotated:
+        pytest.skip("a rotated cut is compared with the projected dense model on tiny models")
     dense = kvprune.load(MODEL, dtype="float32")
     from kvprune.channels.surgery import cut
     from kvprune.models.view import ModelView

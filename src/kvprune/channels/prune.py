@@ -113,7 +113,7 @@ class _Run:
         def record() -> dict[str, Any]:
             seconds = self.progress.seconds
             found = record_of(s, view, pruned, plan, perplexities, refitted, seconds)
-            return found | memory_of(view, peak, texts.scored)
+            return found | memory_of(view, peak, texts.scored, texts.repaired if refitted else [])
 
         if self.out is None:
             return Pruned(pruned, tokenizer, plan, record())

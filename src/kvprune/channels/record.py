@@ -53,18 +53,21 @@ def record_of(
     }
 
 
-def memory_of(view: ModelView, peak: memory.PeakMemory, batches: list[torch.Tensor]) -> dict[str, Any]:
+def memory_of(
+    view: ModelView, peak: memory.PeakMemory, batches: list[torch.Tensor], repaired: list[torch.Tensor]
+) -> dict[str, Any]:
     """The measured peak beside what the method may need: see docs/channels.md for the formula."""
     tokens = max((b.numel() for b in batches), default=0)
     size = view.lm.dtype.itemsize
-    return {
-        "peak_memory_bytes": peak.bytes(),
-        "memory_formula_bytes": {
-            "2.5 x weights": int(2.5 * memory.weight_bytes(view.lm)),
-            "hidden states of one batch, all layers": tokens * view.shape.hidden * view.shape.layers * size,
-            "logits of one batch": tokens * view.lm.config.vocab_size * size,
-        },
+    formula = {
+        "2.5 x weights": int(2.5 * memory.weight_bytes(view.lm)),
+        "hidden states of one batch, all layers": tokens * view.shape.hidden * view.shape.layers * size,
+        "logits of one batch": tokens * view.lm.config.vocab_size * size,
     }
+    if repaired:
+        text = sum(batch.numel() for batch in repaired) * view.shape.hidden * size
+        formula["hidden states of the repair text, four times"] = 4 * text
+    return {"peak_memory_bytes": peak.bytes(), "memory_formula_bytes": formula}
 
 
 def versions() -> dict[str, str]:

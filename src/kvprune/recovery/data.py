@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from kvprune.errors import BadOption, TextTooShort, UnknownText
 from kvprune.recovery import alpaca
 from kvprune.text.corpus import is_file, read_text
-from kvprune.text.windows import windows
+from kvprune.text.windows import cut_windows, windows
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,16 @@ def _is_test(name: str) -> bool:
 
 
 def read_data(
-    text: str, tokenizer: PreTrainedTokenizerBase, *, window: int, tokens: int, held_out: int, batch: int
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    window: int,
+    tokens: int,
+    held_out: int,
+    batch: int,
+    sampled: torch.Tensor | None = None,
 ) -> tuple[Data, Data]:
-    """(train, held out) of a text name, a text file or an Alpaca file.
+    """(train, held out) of a text name, a text file, an Alpaca file, or `sampled` ids (n,).
 
     window: tokens of a window, and the longest example. tokens: how much of the beginning to use, 0 for all. held_out:
     tokens at the end of that to keep apart, rounded down to whole windows, at least one; for examples, the last ones
@@ -76,7 +83,10 @@ def read_data(
         data = _from_examples(alpaca.read_examples(text), tokenizer, window, tokens)
         count = _rows_with(data.lengths.flip(0), held_out)
     else:
-        ids = windows(read_text(text, "valid"), tokenizer, window, tokens or None, f"the recovery text {text}")
+        if sampled is not None:
+            ids = cut_windows(sampled, window)
+        else:
+            ids = windows(read_text(text, "valid"), tokenizer, window, tokens or None, f"the recovery text {text}")
         data = Data(ids, ids.clone(), torch.full((len(ids),), window))
         count = max(held_out // window, 1)
     if len(data) < count + batch:

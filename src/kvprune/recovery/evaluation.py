@@ -12,7 +12,7 @@ from kvprune.measure.perplexity import Perplexity, perplexity
 from kvprune.recovery import alpaca
 from kvprune.recovery.data import Data
 from kvprune.recovery.settings import Settings
-from kvprune.text.corpus import NAMES, is_file, read_text
+from kvprune.text.corpus import NAMES, SELF, is_file, read_text
 from kvprune.text.windows import windows
 
 Texts = list[tuple[str, torch.Tensor]]
@@ -23,16 +23,18 @@ def texts(
 ) -> Texts:
     """(name, windows) of every evaluation; windows longer than the model's context become that long.
 
-    Without --eval: the test split of a named text; with a file, the named texts that the folder's record has; with a
-    plain text file and no such names, its held-out end. Raises BadOption, UnknownText and TextTooShort.
+    Without --eval: the test split of a named text; with a file, or sampled text, the named texts that the folder's
+    record has; with a plain or sampled text and no such names, its held-out end. Raises BadOption, UnknownText and
+    TextTooShort.
     """
     s = settings
     if is_file(s.text) and any(is_file(name) and Path(name).samefile(s.text) for name in s.eval):
         raise BadOption(f"--eval {s.text} is the text that is trained on; name another one")
     names = list(s.eval)
     if not names:
-        known = [row["text"] for row in record.get("perplexity", [])]
-        names = [s.text] if not is_file(s.text) else [n for n in dict.fromkeys(known) if n in NAMES and not is_file(n)]
+        known = dict.fromkeys(row["text"] for row in record.get("perplexity", []))
+        named = not is_file(s.text) and s.text != SELF
+        names = [s.text] if named else [name for name in known if name in NAMES and not is_file(name)]
     lengths = sorted({min(window, limit, s.eval_tokens) for window in s.eval_windows})
     if names:
         return [

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvprune.channels.prune import versions
+from kvprune.channels.record import versions
 from kvprune.errors import BadOption, KVPruneError, UnknownSource
 from kvprune.measure import memory
 from kvprune.models.family import family_of
@@ -20,11 +20,13 @@ from kvprune.recovery import evaluation
 from kvprune.recovery.checkpoints import Checkpoints
 from kvprune.recovery.data import Data, check_name, read_data
 from kvprune.recovery.losses import LOSSES
-from kvprune.recovery.settings import Settings, from_options
+from kvprune.recovery.settings import SAMPLED, Settings, from_options
 from kvprune.recovery.train import MICRO_TOKENS, Training
 from kvprune.recovery.trainee import ADAPTER, Trainee, add_adapters, blocks, checkpoint_activations
 from kvprune.runtime.checkpoint import save
 from kvprune.runtime.files import PLAN, read_record
+from kvprune.text.corpus import SELF
+from kvprune.text.sampled import sample_ids
 
 
 @dataclass
@@ -83,20 +85,15 @@ class _Run:
             tokenizer = load_tokenizer(self.source)
             self.weight_bytes = memory.weight_bytes(lm)
             limit = lm.config.max_position_embeddings
-            data = read_data(
-                s.text,
-                tokenizer,
-                window=min(s.window, limit),
-                tokens=s.tokens,
-                held_out=s.held_out,
-                batch=s.batch,
-            )
-            if data[0].left_out:
-                self.progress.say(f"{data[0].left_out} examples are left out: their answers do not fit into a window")
-            texts = evaluation.texts(s, old, tokenizer, limit, data[1])
-            sharded = "FSDP" in str(self.accelerator.distributed_type)
-            peft_model = add_adapters(lm, s, same_dtype=sharded)
-            teacher = self._teacher(lm, old)
+            dense = self._dense(lm, old)
+        data = self._data(tokenizer, limit, dense)
+        if data[0].left_out:
+            self.progress.say(f"{data[0].left_out} examples are left out: their answers do not fit into a window")
+        texts = evaluation.texts(s, old, tokenizer, limit, data[1])
+        sharded = "FSDP" in str(self.accelerator.distributed_type)
+        peft_model = add_adapters(lm, s, same_dtype=sharded)
+        teacher = dense if LOSSES[s.loss].needs_teacher else None
+        dense = None
         checkpoints = Checkpoints(self.out if self.main else None)
         checkpoints.open(self._identity(old, data, teacher), self.resume)
         self.accelerator.wait_for_everyone()
@@ -135,10 +132,28 @@ class _Run:
             yield advance
         memory.release()
 
-    def _teacher(self, lm: PreTrainedModel, old: dict[str, Any]) -> PreTrainedModel | None:
-        """The dense model, frozen, where the loss wants one. Raises UnknownSource or BadOption."""
+    def _data(self, tokenizer: PreTrainedTokenizerBase, limit: int, dense: PreTrainedModel | None) -> tuple[Data, Data]:
         s = self.settings
-        if not LOSSES[s.loss].needs_teacher:
+        window, sampled = min(s.window, limit), None
+        if s.text == SELF:
+            assert dense is not None
+            tokens = s.tokens or SAMPLED
+            with self._phase("sample", tokens) as advance:
+                sampled = sample_ids(dense, tokenizer, tokens, window, s.seed, advance)
+        return read_data(
+            s.text,
+            tokenizer,
+            window=window,
+            tokens=s.tokens,
+            held_out=s.held_out,
+            batch=s.batch,
+            sampled=sampled,
+        )
+
+    def _dense(self, lm: PreTrainedModel, old: dict[str, Any]) -> PreTrainedModel | None:
+        """The dense model, frozen, where the loss or the text wants one. Raises UnknownSource or BadOption."""
+        s = self.settings
+        if not s.needs_dense:
             return None
         name = s.teacher or old["source"]
         try:

@@ -5,17 +5,20 @@ from typing import Any
 
 from kvprune.errors import BadOption
 from kvprune.recovery.losses import LOSSES
+from kvprune.text.corpus import SELF
 
 ALL_LINEAR = "all-linear"
 DEFAULT_STEPS = 100
+SAMPLED = 65536  # tokens that "self" is sampled to
 
 
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides what is learnt; two runs with the same settings give the same weights.
 
-    text: a named text (its valid split), a text file, or an Alpaca file (.json, .jsonl). tokens: how much of it, 0 for
-    all. window, held_out and eval_tokens in tokens; batch in windows, of all processes together. steps or epochs, not
+    text: a named text (its valid split), a text file, an Alpaca file (.json, .jsonl), or "self": sampled from the dense
+    model. tokens: how much of it, 0 for all (of "self": SAMPLED). window, held_out and eval_tokens in tokens; batch in
+    windows, of all processes together. steps or epochs, not
     both. alpha None is twice the rank. targets: last parts of module names, or "all-linear". warmup in steps, then a
     cosine down to 0. temperature is for distillation, attention_weight for the loss "logits+attention". teacher None is
     the record's source. Every `checkpoint_every` steps the held-out slice is evaluated and the state written; after
@@ -65,7 +68,7 @@ class Settings:
             object.__setattr__(self, "steps", DEFAULT_STEPS)
         if self.loss not in LOSSES:
             raise BadOption(f"unknown loss {self.loss!r}; choose {', '.join(LOSSES)}")
-        if self.teacher is not None and not LOSSES[self.loss].needs_teacher:
+        if self.teacher is not None and not self.needs_dense:
             raise BadOption(f"--loss {self.loss} has no teacher; leave --teacher out or choose a distillation loss")
         self._check_numbers()
 
@@ -100,6 +103,11 @@ class Settings:
             raise BadOption("an evaluation window must have at least 2 tokens")
         if not self.targets:
             raise BadOption(f"--targets is empty; give module names or {ALL_LINEAR}")
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the dense model takes part: as a teacher, or to sample the text."""
+        return LOSSES[self.loss].needs_teacher or self.text == SELF
 
     @property
     def scale(self) -> float:

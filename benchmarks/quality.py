@@ -1,0 +1,251 @@
+"""Quality against KV bytes: closed-form repair, recovery, the paper's preset, and what each part adds.
+
+    KVPRUNE_DATA=DIR python benchmarks/quality.py MODEL WORK [--only PART ...] [--out benchmarks/results/quality]
+
+DIR holds wikitext2-{valid,test}.txt and ptb-{valid,test}.txt. Everything is calibrated, repaired and trained on the
+WikiText-2 valid split alone, or on text sampled from the model, and judged on the first 16,384 tokens of both test
+splits, windows of 512 and 2048. WORK keeps the pruned folders. A cell that OUT.json has is not run again, so an
+interrupted run continues; OUT.md and OUT.png are drawn from OUT.json.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kvprune
+from kvprune.channels.record import versions
+from kvprune.progress import Bars
+
+RATIOS = (0.25, 0.5, 0.75)
+JUDGED = {"eval": ("wikitext2", "ptb"), "eval_tokens": 16384}
+PRUNE = {**JUDGED, "windows": (512, 2048), "probe_tokens": 4096}
+RECOVER = {**JUDGED, "eval_windows": (512, 2048), "steps": 100, "batch": 4, "window": 512}
+PAPER = {**JUDGED, "eval_windows": (512, 2048), "preset": "kvpruner", "tokens": 65536}
+PROMPTS = (
+    "The history of the city begins with",
+    "Once upon a time, in a small village,",
+    "To make a good cup of coffee, first",
+    "The main difference between a virus and a bacterium is",
+)
+
+# What the default is compared with, at half of the bytes: name -> options.
+PARTS: dict[str, dict[str, Any]] = {
+    "no repair": {"repair": "none"},
+    "rotate alone": {"repair": "rotate"},
+    "refit alone": {"repair": "refit"},
+    "importance energy": {"importance": "energy"},
+    "importance taylor": {"importance": "taylor"},
+    "allocation uniform": {"allocation": "uniform"},
+    "allocation budget": {"allocation": "budget"},
+    "repair on 16,384 tokens": {"repair_tokens": 16384},
+    "repair on 262,144 tokens": {"repair_tokens": 262144},
+    "calibration self": {"calibration": "self"},
+}
+
+
+class Bench:
+    def __init__(self, model: str, work: Path, out: Path):
+        self.model, self.work, self.out = model, work, out
+        path = out.with_suffix(".json")
+        self.results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+        self.results["environment"] = {
+            "model": Path(model).name,
+            "versions": versions(),
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+
+    def cell(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
+        """Run and keep one cell, unless it is there already."""
+        if name in self.results["cells"]:
+            return
+        print(f"--- {name}", flush=True)
+        started = time.monotonic()
+        record = run()
+        kept = ("ratio_achieved", "kv_bytes_per_token", "widths", "method", "perplexity", "seconds", "recovered")
+        found = {key: record[key] for key in (*kept, "peak_memory_bytes", "repetition") if key in record}
+        self.results["cells"][name] = {**found, "total_seconds": round(time.monotonic() - started, 1)}
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.with_suffix(".json").write_text(json.dumps(self.results, indent=1) + "\n")
+
+    def folder(self, name: str) -> Path:
+        return self.work / name.replace(" ", "-").replace(",", "")
+
+    def prune(self, name: str, ratio: float, keep: bool = True, **options) -> None:
+        out = self.folder(name) if keep else None
+
+        def run() -> dict[str, Any]:
+            result = kvprune.prune(self.model, out, ratio=ratio, resume=True, progress=Bars(), **PRUNE, **options)
+            return {**result.record, "repetition": repetition(result.model, result.tokenizer)}
+
+        self.cell(name, run)
+
+    def recover(self, name: str, source: str, **options) -> None:
+        def run() -> dict[str, Any]:
+            settings = options if "preset" in options else {**RECOVER, **options}
+            result = kvprune.recover(self.folder(source), self.folder(name), resume=True, progress=Bars(), **settings)
+            assert result.record is not None
+            return {**result.record, "repetition": repetition(result.model, result.tokenizer)}
+
+        self.cell(name, run)
+
+    def perplexity(self, name: str, text: str, window: int, which: str = "pruned") -> float | None:
+        for row in self.results["cells"].get(name, {}).get("perplexity", ()):
+            if (row["text"], row["window"]) == (text, window):
+                return row[which]
+        return None
+
+
+@torch.no_grad()
+def repetition(model, tokenizer) -> float:
+    """Mean share of 4-grams that were there before, in greedy continuations of 128 tokens; 1 is an endless loop."""
+    shares = []
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+        ids = model.generate(**inputs, max_new_tokens=128, min_new_tokens=128, do_sample=False)[0].tolist()
+        ids = ids[inputs["input_ids"].shape[1] :]
+        grams = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
+        shares.append(1 - len(set(grams)) / len(grams))
+    return sum(shares) / len(shares)
+
+
+def run(bench: Bench, only: set[str]) -> None:
+    """All cells, the important ones first."""
+
+    def wanted(part: str) -> bool:
+        return not only or part in only
+
+    if wanted("closed"):
+        bench.prune("dense", 0.0)  # ratio 0 is the dense model, as a folder that recovery takes
+        for ratio in (0.5, 0.25, 0.75):
+            bench.prune(f"closed form {ratio}", ratio)
+    if wanted("parts"):
+        for name, options in PARTS.items():
+            bench.prune(f"0.5, {name}", 0.5, keep=False, **options)
+    if wanted("recovery"):
+        for source in ("dense", *(f"closed form {ratio}" for ratio in (0.5, 0.25, 0.75))):
+            bench.recover(f"{source}, recovered on wikitext2", source, text="wikitext2")
+        for ratio in (0.5, 0.25, 0.75):
+            source = f"closed form {ratio}"
+            bench.recover(f"{source}, recovered on self", source, text="self", tokens=131072, loss="logits")
+    if wanted("losses"):
+        for loss in ("logits", "logits+attention"):
+            source = "closed form 0.5"
+            bench.recover(f"{source}, recovered on wikitext2 by {loss}", source, text="wikitext2", loss=loss)
+    if wanted("paper"):
+        for ratio in RATIOS:
+            bench.prune(f"paper {ratio}", ratio, preset="kvpruner")
+            bench.recover(f"paper {ratio}, recovered", f"paper {ratio}", **PAPER)
+        bench.recover("dense, recovered by the paper's preset", "dense", **PAPER)
+
+
+def table(bench: Bench) -> str:
+    """Perplexities, and their ratios to dense (to dense+ for what was trained on WikiText-2)."""
+    rows = [
+        "| cell | KV bytes | WikiText-2, 512 | / dense | / dense+ | PTB, 512 | / dense | WikiText-2, 2048 | PTB, 2048 "
+        "| repetition | minutes |",
+        "| --- |" + " ---: |" * 10,
+    ]
+    for name, cell in bench.results["cells"].items():
+        values = {key: bench.perplexity(name, *key) for key in product_of_texts()}
+        dense = {key: bench.perplexity("dense", *key) for key in product_of_texts()}
+        plus_name = "dense, recovered by the paper's preset" if name.startswith("paper") else PLUS
+        plus = bench.perplexity(plus_name, "wikitext2", 512) if "recovered" in name and "self" not in name else None
+        wiki, ptb = values["wikitext2", 512], values["ptb", 512]
+        share = cell["kv_bytes_per_token"]["pruned"] / cell["kv_bytes_per_token"]["dense"]
+        columns = (
+            name,
+            f"{share:.0%}",
+            number(wiki),
+            ratio_of(wiki, dense["wikitext2", 512]),
+            ratio_of(wiki, plus),
+            number(ptb),
+            ratio_of(ptb, dense["ptb", 512]),
+            number(values["wikitext2", 2048]),
+            number(values["ptb", 2048]),
+            f"{cell['repetition']:.2f}",
+            f"{cell['total_seconds'] / 60:.1f}",
+        )
+        rows.append("| " + " | ".join(columns) + " |")
+    return "\n".join(rows) + "\n"
+
+
+PLUS = "dense, recovered on wikitext2"
+
+
+def product_of_texts() -> list[tuple[str, int]]:
+    return [(text, window) for text in ("wikitext2", "ptb") for window in (512, 2048)]
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def ratio_of(value: float | None, base: float | None) -> str:
+    return "" if value is None or base is None else f"{value / base:.3f}"
+
+
+def draw(bench: Bench) -> None:
+    """Perplexity over dense against the KV bytes that are left, one panel a text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = {
+        "closed form": ("closed form {}", "o-"),
+        "recovered on WikiText-2 valid": ("closed form {}, recovered on wikitext2", "s-"),
+        "recovered on sampled text": ("closed form {}, recovered on self", "^-"),
+        "the paper's preset": ("paper {}", "x--"),
+        "the paper's preset, recovered": ("paper {}, recovered", "+--"),
+    }
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    for panel, (text, title) in zip(panels, (("wikitext2", "WikiText-2"), ("ptb", "PTB, never seen")), strict=True):
+        dense = bench.perplexity("dense", text, 512)
+        for label, (pattern, style) in lines.items():
+            points = [(1.0, 1.0)] if "recovered" not in label else []
+            for ratio in RATIOS:
+                value = bench.perplexity(pattern.format(ratio), text, 512)
+                if value is not None and dense is not None:
+                    points.append((1 - ratio, value / dense))
+            if len(points) > 1:
+                panel.plot(*zip(*sorted(points), strict=True), style, label=label)
+        panel.axhline(1, color="grey", linewidth=0.8)
+        panel.set_yscale("log")
+        ticks = (0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8)
+        panel.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        panel.minorticks_off()
+        panel.set_xlim(0.2, 1.02)
+        panel.set_xticks([0.25, 0.5, 0.75, 1.0], ["25 %", "50 %", "75 %", "100 %"])
+        panel.set_xlabel("KV bytes per token that are left")
+        panel.set_title(f"{title}, windows of 512")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("perplexity / dense perplexity")
+    panels[1].legend(fontsize=8)
+    figure.suptitle(f"{bench.results['environment']['model']}: quality against KV bytes")
+    figure.tight_layout()
+    figure.savefig(bench.out.with_suffix(".png"), dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--only", nargs="*", default=[], help="closed, parts, recovery, losses, paper; none is all")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
+    arguments = parser.parse_args()
+    bench = Bench(arguments.model, arguments.work, arguments.out)
+    run(bench, set(arguments.only))
+    bench.out.with_suffix(".md").write_text(table(bench))
+    print(table(bench))
+    draw(bench)
+
+
+if __name__ == "__main__":
+    main()
