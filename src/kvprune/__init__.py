@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvprune.measure.perplexity import Perplexity, perplexity
     from kvprune.recovery.recover import Recovered, recover
     from kvprune.runtime.files import read_record
+    from kvprune.studies.calibration import study_calibration
 
 _HOMES = {
     "load": "kvprune.api",
@@ -32,6 +33,7 @@ _HOMES = {
     "recover": "kvprune.recovery.recover",
     "Recovered": "kvprune.recovery.recover",
     "read_record": "kvprune.runtime.files",
+    "study_calibration": "kvprune.studies.calibration",
 }
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "prune",
     "read_record",
     "recover",
+    "study_calibration",
 ]
 
 register()

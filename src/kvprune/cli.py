@@ -20,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make the KV cache of a Hugging Face language model smaller, and say what that cost.",
 )
+study = typer.Typer(help="Many prunes, and what their spread says.", no_args_is_help=True)
+app.add_typer(study, name="study")
 
 SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help="hub id, checkpoint folder or .gguf file")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else")]
@@ -271,6 +273,73 @@ def show(
 ) -> None:
     """What was done to a pruned model, and what it cost."""
     _show(kvprune.read_record(Path(directory)), as_json)
+
+
+@study.command(name="calibration")
+def study_calibration(
+    source: SourceArgument,
+    out: Annotated[str, typer.Option(help="folder to write, missing or empty")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="text name, file, or self, repeatable  [default: wikitext2, ptb and self]"),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="how much of it, repeatable  [default: 2048 and 16384]")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="stretches of each text, or samples of self")] = 3,
+    ratio: Annotated[float, typer.Option(help="fraction of the KV bytes to remove")] = 0.5,
+    importance: Annotated[str | None, typer.Option(help="as for prune")] = None,
+    allocation: Annotated[str | None, typer.Option(help="as for prune")] = None,
+    repair: Annotated[str | None, typer.Option(help="as for prune")] = None,
+    preset: Annotated[str | None, typer.Option(help="kvpruner: the paper's choices")] = None,
+    align: Annotated[int | None, typer.Option(help="as for prune")] = None,
+    min_width: Annotated[int | None, typer.Option(help="as for prune")] = None,
+    eval: Annotated[
+        list[str] | None, typer.Option(help="text name or file, repeatable  [default: the named texts' test splits]")
+    ] = None,
+    eval_tokens: Annotated[int, typer.Option(help="how much of each")] = 16384,
+    window: Annotated[int, typer.Option(help="evaluation window")] = 512,
+    resume: Annotated[bool, typer.Option("--resume", help="continue a study that was interrupted")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """How far perplexity moves with source, size and seed of the calibration text; with a picture."""
+    chosen: dict[str, Any] = {
+        "texts": text,
+        "tokens": tokens,
+        "importance": importance,
+        "allocation": allocation,
+        "repair": repair,
+        "preset": preset,
+        "align": align,
+        "min_width": min_width,
+    }
+    report = kvprune.study_calibration(
+        source,
+        out,
+        seeds=seeds,
+        ratio=ratio,
+        eval=tuple(eval or ()),
+        eval_tokens=eval_tokens,
+        window=window,
+        resume=resume,
+        progress=Bars(),
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        **{name: value for name, value in chosen.items() if value not in (None, [])},
+    )
+    if as_json:
+        print(json.dumps(report))
+        return
+    from kvprune.measure.table import print_table
+    from kvprune.studies.table import calibration_table
+
+    print_table(calibration_table(report))
 
 
 def _show(record: dict[str, Any], as_json: bool) -> None:

@@ -140,6 +140,14 @@ def load_model(source: Source, device: str = "auto", dtype: str = "auto") -> Pre
     return model.to(target).eval()  # type: ignore[arg-type]
 
 
+def load_config(source: Source) -> PreTrainedConfig:
+    """The architecture without its weights; refuses what `load_model` refuses by it."""
+    register()
+    _check_architecture(source)
+    with _as_user_error(source):
+        return AutoConfig.from_pretrained(source.folder, **source.arguments())
+
+
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer that comes with the source."""
     register()

@@ -1,0 +1,1 @@
+"""Many prunes and what their spread says: one file a study."""

@@ -1,0 +1,272 @@
+"""How much the calibration text matters: its source, its size and its seed against the perplexity of the pruned model.
+
+The paper (KVPruner, arXiv 2409.11057) calibrates on one sample and leaves open what another would have given. Every
+cell (text, tokens, seed) is one `kvprune.prune`, in memory. A seed is another stretch of the text's valid split (seed
+0: its beginning, as `prune` reads it), or another sample where the text is `self`; scores, allocation and repair all
+read the same `tokens` tokens, so that the size means the size. Nothing but the calibration text differs between cells.
+"""
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+
+from kvprune.channels import allocation
+from kvprune.channels.planning import reachable
+from kvprune.channels.prune import prune
+from kvprune.channels.record import versions
+from kvprune.channels.settings import PRESETS, Settings
+from kvprune.errors import BadOption, KVPruneError
+from kvprune.measure import memory
+from kvprune.models.source import DTYPES, Source, find_device, load_config, load_tokenizer, resolve
+from kvprune.models.view import ModelView
+from kvprune.progress import Progress
+from kvprune.runtime.files import writing_to
+from kvprune.studies import plot
+from kvprune.studies.journal import StudyJournal
+from kvprune.studies.stretches import Stretches, find_stretches
+from kvprune.studies.summary import summarise
+from kvprune.text.corpus import SELF, is_file, read_text
+from kvprune.text.windows import windows
+
+PICTURE = "study.png"
+_OWN = ("calibration", "calibration_tokens", "repair_tokens", "seed", "plan", "windows")  # what the study decides
+
+
+def study_calibration(
+    source: str | Path,
+    out: str | Path,
+    *,
+    texts: Sequence[str | Path] = ("wikitext2", "ptb", SELF),
+    tokens: Sequence[int] = (2048, 16384),
+    seeds: int = 3,
+    eval: Sequence[str | Path] = (),
+    eval_tokens: int = 16384,
+    window: int = 512,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **options,
+) -> dict[str, Any]:
+    """Prune `source` once for every text, size and seed, and report the spread of perplexity, pruned / dense.
+
+    texts: names, files, or "self". tokens: sizes. seeds: how many of each. eval: texts that all cells are judged on
+    (default: the test splits of the named ones). options: ratio, preset, and the other fields of prune's Settings.
+    Writes out/study.jsonl (a cell a line, as they finish), study.json (the report, which is returned) and study.png.
+    Raises a KVPruneError before anything is pruned or written for whatever can be known by then.
+    """
+    return _Study(source, out, texts, tokens, seeds, eval, eval_tokens, window, resume, progress, options).run()
+
+
+class _Study:
+    """The checks, then the cells, then the report."""
+
+    def __init__(self, source, out, texts, tokens, seeds, eval, eval_tokens, window, resume, progress, options) -> None:
+        plot.check()
+        self.texts = list(dict.fromkeys(map(str, texts)))
+        self.sizes = sorted(set(tokens))
+        self.seeds = seeds
+        self.progress: Progress = progress or Progress()
+        if not self.texts or not self.sizes:
+            raise BadOption("a study needs at least one --text and one --tokens")
+        if seeds < 1:
+            raise BadOption(f"--seeds {seeds} is too few: give at least 1")
+        if self.sizes[0] < 2:
+            raise BadOption(f"--tokens {self.sizes[0]} is too few: give at least 2")
+        self.options = self._options(source, eval, eval_tokens, window, options)
+        checked = Settings(**self.options, calibration_tokens=self.sizes[0], repair_tokens=self.sizes[0])
+        if not checked.ratio > 0:
+            raise BadOption(f"--ratio {checked.ratio:g} removes nothing to study; give one above 0")
+        self.settings = checked
+        self.source = self._resolve(checked)
+        config = load_config(self.source)
+        self._check_reachable(config)
+        self._check_windows(config)
+        tokenizer = load_tokenizer(self.source)
+        self.contents: dict[str, str] = {}
+        self.stretches = self._find_stretches(tokenizer)
+        judged = self._check_evaluation(tokenizer, config)
+        self.journal = StudyJournal(Path(out), self._identity(judged), resume)
+
+    def _options(self, source, eval, eval_tokens, window, options: dict[str, Any]) -> dict[str, Any]:
+        """What every cell's `prune` gets; one and the same but for the calibration text."""
+        for name in _OWN:
+            if name in options:
+                raise BadOption(f"{name} is what a study decides itself; leave it out")
+        preset = options.pop("preset", None)
+        if preset is not None:
+            if preset not in PRESETS:
+                raise BadOption(f"unknown preset {preset!r}; choose {', '.join(PRESETS)}")
+            named = ", ".join("--" + name for name in options if name in PRESETS[preset])
+            if named:
+                raise BadOption(f"--preset {preset} decides {named} itself; leave one of them out")
+            options = {**PRESETS[preset], **options}
+        named_texts = [text for text in self.texts if text != SELF and not is_file(text)]
+        judged = list(dict.fromkeys(map(str, eval))) or named_texts
+        if not judged:
+            raise BadOption("files and self have no test split; name a text to judge on with --eval")
+        read = {Path(text).resolve() for text in self.texts if is_file(text)}
+        for text in judged:
+            if is_file(text) and Path(text).resolve() in read:
+                raise BadOption(f"--eval {text} is calibrated on; judge on another text")
+        given = {"eval": tuple(judged), "eval_tokens": eval_tokens, "windows": (window,)}
+        return {"source": str(source), **given, **options}
+
+    def _resolve(self, s: Settings) -> Source:
+        find_device(s.device)
+        if s.dtype != "auto" and s.dtype not in DTYPES:
+            raise BadOption(f"unknown dtype {s.dtype!r}; choose auto, {', '.join(DTYPES)}")
+        source = resolve(s.source, s.revision, s.trust_remote_code)
+        if source.is_pruned:
+            raise BadOption(f"{source.name} is pruned already; study the dense model it came from")
+        return source
+
+    def _check_reachable(self, config: PreTrainedConfig) -> None:
+        """By a model without weights."""
+        with torch.device("meta"):
+            view = ModelView(AutoModelForCausalLM.from_config(config, trust_remote_code=self.source.trust_remote_code))
+            unit = view.units.shape[1]
+        s, shape = self.settings, view.shape
+        reachable(s, allocation.Grid(shape.layers, shape.head_dim, s.align, s.min_width, unit))
+
+    def _check_windows(self, config: PreTrainedConfig) -> None:
+        """Refit holds out some of the windows: the smallest size must have two."""
+        s = self.settings
+        length = min(s.calibration_window, config.get_text_config().max_position_embeddings)
+        if s.refits and self.sizes[0] < 2 * length:
+            raise BadOption(
+                f"--tokens {self.sizes[0]} is too few for --repair {s.repair}, which needs two windows of {length}: "
+                f"give at least {2 * length}"
+            )
+
+    def _find_stretches(self, tokenizer: PreTrainedTokenizerBase) -> dict[tuple[str, int], Stretches]:
+        """By (text, tokens), largest size first: a text that is too short is found out at once."""
+        found = {}
+        for name in self.texts:
+            if name == SELF and not is_file(name):
+                continue
+            self.contents[name] = text = read_text(name, "valid")
+            for size in reversed(self.sizes):
+                found[name, size] = find_stretches(text, tokenizer, size, self.seeds, f"the calibration text {name}")
+        return found
+
+    def _check_evaluation(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, str]:
+        """The sha256 of every evaluation text, which is long enough."""
+        s, found = self.settings, {}
+        limit = config.get_text_config().max_position_embeddings
+        length = min(s.windows[0], limit, s.eval_tokens)
+        for name in s.eval:
+            text = read_text(name, "test")
+            windows(text, tokenizer, length, s.eval_tokens, f"the evaluation text {name}")
+            found[name] = _sha256(text)
+        return found
+
+    def _identity(self, judged: dict[str, str]) -> dict[str, Any]:
+        """What must be the same for an unfinished study to go on."""
+        s = self.settings
+        fixed = {name: value for name, value in s.as_json().items() if name not in _OWN and name != "eval"}
+        return {
+            "study": "calibration",
+            **fixed,
+            "device": str(find_device(s.device)),
+            "window": s.windows[0],
+            "texts": self.texts,
+            "tokens": self.sizes,
+            "seeds": self.seeds,
+            "eval": list(s.eval),
+            "calibration_sha256": {name: _sha256(text) for name, text in self.contents.items()},
+            "eval_sha256": judged,
+            "versions": versions(),
+        }
+
+    def run(self) -> dict[str, Any]:
+        cells = [(text, size, seed) for text in self.texts for size in self.sizes for seed in range(self.seeds)]
+        done = {(cell["text"], cell["tokens"], cell["seed"]) for cell in self.journal.cells}
+        self.journal.start()
+        for (text, size), stretches in sorted(self.stretches.items()):
+            if stretches.overlap:
+                self.progress.say(f"{text} is too short for {self.seeds} times {size} tokens: stretches overlap")
+        try:
+            with self.progress.phase("prunes", len(cells)) as advance:
+                for cell in cells:
+                    if cell not in done:
+                        self.journal.add(self._cell(*cell, advance))
+                    advance(1)
+        except KVPruneError:
+            self.journal.discard_if_empty()
+            raise
+        report = self._report(cells)
+        with writing_to(self.journal.out):
+            plot.draw(report, self.journal.out / PICTURE)
+        self.journal.finish(report)
+        return report
+
+    def _cell(self, text: str, size: int, seed: int, advance: Callable[..., None]) -> dict[str, Any]:
+        """One prune."""
+        start = time.perf_counter()
+        inner = _Noted(self.progress, advance, f"{Path(text).name} {size:,} #{seed}")
+        first = None
+        with tempfile.TemporaryDirectory(prefix="kvprune-study-") as folder:
+            given: dict[str, Any] = {"calibration": SELF, "seed": seed}
+            if (text, size) in self.stretches:
+                first, _ = self.stretches[text, size].spans[seed]
+                path = Path(folder) / "stretch.txt"  # to the text's end: prune reads `size` tokens of it
+                with writing_to(path.parent):
+                    path.write_text(self.contents[text][first:], encoding="utf-8")
+                given = {"calibration": str(path), "seed": 0}
+            result = prune(progress=inner, calibration_tokens=size, repair_tokens=size, **given, **self.options)
+        record = result.record
+        del result
+        memory.release()
+        return {
+            "text": text,
+            "tokens": size,
+            "seed": seed,
+            "first_character": first,
+            "ratio_achieved": record["ratio_achieved"],
+            "widths": record["widths"],
+            "perplexity": record["perplexity"],
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+
+    def _report(self, order: list[tuple[str, int, int]]) -> dict[str, Any]:
+        """study.json: what was done, every cell in the order of the grid, and their spread."""
+        by_key = {(cell["text"], cell["tokens"], cell["seed"]): cell for cell in self.journal.cells}
+        cells = [by_key[key] for key in order]
+        rows, overall = summarise(cells)
+        for row in rows:
+            stretches = self.stretches.get((row["text"], row["tokens"]))
+            row["overlap"] = round(stretches.overlap, 4) if stretches else 0.0
+        return {
+            **self.journal.settings,
+            "dense": {row["text"]: row["dense"] for row in cells[0]["perplexity"]},
+            "summary": rows,
+            "overall": overall,
+            "cells": cells,
+            "seconds": round(sum(cell["seconds"] for cell in cells), 3),
+        }
+
+
+class _Noted(Progress):
+    """The phases of one prune as notes beside the study's bar."""
+
+    def __init__(self, outer: Progress, advance: Callable[..., None], cell: str):
+        super().__init__()
+        self.outer, self.advance, self.cell = outer, advance, cell
+
+    def say(self, message: str) -> None:
+        self.outer.say(f"{self.cell}: {message}")
+
+    @contextmanager
+    def _show(self, name: str, total: int) -> Iterator[Callable[..., None]]:
+        self.advance(0, f"{self.cell}: {name}")
+        yield lambda steps, note="": None
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

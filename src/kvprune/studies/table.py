@@ -1,0 +1,50 @@
+"""A calibration study as tables for a terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+
+def calibration_table(report: dict[str, Any]) -> RenderableType:
+    """A row per text and size for every evaluation text, then what moved the ratio by how much."""
+    parts: list[RenderableType] = []
+    for judged in report["eval"]:
+        table = Table(
+            title=f"perplexity on {_short(judged)}, pruned / dense ({report['dense'][judged]:.2f}), "
+            f"{report['ratio']:.0%} of the KV cache removed, repair {report['repair']}"
+        )
+        table.add_column("calibration")
+        for column in ("tokens", "seeds", "mean", "min", "max", "stdev"):
+            table.add_column(column, justify="right")
+        for row in report["summary"]:
+            if row["eval"] == judged:
+                name = _short(row["text"]) + (" *" if row["overlap"] else "")
+                figures = (_figure(row[column]) for column in ("mean", "min", "max", "stdev"))
+                table.add_row(name, f"{row['tokens']:,}", str(row["seeds"]), *figures)
+        parts.append(table)
+    if any(row["overlap"] for row in report["summary"]):
+        parts.append("* the text is too short for so many stretches apart: they overlap, and seeds differ too little")
+    parts.append(_overall(report))
+    return Group(*parts)
+
+
+def _overall(report: dict[str, Any]) -> Table:
+    table = Table(title="how far pruned / dense moves")
+    table.add_column("judged on")
+    names = {"min": "least", "max": "most", "by_seed": "by seed", "by_text": "by text", "by_tokens": "by size"}
+    for title in names.values():
+        table.add_column(title, justify="right")
+    table.add_column("most / least - 1", justify="right")
+    for row in report["overall"]:
+        table.add_row(_short(row["eval"]), *(_figure(row[name]) for name in names), f"{row['relative']:.2%}")
+    return table
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _short(name: str) -> str:
+    return Path(name).name if Path(name).is_file() else name
