@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make the KV cache of a Hugging Face language model smaller, and say what that cost.",
 )
-study = typer.Typer(help="Many prunes, and what their spread says.", no_args_is_help=True)
+study = typer.Typer(help="Many prunes, and what their spread says.")
 app.add_typer(study, name="study")
 
 SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help="hub id, checkpoint folder or .gguf file")]

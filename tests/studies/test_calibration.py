@@ -162,6 +162,7 @@ MISTAKES = {
     "eval too short": (["--eval-tokens", "1000000"], "the evaluation text ptb has"),
     "a test split": (["--text", "texts/ptb-test.txt"], "test split"),
     "judged on what is read": (["--text", "texts/ptb-valid.txt", "--eval", "./texts/ptb-valid.txt"], "calibrated on"),
+    "judged on a valid split": (["--eval", "texts/ptb-valid.txt"], "calibrated on"),
     "ratio": (["--ratio", "0.9"], "0 to 0.5"),
     "no ratio": (["--ratio", "0"], "above 0"),
     "a ratio between": (["--ratio", "0.27"], "cannot be met"),
@@ -201,6 +202,7 @@ def test_folders_and_sources(command, checkpoint, texts, tmp_path):
         refuses(command("study", "calibration", checkpoint, "--out", tmp_path / "full", *QUICK, *extra), "not empty")
     refuses(command("study", "calibration", checkpoint, "--out", tmp_path / "full" / "precious", *QUICK), "is a file")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["precious"]
+    refuses(command("study"), "Missing command")
     refuses(command("study", "calibration", "/nosuch", "--out", tmp_path / "out", *QUICK), "no folder")
     only_self = ["--text", "self", "--device", "cpu"]
     refuses(command("study", "calibration", checkpoint, "--out", tmp_path / "out", *only_self), "--eval")

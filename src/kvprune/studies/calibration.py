@@ -110,10 +110,6 @@ class _Study:
         judged = list(dict.fromkeys(map(str, eval))) or named_texts
         if not judged:
             raise BadOption("files and self have no test split; name a text to judge on with --eval")
-        read = {Path(text).resolve() for text in self.texts if is_file(text)}
-        for text in judged:
-            if is_file(text) and Path(text).resolve() in read:
-                raise BadOption(f"--eval {text} is calibrated on; judge on another text")
         given = {"eval": tuple(judged), "eval_tokens": eval_tokens, "windows": (window,)}
         return {"source": str(source), **given, **options}
 
@@ -162,6 +158,8 @@ class _Study:
         length = min(s.windows[0], limit, s.eval_tokens)
         for name in s.eval:
             text = read_text(name, "test")
+            if text in self.contents.values():
+                raise BadOption(f"--eval {name} is calibrated on; judge on another text")
             windows(text, tokenizer, length, s.eval_tokens, f"the evaluation text {name}")
             found[name] = _sha256(text)
         return found
