@@ -264,3 +264,47 @@ def test_other_models_are_refused(tmp_path, texts):
     model.save_pretrained(tmp_path / "gpt2")
     with pytest.raises(errors.UnsupportedArchitecture, match="llama, mistral, qwen2"):
         kvprune.prune(tmp_path / "gpt2", tmp_path / "out", **QUICK)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"repair_tokens": 2}, "--repair-tokens"),
+    ({"allocation": "budget", "probe": 0.5}, "leave --probe out"),
+    ({"repair": "turn"}, "unknown repair"),
+    ({"probe_tokens": 1}, "probe_tokens"),
+])  # fmt: skip
+def test_repair_options_are_refused_before_any_work(checkpoint, texts, tmp_path, options, message):
+    with pytest.raises(errors.KVPruneError, match=message):
+        kvprune.prune(checkpoint, tmp_path / "out", ratio=0.5, **COARSE, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_text_is_never_the_calibration_text(checkpoint, texts, monkeypatch):
+    monkeypatch.chdir(texts)
+    for calibration, judged in (("ptb-valid.txt", "./ptb-valid.txt"), ("ptb", str(texts / "ptb-valid.txt"))):
+        with pytest.raises(errors.BadOption, match="is the calibration text"):
+            kvprune.prune(checkpoint, ratio=0.5, calibration=calibration, eval=(judged,), **COARSE)
+    (texts / "test.txt").write_text((texts / "ptb-test.txt").read_text())
+    with pytest.raises(errors.UnknownText, match="test split"):
+        kvprune.prune(checkpoint, ratio=0.5, calibration="test.txt", eval=("ptb",), **COARSE)
+
+
+def test_the_end_of_a_file_is_not_repaired_on(checkpoint, tmp_path, monkeypatch):
+    """A file's end judges: refit must take less than it would like."""
+    from kvprune.channels import texts as texts_module
+    from kvprune.channels.settings import Settings
+    from kvprune.progress import Progress
+    from tiny import words
+
+    path = tmp_path / "own.txt"
+    path.write_text(words(2000))
+    settings = Settings(source="", calibration=str(path), **COARSE)
+    tokenizer = tiny_tokenizer()
+    model = tiny_model_like(checkpoint)
+    found = texts_module.prepare(settings, model, tokenizer, True, Progress())
+    total = len(tokenizer(path.read_text())["input_ids"])
+    repaired = sum(batch.numel() for batch in found.repaired)
+    assert 512 < repaired <= total - settings.eval_tokens < settings.repair_tokens
+    ids = tokenizer(path.read_text())["input_ids"]
+    assert torch.cat(found.repaired).flatten().tolist() == ids[:repaired]
+    for _, judged in found.evaluated:
+        assert judged.flatten().tolist() == ids[-settings.eval_tokens :][: judged.numel()]

@@ -34,10 +34,15 @@ def nothing(_steps):
     pass
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("family", [*sorted(FAMILIES), "yarn"])
 @torch.no_grad()
 def test_moments_equal_plain_loops(family):
-    model = tiny_model(family, kv_heads=KV, groups=GROUPS, head_dim=D, attention="eager")
+    extra = {"rope_parameters": YARN} if family == "yarn" else {}
+    name = "llama" if family == "yarn" else family
+    model = tiny_model(name, kv_heads=KV, groups=GROUPS, head_dim=D, attention="eager", **extra)
     view = ModelView(model)
     slow = torch.tensor([6, 14, 7, 15])
     found = list(attention_moments(view, batches(), slow, nothing))
@@ -82,6 +87,8 @@ def test_moments_equal_plain_loops(family):
                             pairs[head, pair] += weights[m] @ terms**2 - (weights[m] @ terms) ** 2
         both = torch.cat((pairs, pairs), 1) / (2 * tokens)
         torch.testing.assert_close(moments.pairs, both, rtol=1e-3, atol=1e-6)
+        queries *= rotary.attention_scaling**4  # so that a direction counts in the unit of the pairs
+        assert (rotary.attention_scaling != 1) == (family == "yarn")
         torch.testing.assert_close(moments.queries, queries / tokens, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(moments.keys, keys / (tokens * GROUPS), rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(moments.outputs, outputs / tokens, rtol=1e-4, atol=1e-6)
@@ -235,3 +242,31 @@ QUICK_TEXT = {name: value for name, value in COARSE.items() if name not in ("ali
 def test_joint_channels_cannot_be_rotated(checkpoint, texts):
     with pytest.raises(BadOption, match="refit or none"):
         kvprune.prune(checkpoint, ratio=0.5, channels="joint", repair="rotate", **COARSE)
+
+
+@torch.no_grad()
+def test_values_of_low_rank_and_large_key_biases():
+    """Directions that never occur, and keys far from zero: float32 rounding must not become a basis."""
+    model = tiny_model("qwen2", kv_heads=KV, groups=2, head_dim=D, **STILL)
+    for block in model.model.layers:
+        block.self_attn.v_proj.weight[1:] = block.self_attn.v_proj.weight[:1]
+        block.self_attn.k_proj.bias.mul_(200)
+    view = ModelView(model)
+    _, rotations = measure_attention(view, batches(), IMPORTANCE["variance"], True, nothing)
+    ids = torch.randint(3, VOCABULARY, (2, 11))
+    expected = model(ids).logits
+    everything = torch.arange(D).repeat(KV, 1)
+    for rotation in rotations:
+        for basis in (rotation.values, rotation.keys):
+            assert torch.isfinite(basis.down).all()
+            assert basis.down.abs().max() * basis.up.abs().max() < 1e8
+    with masked(view.attention[0], Kept(everything, None), rotations[0]):
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_rotated_plan_without_its_importance_is_refused(checkpoint, texts, tmp_path):
+    plan = kvprune.prune(checkpoint, ratio=0.5, repair="rotate", **COARSE).plan
+    broken = plan.model_copy(update={"method": {}})
+    (tmp_path / "plan.json").write_text(broken.to_json())
+    with pytest.raises(PlanMismatch, match="importance"):
+        kvprune.prune(checkpoint, plan=tmp_path / "plan.json", **QUICK_TEXT)

@@ -20,7 +20,7 @@ _SETTINGS, _SCORES, _LOSSES = "settings.json", "scores.safetensors", "losses.jso
 
 
 class Journal:
-    """Losses by (batch, block), and the importance scores. Without a folder nothing is written."""
+    """Losses by (batch, probe), and the importance scores. Without a folder nothing is written."""
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
@@ -32,11 +32,29 @@ class Journal:
             written = path.read_text()
             whole = written[: written.rfind("\n") + 1]
             for line in whole.splitlines():
-                batch, block, loss = json.loads(line)
-                self.losses[batch, block] = loss
+                batch, probe, loss = json.loads(line)
+                self.losses[batch, probe] = loss
             if whole != written:  # a last line that was cut short would spoil the next one
                 with writing_to(folder.parent):
                     os.truncate(path, len(whole.encode()))
+
+    @staticmethod
+    def check(out: Path, resume: bool) -> dict[str, Any] | None:
+        """The settings of the unfinished run in `out`, if there is one. Raises OutputExists as `open` does, but for
+        settings that differ: what can be known before any work is done."""
+        try:
+            found = json.loads((out / RESUME / _SETTINGS).read_text())
+        except (OSError, ValueError):
+            found = None
+        if found is None:
+            if out.exists() and (not out.is_dir() or any(p.name != RESUME for p in out.iterdir())):
+                raise OutputExists(f"{out} exists and is not empty; choose another --out or remove it")
+            return None
+        if (out / "config.json").exists():
+            raise OutputExists(f"{out} holds a finished model; choose another --out or remove it")
+        if not resume:
+            raise OutputExists(f"{out} holds an unfinished run; add --resume to continue it, or remove it")
+        return found
 
     @classmethod
     def open(cls, out: Path, settings: dict[str, Any], resume: bool) -> "Journal":
@@ -45,17 +63,8 @@ class Journal:
         Raises OutputExists unless `out` is missing, empty, or a run of the same settings and `resume` is set.
         """
         folder = out / RESUME
-        try:
-            found = json.loads((folder / _SETTINGS).read_text())
-        except (OSError, ValueError):
-            found = None
-        if found is None and out.exists() and (not out.is_dir() or any(p.name != RESUME for p in out.iterdir())):
-            raise OutputExists(f"{out} exists and is not empty; choose another --out or remove it")
+        found = cls.check(out, resume)
         if found is not None:
-            if (out / "config.json").exists():
-                raise OutputExists(f"{out} holds a finished model; choose another --out or remove it")
-            if not resume:
-                raise OutputExists(f"{out} holds an unfinished run; add --resume to continue it, or remove it")
             differing = [name for name in settings if settings[name] != found.get(name)]
             if differing:
                 name = differing[0]
@@ -70,13 +79,13 @@ class Journal:
             _write_atomically(folder / _SETTINGS, json.dumps(settings, indent=2).encode())
         return cls(folder)
 
-    def add(self, batch: int, block: int, loss: float) -> None:
+    def add(self, batch: int, probe: int, loss: float) -> None:
         """Record one finished probe, on the disk before this returns."""
-        self.losses[batch, block] = loss
+        self.losses[batch, probe] = loss
         if self.folder is None:
             return
         with writing_to(self.folder.parent), (self.folder / _LOSSES).open("a") as file:
-            file.write(json.dumps([batch, block, loss]) + "\n")
+            file.write(json.dumps([batch, probe, loss]) + "\n")
             file.flush()
             os.fsync(file.fileno())
 

@@ -22,7 +22,7 @@ class AttentionMoments:
     attention weighs them, halved between the pair's two channels. Scores enter the softmax only up to a
     constant, so this variance is what a pair decides (half of it is the KL divergence that losing it costs, to second
     order).
-    queries, keys (kv_heads, n, n): second moments of the `slow` channels before RoPE, scaled as in the scores: E q q^T,
+    queries, keys (kv_heads, n, n): second moments of the `slow` channels before RoPE, scaled as in `pairs`: E q q^T,
     and the mean over queries of the keys' covariance as the attention weighs them.
     outputs (kv_heads, D, D): E z z^T of the attention outputs z before O, without V's bias.
     """
@@ -66,6 +66,8 @@ class _Sums:
 
     def __init__(self, view: ModelView, attention: Attention, slow: torch.Tensor):
         s = self.shape = view.shape
+        rotary = view.lm.base_model.get_submodule("rotary_emb")
+        self.stretch = float(cast(float, getattr(rotary, "attention_scaling", 1.0)))  # of cos and sin, as YaRN has it
         self.scaling = cast(float, attention.module.scaling)
         self.device = attention.projection("o").weight.device
         self.v_bias = attention.weights().v_bias
@@ -96,18 +98,21 @@ class _Sums:
     def _add_head(self, head: int, weights, q, k, q_turned, k_turned, v) -> None:
         """weights (groups, T, T), q and q_turned (groups, T, D), k, k_turned and v (T, D)."""
         a, b = (self.units[:, i] for i in range(2))
+        k_turned = k_turned - k_turned.mean(0)  # what all keys share has no variance, and would drown it in rounding
         ka, kb = k_turned[:, a], k_turned[:, b]  # (T, pairs)
         mean_a, mean_b, aa, ab, bb = (weights @ torch.cat((ka, kb, ka * ka, ka * kb, kb * kb), 1)).chunk(5, dim=-1)
         qa, qb = q_turned[..., a], q_turned[..., b]
         variance = qa * qa * (aa - mean_a * mean_a) + qb * qb * (bb - mean_b * mean_b)
         variance += 2 * qa * qb * (ab - mean_a * mean_b)
         self.pairs[head] += variance.sum((0, 1), dtype=torch.float64)
-        queries = q[..., self.slow].flatten(0, 1)
+        queries = q[..., self.slow].flatten(0, 1).double()
         keys = k[:, self.slow]
-        mean = (weights @ keys).flatten(0, 1)
+        keys = keys - keys.mean(0)
+        mean = (weights @ keys).flatten(0, 1).double()
+        keys, seen = keys.double(), weights.sum((0, 1)).double().unsqueeze(1)
         self.queries[head] += queries.T @ queries
-        self.keys[head] += ((keys * weights.sum((0, 1)).unsqueeze(1)).T @ keys).double() - (mean.T @ mean).double()
-        z = (weights @ v).flatten(0, 1)
+        self.keys[head] += (keys * seen).T @ keys - mean.T @ mean
+        z = (weights @ v).flatten(0, 1).double()
         self.outputs[head] += z.T @ z
 
     def means(self, tokens: int, index: int) -> AttentionMoments:
@@ -115,7 +120,10 @@ class _Sums:
         for channels in self.units.T:
             pairs[:, channels] = self.pairs.clamp_min(0) / (2 * tokens)
         found = AttentionMoments(
-            pairs, self.queries / tokens, self.keys / (tokens * self.shape.groups), self.outputs / tokens
+            pairs,
+            queries=self.queries * self.stretch**4 / tokens,
+            keys=self.keys / (tokens * self.shape.groups),
+            outputs=self.outputs / tokens,
         )
         if not all(torch.isfinite(x).all() for x in (found.pairs, found.queries, found.keys, found.outputs)):
             raise NotFinite(f"layer {index}: the attention is not finite on the calibration text; try --dtype float32")

@@ -1,5 +1,6 @@
 """Phase A and B: scores, sensitivities, widths, and the channels that stay."""
 
+import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from kvprune.channels.selection import Kept, everything, select, shared_pairs
 from kvprune.channels.sensitivity import Probe, measure_sensitivity, probe_width
 from kvprune.channels.settings import Settings
 from kvprune.channels.statistics import measure_attention, score_layers
+from kvprune.errors import PlanMismatch
 from kvprune.models.source import Source
 from kvprune.models.view import ModelView
 
@@ -60,9 +62,7 @@ class Planner:
             ratio=s.ratio,
             layout=s.layout,
             method=_method(s),
-            calibration={"text": s.calibration, "tokens": sum(b.numel() for b in self.batches)}
-            if self.batches
-            else None,
+            calibration=self.calibration,
             sensitivity=None if sensitivity is None else tuple(sensitivity),
             seed=s.seed,
             versions=versions(),
@@ -77,11 +77,23 @@ class Planner:
         """Those that a given plan was made with, if the calibration text is the same."""
         if not given.is_rotated:
             return None
-        importance = str(given.method.get("importance"))
-        text = {"text": self.settings.calibration, "tokens": sum(b.numel() for b in self.batches)}
-        if text != given.calibration:
-            self.say(f"the plan was made on {given.calibration}, its rotation is now measured on {text}")
+        importance = given.method.get("importance")
+        if importance not in IMPORTANCE:
+            raise PlanMismatch("the plan rotates V and O, but its method names no importance; make it again")
+        if self.calibration != given.calibration:
+            self.say("the plan was made on another calibration text: its rotation, and so the weights, will differ")
         return self._attention(importance, rotate=True)[1]
+
+    @property
+    def calibration(self) -> dict[str, Any] | None:
+        """The text that scores and rotations come from: its name, its length, and what was in it."""
+        if not self.batches:
+            return None
+        digest = hashlib.sha256()
+        for batch in self.batches:
+            digest.update(batch.numpy().tobytes())
+        tokens = sum(batch.numel() for batch in self.batches)
+        return {"text": self.settings.calibration, "tokens": tokens, "sha256": digest.hexdigest()}
 
     def _scores(self) -> tuple[list[Scores], list[Rotation] | None]:
         """Measured, or read from the journal of an interrupted run."""

@@ -78,6 +78,8 @@ class _Run:
         if source.is_pruned:
             raise BadOption(f"{source.name} is pruned already; prune the dense model it came from")
         given = None if s.plan is None else PruningPlan.read(s.plan)
+        if self.out is not None:
+            Journal.check(self.out, self.resume)
         torch.manual_seed(s.seed)
         peak = memory.PeakMemory(find_device(s.device))
         with self.phase("load"):

@@ -66,7 +66,7 @@ def memory_of(
     }
     if repaired:
         text = sum(batch.numel() for batch in repaired) * view.shape.hidden * size
-        formula["hidden states of the repair text, four times"] = 4 * text
+        formula["hidden states of the repair text, three times"] = 3 * text
     return {"peak_memory_bytes": peak.bytes(), "memory_formula_bytes": formula}
 
 

@@ -76,6 +76,8 @@ class Settings:
             raise BadOption(
                 f"--repair {self.repair} rotates V/O, which --channels joint cuts with Q/K; use refit or none"
             )
+        if self.allocation == "budget" and self.probe is not None:
+            raise BadOption("--allocation budget probes several widths of its own; leave --probe out")
         if not self.tau > 0:
             raise BadOption("tau must be positive")
         if self.probe is not None and not 0 < self.probe <= 1:

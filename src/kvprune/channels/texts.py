@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvprune.channels.settings import Settings
 from kvprune.errors import BadOption, TextTooShort
 from kvprune.progress import Progress
-from kvprune.text.corpus import SELF, is_file, read_text
+from kvprune.text.corpus import SELF, is_file, local_file, read_text
 from kvprune.text.sampled import sample_ids
 from kvprune.text.windows import cut_windows, token_ids, windows
 
@@ -33,8 +33,7 @@ def prepare(
     Calibration is the valid split, the beginning of a file, or sampled. Windows longer than the model's context
     become that long. Raises UnknownText, TextTooShort, BadOption.
     """
-    if is_file(s.calibration) and s.calibration in s.eval:
-        raise BadOption(f"--eval {s.calibration} is the calibration text; leave --eval out to be judged on its end")
+    _check_apart(s)
     limit = lm.config.max_position_embeddings
     own_end = not s.eval and (is_file(s.calibration) or s.calibration == SELF)
     wanted = max(s.calibration_tokens, s.repair_tokens if s.refits else 0) if calibrate else 0
@@ -59,8 +58,21 @@ def prepare(
         )
     size = max(BATCH_TOKENS // length, 1)
     scored = cut_windows(ids[: s.calibration_tokens], length)
-    repaired = cut_windows(ids[: max(s.repair_tokens, length)], length)
+    repaired = cut_windows(ids[: s.repair_tokens], length) if s.refits else ids[:0].view(0, length)
+    if s.refits and len(repaired) < 2:
+        raise TextTooShort(
+            f"--repair {s.repair} holds out every eighth window of {length} tokens and needs at least two: ask for "
+            "more --repair-tokens, give a longer text, or choose --repair rotate or none"
+        )
     return Texts(list(scored.split(size)), list(repaired.split(size)), evaluated)
+
+
+def _check_apart(s: Settings) -> None:
+    """Raise BadOption for an evaluation text that is read for calibration too."""
+    calibration = local_file(s.calibration, "valid")
+    for name in s.eval:
+        if is_file(name) and calibration is not None and calibration.samefile(name):
+            raise BadOption(f"--eval {name} is the calibration text; leave --eval out, or name another text")
 
 
 def _lengths(s: Settings, limit: int) -> list[int]:

@@ -4,18 +4,16 @@ Everything is in memory as token ids. Which windows a step sees depends on the s
 run that was interrupted goes on with the very windows that it would have seen.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from kvprune.errors import BadOption, TextTooShort, UnknownText
 from kvprune.recovery import alpaca
-from kvprune.text.corpus import is_file, read_text
+from kvprune.text.corpus import is_file, is_test_split, read_text
 from kvprune.text.windows import cut_windows, windows
 
 
@@ -54,12 +52,8 @@ class Data:
 
 def check_name(text: str) -> None:
     """Raise UnknownText for a file that is named as a test split: it would make every later figure worthless."""
-    if is_file(text) and any(_is_test(Path(p).name) for p in (text, Path(text).resolve())):
+    if is_file(text) and is_test_split(text):
         raise UnknownText(f"{text} is a test split; train on another text and keep this one for --eval")
-
-
-def _is_test(name: str) -> bool:
-    return "test" in re.split(r"[^a-z]+", name.lower())
 
 
 def read_data(

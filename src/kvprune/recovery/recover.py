@@ -116,7 +116,7 @@ class _Run:
         rows = [{**row, "pruned": value.value} for row, value in zip(before, after, strict=True)]
 
         def record() -> dict[str, Any]:
-            return self._record(old, rows, training, merged, LOSSES[s.loss].needs_teacher)
+            return self._record(old, rows, training, merged)
 
         saved = record()
         if self.out is not None:
@@ -215,7 +215,7 @@ class _Run:
             return evaluation.perplexities(lm, texts, advance)
 
     def _record(
-        self, old: dict[str, Any], rows: list[dict[str, Any]], training: Training, lm: PreTrainedModel, taught: bool
+        self, old: dict[str, Any], rows: list[dict[str, Any]], training: Training, lm: PreTrainedModel
     ) -> dict[str, Any]:
         """DIR's record with what this run measured; docs/recovery.md has the list."""
         s, state = self.settings, training.state
@@ -245,10 +245,10 @@ class _Run:
             "threads": torch.get_num_threads(),
             "versions": _versions(),
             "peak_memory_bytes": self.peak.bytes(),
-            "memory_formula_bytes": self._formula(training, lm, taught),
+            "memory_formula_bytes": self._formula(training, lm),
         }
 
-    def _formula(self, training: Training, lm: PreTrainedModel, taught: bool) -> dict[str, int]:
+    def _formula(self, training: Training, lm: PreTrainedModel) -> dict[str, int]:
         """What a process may need at its peak, in bytes; docs/recovery.md says where it comes from."""
         s, config = self.settings, lm.config
         tokens = min(MICRO_TOKENS, max(s.batch // self.accelerator.num_processes, 1) * training.train.ids.shape[1])
@@ -256,7 +256,7 @@ class _Run:
         layers = 1 + config.num_hidden_layers / 8 if s.gradient_checkpointing else config.num_hidden_layers
         adapter = sum(t.numel() * t.element_size() for t in training.best.values())
         return {
-            "weights": self.weight_bytes * (2 if taught else 1),
+            "weights": self.weight_bytes * (2 if s.needs_dense else 1),
             "adapters, gradients, moments, best": 6 * adapter,
             "activations of one piece": int(tokens * a_layer * layers * lm.dtype.itemsize),
             "one copy of the weights to save": self.weight_bytes,

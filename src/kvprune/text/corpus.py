@@ -1,6 +1,7 @@
 """A text's name or file -> its characters. Calibration reads the valid split, evaluation the test split."""
 
 import os
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -24,18 +25,16 @@ def read_text(name: str, split: Split) -> str:
     A name is looked up as NAME-valid.txt / NAME-test.txt in $KVPRUNE_DATA, then on the hub. Raises UnknownText.
     """
     if is_file(name):
-        if split == "valid" and Path(name).stem.endswith("-test"):
-            raise UnknownText(f"{name} is a test split; calibrate on another text and keep this one for --eval")
+        if split == "valid" and is_test_split(name):
+            raise UnknownText(f"{name} is a test split; calibrate and train on other text, keep this one for --eval")
         return _read(Path(name))
-    folder = os.environ.get("KVPRUNE_DATA")
-    if folder:
-        path = Path(folder) / f"{name}-{split}.txt"
-        if path.is_file():
-            return _read(path)
+    path = local_file(name, split)
+    if path is not None:
+        return _read(path)
     if name in HUB:
         return _from_hub(name, split)
     if name == SELF:
-        raise UnknownText(f"text {SELF!r} is sampled from the model and serves for --calibration alone; name another")
+        raise UnknownText(f"text {SELF!r} is sampled from the model and is none to judge on; name another")
     if name in LOCAL_ONLY:
         raise UnknownText(f"text {name!r} needs {name}-{split}.txt in the folder that $KVPRUNE_DATA names")
     raise UnknownText(f"unknown text {name!r}; give a file or one of: {', '.join(NAMES)}")
@@ -44,6 +43,21 @@ def read_text(name: str, split: Split) -> str:
 def is_file(name: str) -> bool:
     """Whether a text is named by its path."""
     return Path(name).is_file()
+
+
+def local_file(name: str, split: Split) -> Path | None:
+    """Where a text's split is read from, unless it comes from the hub: the file itself, or one in $KVPRUNE_DATA."""
+    if is_file(name):
+        return Path(name)
+    folder = os.environ.get("KVPRUNE_DATA")
+    path = Path(folder) / f"{name}-{split}.txt" if folder else None
+    return path if path is not None and path.is_file() else None
+
+
+def is_test_split(path: str) -> bool:
+    """Whether a file says in its name, or in that of what it links to, that it is a test split."""
+    names = (Path(path).name, Path(path).resolve().name)
+    return any("test" in re.split(r"[^a-z]+", name.lower()) for name in names)
 
 
 def _read(path: Path) -> str:

@@ -6,7 +6,11 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-BATCH_TOKENS = 32768  # sampled side by side
+from kvprune.errors import NotFinite
+
+DOCUMENTS = (
+    32  # sampled side by side; always whole batches, so that what comes first does not depend on how much follows
+)
 
 
 @torch.no_grad()
@@ -18,25 +22,36 @@ def sample_ids(
     seed: int,
     advance: Callable[[int], None],
 ) -> torch.Tensor:
-    """Token ids (n,), n >= tokens, of documents of `window` tokens, each sampled from the start token at temperature 1.
+    """Token ids (tokens,) of documents of `window` tokens, each sampled from the start token at temperature 1.
 
     An end token does not end a document: what the model says next follows, as in training. The same seed gives the
-    same ids on the same machine, dtype and thread count. `advance` is called with the tokens sampled so far.
+    same ids on the same machine, dtype and thread count. `advance` is called with the number of new tokens. Raises
+    NotFinite.
     """
     start = next(
         (i for i in (tokenizer.bos_token_id, lm.config.bos_token_id, tokenizer.eos_token_id) if i is not None), 0
     )
-    documents = -(-tokens // window)
-    config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=window, pad_token_id=start, use_cache=True
-    )
-    parts = []
-    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for first in range(0, documents, max(BATCH_TOKENS // window, 1)):
-            count = min(max(BATCH_TOKENS // window, 1), documents - first)
-            prompt = torch.full((count, 1), start, device=lm.device)
-            sampled = cast(Any, lm).generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
-            parts.append(sampled[:, 1:].cpu())
-            advance(parts[-1].numel())
-    return torch.cat(parts).flatten()
+    prompt = torch.full((DOCUMENTS, 1), start, device=lm.device)
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=window, pad_token_id=start, use_cache=True)
+    own, sampled = lm.generation_config, 0
+    parts: list[torch.Tensor] = []
+    try:
+        lm.generation_config = GenerationConfig()  # or its end token, penalties, ... would fill in what is not set here
+        with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
+            while sampled < tokens:
+                torch.manual_seed(seed + 1_000_003 * len(parts))
+                ids = cast(Any, lm).generate(
+                    prompt, attention_mask=torch.ones_like(prompt), generation_config=config, logits_processor=[_finite]
+                )
+                parts.append(ids[:, 1:].cpu().flatten())
+                advance(min(len(parts[-1]), tokens - sampled))
+                sampled += len(parts[-1])
+    finally:
+        lm.generation_config = own
+    return torch.cat(parts)[:tokens]
+
+
+def _finite(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(logits).all():
+        raise NotFinite("sampling: the model's logits are not finite; try --dtype float32")
+    return logits

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -43,6 +44,9 @@ class Moments:
         self.xy = self.xy + (x.T @ y).double()
         self.yy = self.yy + y.square().sum(dtype=torch.float64)
 
+    def is_finite(self) -> bool:
+        return all(torch.isfinite(torch.as_tensor(sums)).all() for sums in (self.xx, self.xy, self.yy))
+
     def error(self, weight: torch.Tensor) -> float:
         """Sum of |weight x - y|^2; weight (m, n)."""
         weight = weight.double()
@@ -73,7 +77,7 @@ def refit(
     already. O is fitted so that the residual stream behind the attention becomes the dense model's, then the MLP's
     last matrix so that the one behind the block does. Batches (B, T). Every eighth window is held out: it chooses
     the ridge, and where no ridge lowers its error the matrix stays. Memory: the hidden states of the text
-    before one block, twice, and one layer's moments. Raises NotFinite.
+    before one block, three times, and one layer's moments. Raises NotFinite.
     """
     fitted, held = split(batches)
     dense, calls = enter(view, [*fitted, *held])
@@ -83,10 +87,8 @@ def refit(
     report = []
     for index, (dense_block, block) in enumerate(zip(view.blocks, blocks, strict=True)):
         layer = _Layer(view, index, dense_block, block, (calls, own_calls), len(fitted))
-        dense, behind_attention = layer.dense(dense)
-        report.append(layer.fit_o(ours, behind_attention))
-        ours, change = layer.fit_down(ours, dense)
-        report.append(change)
+        report.append(layer.fit_o(ours, layer.dense(dense)))
+        report.append(layer.fit_down(ours, dense))
         advance(1)
     return report
 
@@ -107,29 +109,32 @@ class _Layer:
         for name, parameter in list(self.down.named_parameters()):  # shared with the dense model, which must stay
             setattr(self.down, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
 
-    def dense(self, states: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The dense residual stream behind the block, and behind its attention."""
+    def dense(self, states: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Take the dense residual stream behind the block, in place; returns what it was behind the attention."""
+        behind_attention: list[torch.Tensor] = []
         outputs: list[torch.Tensor] = []
         hook = self.dense_attention.register_forward_hook(lambda _m, _a, output: outputs.append(output[0]))
         try:
-            behind = [self.dense_calls.run(self.dense_block, self.index, state) for state in states]
+            for number, state in enumerate(states):
+                states[number] = self.dense_calls.run(self.dense_block, self.index, state)
+                behind_attention.append(state + outputs.pop())
         finally:
             hook.remove()
-        return behind, [state + output for state, output in zip(states, outputs, strict=True)]
+        return behind_attention
 
     def fit_o(self, states: list[torch.Tensor], targets: list[torch.Tensor]) -> Refitted:
+        """Fit O, so that behind the attention `states` become the targets."""
         moments = Moments(), Moments()
         for number, (state, target) in enumerate(zip(states, targets, strict=True)):
-            z = input_of(self.o, lambda: self.calls.run(self.block, self.index, state))  # noqa: B023
+            z = input_of(self.o, partial(self.calls.run, self.block, self.index, state))
             moments[number >= self.fitted].add(_with_one(z, self.o), target.float() - state.float())
         return self._fit("o", self.o, *moments)
 
-    def fit_down(self, states: list[torch.Tensor], targets: list[torch.Tensor]):
-        """The pruned residual stream behind the block, refitted, and what the refit did."""
+    def fit_down(self, states: list[torch.Tensor], targets: list[torch.Tensor]) -> Refitted:
+        """Fit the MLP's last matrix, so that behind the block `states` become the targets; moves them on."""
         moments = Moments(), Moments()
         inputs: list[torch.Tensor] = []
         hook = self.down.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
-        outputs = []
         try:
             for number, (state, target) in enumerate(zip(states, targets, strict=True)):
                 output = self.calls.run(self.block, self.index, state)
@@ -137,26 +142,26 @@ class _Layer:
                 h = inputs.pop()
                 missing = target.float() - output.float() + linear(h, self.down.weight, self.down.bias).float()
                 moments[number >= self.fitted].add(_with_one(h, self.down), missing)
-                outputs.append(output)
         finally:
             hook.remove()
         change = self._fit("down", self.down, *moments)
-        if change.ridge is not None:
-            outputs = [self.calls.run(self.block, self.index, state) for state in states]
-        return outputs, change
+        for number, state in enumerate(states):
+            states[number] = self.calls.run(self.block, self.index, state)
+        return change
 
     def _fit(self, name: str, module: nn.Linear, fitted: Moments, held: Moments) -> Refitted:
-        if not isinstance(fitted.xx, torch.Tensor) or not torch.isfinite(fitted.xx).all():
-            raise NotFinite(f"layer {self.index}: the inputs of {name} are not finite; try --dtype float32")
+        if not (fitted.is_finite() and held.is_finite()):
+            raise NotFinite(f"layer {self.index}: what {name} is fitted to is not finite; try --dtype float32")
         old = _as_matrix(module)
         before = held.error(old)
-        candidates = [(ridge, ridge_fit(fitted, old, ridge)) for ridge in RIDGES]
-        errors = [held.error(weight) for _, weight in candidates]
+        # Judged as they will be written: rounding to the model's dtype can cost more than a fit gains.
+        candidates = [ridge_fit(fitted, old, ridge).to(module.weight.dtype) for ridge in RIDGES]
+        errors = [held.error(weight) for weight in candidates]
         best = min(range(len(RIDGES)), key=errors.__getitem__)
         scale = max(float(held.yy), 1e-300)
         if not errors[best] < before:
             return Refitted(self.index, name, before / scale, before / scale, None)
-        _write(module, candidates[best][1])
+        _write(module, candidates[best])
         return Refitted(self.index, name, before / scale, errors[best] / scale, RIDGES[best])
 
 

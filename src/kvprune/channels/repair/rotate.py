@@ -118,5 +118,5 @@ def _roots(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     identity = torch.eye(moment.shape[-1], dtype=torch.float64, device=moment.device)
     floor = FLOOR * moment.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
     variance, directions = torch.linalg.eigh(moment + floor[:, None, None] * identity)
-    root = variance.clamp_min(1e-300).sqrt().unsqueeze(1)
+    root = variance.clamp_min(floor.unsqueeze(1)).sqrt().unsqueeze(1)
     return directions * root, (directions / root).mT
