@@ -154,7 +154,7 @@ SMALL_OPTIONS = ["--tokens", 256, "--eval-tokens", 128, "--window", 32, "--devic
 MISTAKES = {
     "unknown text": (["--text", "nosuch"], "unknown text 'nosuch'"),
     "unknown eval": (["--eval", "nosuch"], "unknown text 'nosuch'"),
-    "self to judge on": (["--eval", "self"], "--calibration alone"),
+    "self to judge on": (["--eval", "self"], "none to judge on"),
     "no seeds": (["--seeds", "0"], "--seeds 0"),
     "too few tokens": (["--tokens", "1"], "--tokens 1"),
     "too few for refit": (["--tokens", "255"], "give at least 256"),
