@@ -1,6 +1,5 @@
 """Phase A and B: scores, sensitivities, widths, and the channels that stay."""
 
-import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from kvprune.channels.statistics import measure_attention, score_layers
 from kvprune.errors import PlanMismatch
 from kvprune.models.source import Source
 from kvprune.models.view import ModelView
+from kvprune.text.windows import digest
 
 BUDGET_PROBES = (0.25, 0.5, 0.75)  # shares of a block's channels that `budget` probes
 
@@ -89,11 +89,8 @@ class Planner:
         """The text that scores and rotations come from: its name, its length, and what was in it."""
         if not self.batches:
             return None
-        digest = hashlib.sha256()
-        for batch in self.batches:
-            digest.update(batch.numpy().tobytes())
         tokens = sum(batch.numel() for batch in self.batches)
-        return {"text": self.settings.calibration, "tokens": tokens, "sha256": digest.hexdigest()}
+        return {"text": self.settings.calibration, "tokens": tokens, "sha256": digest(self.batches)}
 
     def _scores(self) -> tuple[list[Scores], list[Rotation] | None]:
         """Measured, or read from the journal of an interrupted run."""

@@ -26,6 +26,7 @@ from kvprune.models.source import find_device, load_model, load_tokenizer, resol
 from kvprune.models.view import ModelView
 from kvprune.progress import Progress
 from kvprune.runtime.checkpoint import save
+from kvprune.text.windows import digest
 
 DECIDED_BY_A_PLAN = {
     *("ratio", "importance", "channels", "allocation", "layout", "repair", "probe", "tau", "align", "min_width")
@@ -126,13 +127,11 @@ class _Run:
 
     def _identity(self, view: ModelView, batches: list[torch.Tensor]) -> dict[str, Any]:
         """What must be the same for an unfinished run to go on: the settings, and what they led to."""
-        text, weights = hashlib.sha256(), hashlib.sha256()
-        for batch in batches:
-            text.update(batch.numpy().tobytes())
+        weights = hashlib.sha256()
         for attention in view.attention:
             weights.update(attention.weights().k.detach().float().cpu().numpy().tobytes())
         return self.settings.as_json() | {
-            "calibration_text": text.hexdigest(),
+            "calibration_text": digest(batches),
             "weights": weights.hexdigest(),
             "computed_on": f"{view.device} in {view.lm.dtype} on {torch.get_num_threads()} threads",
             "versions": versions(),

@@ -11,7 +11,7 @@ from kvprune.errors import BadOption, TextTooShort
 from kvprune.progress import Progress
 from kvprune.text.corpus import SELF, is_file, local_file, read_text
 from kvprune.text.sampled import sample_ids
-from kvprune.text.windows import cut_windows, token_ids, windows
+from kvprune.text.windows import cut_windows, judged_windows, token_ids
 
 BATCH_TOKENS = 4096  # of a calibration batch: its hidden states of all layers are held at a time
 
@@ -38,16 +38,12 @@ def prepare(
     own_end = not s.eval and (is_file(s.calibration) or s.calibration == SELF)
     wanted = max(s.calibration_tokens, s.repair_tokens if s.refits else 0) if calibrate else 0
     ids = _calibration_ids(s, lm, tokenizer, wanted, own_end, progress) if wanted or own_end else torch.empty(0)
-    evaluated = []
     if own_end:
         ids, end = ids[: -s.eval_tokens], ids[-s.eval_tokens :]
         name = f"{s.calibration} (its end)" if is_file(s.calibration) else s.calibration
         evaluated = [(name, cut_windows(end, n)) for n in _lengths(s, limit)]
     else:
-        for name in s.eval or (s.calibration,):
-            text = read_text(name, "test")
-            for n in _lengths(s, limit):
-                evaluated.append((name, windows(text, tokenizer, n, s.eval_tokens, f"the evaluation text {name}")))
+        evaluated = judged_windows(s.eval or (s.calibration,), tokenizer, _lengths(s, limit), s.eval_tokens)
     if not calibrate:
         return Texts([], [], evaluated)
     length = min(s.calibration_window, limit, s.calibration_tokens)

@@ -12,8 +12,8 @@ from kvprune.measure.perplexity import Perplexity, perplexity
 from kvprune.recovery import alpaca
 from kvprune.recovery.data import Data
 from kvprune.recovery.settings import Settings
-from kvprune.text.corpus import NAMES, SELF, is_file, read_text
-from kvprune.text.windows import windows
+from kvprune.text.corpus import NAMES, SELF, is_file
+from kvprune.text.windows import cut_windows, judged_windows
 
 Texts = list[tuple[str, torch.Tensor]]
 
@@ -37,16 +37,12 @@ def texts(
         names = [s.text] if named else [name for name in known if name in NAMES and not is_file(name)]
     lengths = sorted({min(window, limit, s.eval_tokens) for window in s.eval_windows})
     if names:
-        return [
-            (name, windows(read_text(name, "test"), tokenizer, n, s.eval_tokens, f"the evaluation text {name}"))
-            for name in names
-            for n in lengths
-        ]
+        return judged_windows(names, tokenizer, lengths, s.eval_tokens)
     if alpaca.is_named_so(s.text):
         raise BadOption(f"{s.text} has no text to evaluate on; name one with --eval")
     ids = held_out.ids.flatten()[-s.eval_tokens :]
     lengths = sorted({min(n, len(ids)) for n in lengths})
-    return [(f"{s.text} (its held-out end)", ids[: len(ids) // n * n].view(-1, n)) for n in lengths]
+    return [(f"{s.text} (its held-out end)", cut_windows(ids, n)) for n in lengths]
 
 
 def perplexities(lm: PreTrainedModel, texts: Texts, advance: Callable[..., None]) -> list[Perplexity]:

@@ -27,6 +27,7 @@ from kvprune.runtime.checkpoint import save
 from kvprune.runtime.files import PLAN, read_record
 from kvprune.text.corpus import SELF
 from kvprune.text.sampled import sample_ids
+from kvprune.text.windows import digest
 
 
 @dataclass
@@ -171,12 +172,8 @@ class _Run:
         self, old: dict[str, Any], data: tuple[Data, Data], teacher: PreTrainedModel | None
     ) -> dict[str, Any]:
         """What must be the same for an unfinished run to go on: the settings, and what they led to."""
-        text = hashlib.sha256()
-        for part in data:
-            for tensor in (part.ids, part.labels):
-                text.update(tensor.numpy().tobytes())
         return self.settings.as_json() | {
-            "recovery_text": text.hexdigest(),
+            "recovery_text": digest(tensor for part in data for tensor in (part.ids, part.labels)),
             "weights": hashlib.sha256(repr(sorted(old["files"].items())).encode()).hexdigest(),
             "teacher_weights": None if teacher is None else _fingerprint(teacher),
             "computed_on": f"{self.accelerator.num_processes} x {self.device.type} in {self.settings.dtype} "

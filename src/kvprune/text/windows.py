@@ -1,9 +1,13 @@
 """Text -> windows of token ids."""
 
+import hashlib
+from collections.abc import Iterable, Sequence
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from kvprune.errors import TextTooShort, UnknownText
+from kvprune.text.corpus import read_text
 
 _FIRST_GUESS = 6  # characters per token, to begin with
 
@@ -46,3 +50,23 @@ def cut_windows(ids: torch.Tensor, window: int) -> torch.Tensor:
     """Ids (n,) as whole windows (n // window, window)."""
     count = len(ids) // window
     return ids[: count * window].view(count, window)
+
+
+def judged_windows(
+    names: Sequence[str], tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], tokens: int
+) -> list[tuple[str, torch.Tensor]]:
+    """(name, windows (n, length)) of every text's test split at every length. Raises UnknownText, TextTooShort."""
+    texts = {name: read_text(name, "test") for name in names}
+    return [
+        (name, windows(texts[name], tokenizer, length, tokens, f"the evaluation text {name}"))
+        for name in names
+        for length in lengths
+    ]
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256 of token ids, to tell texts apart."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.numpy().tobytes())
+    return found.hexdigest()
