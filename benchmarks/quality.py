@@ -1,11 +1,12 @@
 """Quality against KV bytes: closed-form repair, recovery, the paper's preset, and what each part adds.
 
-    KVPRUNE_DATA=DIR python benchmarks/quality.py MODEL WORK [--only PART ...] [--out benchmarks/results/quality]
+    KVPRUNE_DATA=DIR python benchmarks/quality.py MODEL WORK [--only PATTERN ...] [--out benchmarks/results/quality]
 
 DIR holds wikitext2-{valid,test}.txt and ptb-{valid,test}.txt. Everything is calibrated, repaired and trained on the
 WikiText-2 valid split alone, or on text sampled from the model, and judged on the first 16,384 tokens of both test
 splits, windows of 512 and 2048. WORK keeps the pruned folders. A cell that OUT.json has is not run again, so an
-interrupted run continues; OUT.md and OUT.png are drawn from OUT.json.
+interrupted run continues, and --only takes the cells whose name matches a pattern; OUT.md and OUT.png are drawn from
+OUT.json.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,16 @@ import torch
 
 import kvprune
 from kvprune.channels.record import versions
+from kvprune.measure.perplexity import perplexity
 from kvprune.progress import Bars
+from kvprune.text.windows import judged_windows
 
 RATIOS = (0.25, 0.5, 0.75)
-JUDGED = {"eval": ("wikitext2", "ptb"), "eval_tokens": 16384}
-PRUNE = {**JUDGED, "windows": (512, 2048), "probe_tokens": 4096}
-RECOVER = {**JUDGED, "eval_windows": (512, 2048), "steps": 100, "batch": 4, "window": 512}
-PAPER = {**JUDGED, "eval_windows": (512, 2048), "preset": "kvpruner", "tokens": 65536}
+TEXTS, TOKENS, WINDOWS = ("wikitext2", "ptb"), 16384, (512, 2048)  # that every cell is judged on
+PRUNE: dict[str, Any] = {"probe_tokens": 4096}
+QUICK = {"eval": "wikitext2", "eval_tokens": 1024, "eval_windows": (512,)}  # recover's own evaluation, not reported
+RECOVER = {**QUICK, "steps": 100, "batch": 4, "window": 512}
+PAPER = {**QUICK, "preset": "kvpruner", "tokens": 65536}
 PROMPTS = (
     "The history of the city begins with",
     "Once upon a time, in a small village,",
@@ -50,8 +55,8 @@ PARTS: dict[str, dict[str, Any]] = {
 
 
 class Bench:
-    def __init__(self, model: str, work: Path, out: Path):
-        self.model, self.work, self.out = model, work, out
+    def __init__(self, model: str, work: Path, out: Path, only: list[str]):
+        self.model, self.work, self.out, self.only = model, work, out, only
         path = out.with_suffix(".json")
         self.results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cells": {}}
         self.results["environment"] = {
@@ -62,8 +67,9 @@ class Bench:
         }
 
     def cell(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
-        """Run and keep one cell, unless it is there already."""
-        if name in self.results["cells"]:
+        """Run and keep one cell, unless it is there already or not asked for."""
+        asked = not self.only or any(fnmatch(name, pattern) for pattern in self.only)
+        if name in self.results["cells"] or not asked:
             return
         print(f"--- {name}", flush=True)
         started = time.monotonic()
@@ -82,7 +88,7 @@ class Bench:
 
         def run() -> dict[str, Any]:
             result = kvprune.prune(self.model, out, ratio=ratio, resume=True, progress=Bars(), **PRUNE, **options)
-            return {**result.record, "repetition": repetition(result.model, result.tokenizer)}
+            return {**result.record, **judged(result)}
 
         self.cell(name, run)
 
@@ -91,15 +97,24 @@ class Bench:
             settings = options if "preset" in options else {**RECOVER, **options}
             result = kvprune.recover(self.folder(source), self.folder(name), resume=True, progress=Bars(), **settings)
             assert result.record is not None
-            return {**result.record, "repetition": repetition(result.model, result.tokenizer)}
+            return {**result.record, **judged(result)}
 
         self.cell(name, run)
 
-    def perplexity(self, name: str, text: str, window: int, which: str = "pruned") -> float | None:
+    def perplexity(self, name: str, text: str, window: int) -> float | None:
         for row in self.results["cells"].get(name, {}).get("perplexity", ()):
             if (row["text"], row["window"]) == (text, window):
-                return row[which]
+                return row["pruned"]
         return None
+
+
+def judged(result) -> dict[str, Any]:
+    """Perplexities and repetition of what prune or recover made."""
+    rows = []
+    for text, ids in judged_windows(TEXTS, result.tokenizer, WINDOWS, TOKENS):
+        found = perplexity(result.model, ids)
+        rows.append({"text": text, "window": found.window, "tokens": found.tokens, "pruned": found.value})
+    return {"perplexity": rows, "repetition": repetition(result.model, result.tokenizer)}
 
 
 @torch.no_grad()
@@ -115,34 +130,24 @@ def repetition(model, tokenizer) -> float:
     return sum(shares) / len(shares)
 
 
-def run(bench: Bench, only: set[str]) -> None:
+def run(bench: Bench) -> None:
     """All cells, the important ones first."""
-
-    def wanted(part: str) -> bool:
-        return not only or part in only
-
-    if wanted("closed"):
-        bench.prune("dense", 0.0)  # ratio 0 is the dense model, as a folder that recovery takes
-        for ratio in (0.5, 0.25, 0.75):
-            bench.prune(f"closed form {ratio}", ratio)
-    if wanted("parts"):
-        for name, options in PARTS.items():
-            bench.prune(f"0.5, {name}", 0.5, keep=False, **options)
-    if wanted("recovery"):
-        for source in ("dense", *(f"closed form {ratio}" for ratio in (0.5, 0.25, 0.75))):
-            bench.recover(f"{source}, recovered on wikitext2", source, text="wikitext2")
-        for ratio in (0.5, 0.25, 0.75):
-            source = f"closed form {ratio}"
-            bench.recover(f"{source}, recovered on self", source, text="self", tokens=131072, loss="logits")
-    if wanted("losses"):
-        for loss in ("logits", "logits+attention"):
-            source = "closed form 0.5"
-            bench.recover(f"{source}, recovered on wikitext2 by {loss}", source, text="wikitext2", loss=loss)
-    if wanted("paper"):
-        for ratio in RATIOS:
-            bench.prune(f"paper {ratio}", ratio, preset="kvpruner")
-            bench.recover(f"paper {ratio}, recovered", f"paper {ratio}", **PAPER)
-        bench.recover("dense, recovered by the paper's preset", "dense", **PAPER)
+    bench.prune("dense", 0.0)  # ratio 0 is the dense model, as a folder that recovery takes
+    bench.recover("dense, recovered on wikitext2", "dense", text="wikitext2")
+    for ratio in (0.5, 0.25, 0.75):
+        name = f"closed form {ratio}"
+        bench.prune(name, ratio)
+        bench.recover(f"{name}, recovered on wikitext2", name, text="wikitext2")
+        bench.recover(f"{name}, recovered on self", name, text="self", tokens=131072, loss="logits")
+    for loss in ("logits", "logits+attention"):
+        name = "closed form 0.5"
+        bench.recover(f"{name}, recovered on wikitext2 by {loss}", name, text="wikitext2", loss=loss)
+    for ratio in (0.5, 0.25, 0.75):
+        bench.prune(f"paper {ratio}", ratio, preset="kvpruner")
+        bench.recover(f"paper {ratio}, recovered", f"paper {ratio}", **PAPER)
+    bench.recover("dense, recovered by the paper's preset", "dense", **PAPER)
+    for name, options in PARTS.items():
+        bench.prune(f"0.5, {name}", 0.5, keep=False, **options)
 
 
 def table(bench: Bench) -> str:
@@ -237,11 +242,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("work", type=Path)
-    parser.add_argument("--only", nargs="*", default=[], help="closed, parts, recovery, losses, paper; none is all")
+    parser.add_argument("--only", nargs="*", default=[], metavar="PATTERN", help="names of cells; * matches anything")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
     arguments = parser.parse_args()
-    bench = Bench(arguments.model, arguments.work, arguments.out)
-    run(bench, set(arguments.only))
+    bench = Bench(arguments.model, arguments.work, arguments.out, arguments.only)
+    run(bench)
     bench.out.with_suffix(".md").write_text(table(bench))
     print(table(bench))
     draw(bench)
