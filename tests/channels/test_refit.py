@@ -5,7 +5,8 @@ import torch
 from test_prune import COARSE
 
 import kvprune
-from kvprune.channels.repair.refit import HELD_OUT, Moments, refit, ridge_fit, split
+from kvprune.channels.journal import Journal
+from kvprune.channels.repair.refit import HELD_OUT, Moments, _Layer, refit, ridge_fit, split
 from kvprune.channels.surgery import cut
 from kvprune.errors import TextTooShort
 from kvprune.models.view import ModelView
@@ -124,3 +125,30 @@ def test_record_tells_what_refit_did(checkpoint, texts, tmp_path):
     dense = kvprune.load(checkpoint).state_dict()[down]
     assert torch.equal(plain.model.state_dict()[down], dense)
     assert not torch.equal(result.model.state_dict()[down], dense)
+
+
+def test_an_interrupted_refit_goes_on_behind_its_last_layer(tmp_path, monkeypatch):
+    model = tiny_model("llama-bias", kv_heads=2, groups=2, head_dim=16, layers=3)
+    view = ModelView(model)
+    plan = make_plan(model, random_layers(model, [8, 8, 8]))
+    whole, resumed = cut(view, plan), cut(view, plan)
+    batches = list(windows(40).split(8))
+    expected = refit(view, whole, batches, lambda n: None)
+    journal = Journal.open(tmp_path / "out", {}, resume=False)
+    done = []
+
+    def stop(_):
+        done.append(None)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        refit(view, cut(view, plan), batches, stop, journal)
+    fitted = []
+    fit = _Layer._fit
+    monkeypatch.setattr(_Layer, "_fit", lambda self, name, *a: fitted.append((self.index, name)) or fit(self, name, *a))
+    again = Journal.open(tmp_path / "out", {}, resume=True)
+    assert refit(view, resumed, batches, lambda n: None, again) == expected
+    assert fitted == [(2, "o"), (2, "down")]
+    weights = whole.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in resumed.state_dict().items())

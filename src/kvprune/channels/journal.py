@@ -1,4 +1,4 @@
-"""What an unfinished run has already measured, on disk, so that kill -9 costs no more than one probe."""
+"""What an unfinished run has already done, on disk, so that kill -9 costs no more than one probe or one layer."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from kvprune.channels.importance.base import Scores
@@ -17,10 +17,11 @@ from kvprune.errors import OutputExists
 from kvprune.runtime.files import RESUME, writing_to
 
 _SETTINGS, _SCORES, _LOSSES = "settings.json", "scores.safetensors", "losses.jsonl"
+_REFIT = "refit-{:04}.safetensors"
 
 
 class Journal:
-    """Losses by (batch, probe), and the importance scores. Without a folder nothing is written."""
+    """Losses by (batch, probe), the importance scores, and the refitted layers. Without a folder nothing is written."""
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
@@ -65,13 +66,7 @@ class Journal:
         folder = out / RESUME
         found = cls.check(out, resume)
         if found is not None:
-            differing = [name for name in settings if settings[name] != found.get(name)]
-            if differing:
-                name = differing[0]
-                raise OutputExists(
-                    f"{out} holds an unfinished run with {name}={found.get(name)!r}, not {settings[name]!r}; "
-                    "repeat its settings, or choose another --out"
-                )
+            check_same(found, settings, f"{out} holds an unfinished run")
             return cls(folder)
         with writing_to(out):
             shutil.rmtree(folder, ignore_errors=True)
@@ -96,10 +91,7 @@ class Journal:
         tensors = {f"{i}.{name}": getattr(s, name) for i, s in enumerate(scores) for name in ("qk", "vo")}
         for i, rotation in enumerate(rotations or ()):
             tensors |= {f"{i}.{name}": tensor for name, tensor in rotation.tensors().items()}
-        partial = self.folder / (_SCORES + ".partial")
-        with writing_to(self.folder.parent):
-            save_file({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, partial)
-            os.replace(partial, self.folder / _SCORES)
+        self._save(_SCORES, tensors)
 
     def load_scores(self) -> tuple[list[Scores], list[Rotation] | None] | None:
         """What save_scores kept, or None if that phase had not finished."""
@@ -117,6 +109,28 @@ class Journal:
         rotations = [Rotation.of(layer) for layer in found] if "slow" in found[0] else None
         return [Scores(layer["qk"], layer["vo"]) for layer in found], rotations
 
+    def save_refit(self, layer: int, tensors: dict[str, torch.Tensor], report: list[dict[str, Any]]) -> None:
+        """Keep what refit made of a layer, and what it reports of it."""
+        if self.folder is not None:
+            self._save(_REFIT.format(layer), tensors, {"report": json.dumps(report)})
+
+    def load_refit(self, layer: int) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]] | None:
+        """What save_refit kept of a layer, or None."""
+        path = None if self.folder is None else self.folder / _REFIT.format(layer)
+        if path is None or not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            report = json.loads(file.metadata()["report"])
+            return {name: file.get_tensor(name) for name in file.keys()}, report  # noqa: SIM118  # no dict
+
+    def _save(self, name: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+        """Write a file of the journal, whole or not at all. Raises NoSpace."""
+        assert self.folder is not None
+        partial = self.folder / (name + ".partial")
+        with writing_to(self.folder.parent):
+            save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, partial, metadata)
+            os.replace(partial, self.folder / name)
+
     def close(self) -> None:
         """The run is finished: forget it."""
         if self.folder is not None:
@@ -127,6 +141,15 @@ class Journal:
         self.close()
         if self.folder is not None and self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
             self.folder.parent.rmdir()
+
+
+def check_same(found: dict[str, Any], settings: dict[str, Any], what: str) -> None:
+    """Raise OutputExists, which begins with `what`, if `found` has other values than `settings`."""
+    for name, value in settings.items():
+        if value != found.get(name):
+            raise OutputExists(
+                f"{what} with {name}={found.get(name)!r}, not {value!r}; repeat its settings, or choose another --out"
+            )
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

@@ -103,7 +103,7 @@ class _Run:
             dense = self._perplexities(lm, texts.evaluated, "evaluate dense")
             with self.phase("surgery"):
                 pruned = cut(view, plan, rotations)
-            refitted = self._repair(view, pruned, texts.repaired if _refits(plan) else [])
+            refitted = self._repair(view, pruned, texts.repaired if _refits(plan) else [], journal)
             after = self._perplexities(pruned, texts.evaluated, "evaluate pruned")
         except (NotFinite, PlanMismatch):
             journal.discard()  # the same would come out again
@@ -143,11 +143,13 @@ class _Run:
             yield advance
         memory.release()
 
-    def _repair(self, view: ModelView, pruned: PreTrainedModel, batches: list[torch.Tensor]) -> list[Refitted]:
+    def _repair(
+        self, view: ModelView, pruned: PreTrainedModel, batches: list[torch.Tensor], journal: Journal
+    ) -> list[Refitted]:
         if not batches:
             return []
         with self.phase("refit", view.shape.layers) as advance:
-            return refit(view, pruned, batches, advance)
+            return refit(view, pruned, batches, advance, journal)
 
     def _perplexities(self, model: PreTrainedModel, texts: list[tuple[str, torch.Tensor]], phase: str):
         with self.phase(phase, sum(len(ids) for _, ids in texts)) as advance:

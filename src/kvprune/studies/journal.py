@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from kvprune.channels.journal import check_same
 from kvprune.errors import OutputExists
 from kvprune.runtime.files import writing_to
 
@@ -40,14 +41,7 @@ class StudyJournal:
             raise OutputExists(f"{self.path} is damaged; remove {self.out} and start again") from None
         if not lines:
             return
-        found = lines[0]
-        differing = [name for name in self.settings if self.settings[name] != found.get(name)]
-        if differing:
-            name = differing[0]
-            raise OutputExists(
-                f"{self.out} holds a study with {name}={found.get(name)!r}, not {self.settings[name]!r}; "
-                "repeat its settings, or choose another --out"
-            )
+        check_same(lines[0], self.settings, f"{self.out} holds a study")
         self.cells = lines[1:]
 
     def start(self) -> None:

@@ -1,7 +1,7 @@
 """Least squares of the layers' last matrices, so that the residual stream stays the dense model's."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import cast
 
@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from kvprune.channels.journal import Journal
 from kvprune.errors import NotFinite, TextTooShort
 from kvprune.models.stream import Calls, enter, input_of, learn_calls
 from kvprune.models.view import ModelView
@@ -69,7 +70,11 @@ def ridge_fit(moments: Moments, weight: torch.Tensor, ridge: float) -> torch.Ten
 
 @torch.no_grad()
 def refit(
-    view: ModelView, pruned: PreTrainedModel, batches: Sequence[torch.Tensor], advance: Callable[[int], None]
+    view: ModelView,
+    pruned: PreTrainedModel,
+    batches: Sequence[torch.Tensor],
+    advance: Callable[[int], None],
+    journal: Journal | None = None,
 ) -> list[Refitted]:
     """Refit O and the MLP's last matrix of every layer of `pruned` in place, front to back [ours].
 
@@ -77,18 +82,27 @@ def refit(
     already. O is fitted so that the residual stream behind the attention becomes the dense model's, then the MLP's
     last matrix so that the one behind the block does. Batches (B, T). Every eighth window is held out: it chooses
     the ridge, and where no ridge lowers its error the matrix stays. Memory: the hidden states of the text
-    before one block, three times, and one layer's moments. Raises NotFinite.
+    before one block, three times, and one layer's moments. A layer that the journal has is taken from there: the
+    streams only pass through it. Raises NotFinite.
     """
+    journal = journal or Journal()
     fitted, held = split(batches)
     dense, calls = enter(view, [*fitted, *held])
     ours = list(dense)
     blocks = cast(nn.ModuleList, pruned.base_model.get_submodule(view.family.layers))
     own_calls = learn_calls(pruned, blocks, batches)  # a stock model's rotary table is its own
-    report = []
+    report: list[Refitted] = []
     for index, (dense_block, block) in enumerate(zip(view.blocks, blocks, strict=True)):
         layer = _Layer(view, index, dense_block, block, (calls, own_calls), len(fitted))
-        report.append(layer.fit_o(ours, layer.dense(dense)))
-        report.append(layer.fit_down(ours, dense))
+        behind_attention = layer.dense(dense)
+        kept = journal.load_refit(index)
+        if kept is None:
+            found = [layer.fit_o(ours, behind_attention), layer.fit_down(ours, dense)]
+            journal.save_refit(index, layer.tensors(), [asdict(row) for row in found])
+        else:
+            found = layer.restore(*kept)
+        layer.advance(ours)
+        report += found
         advance(1)
     return report
 
@@ -131,7 +145,7 @@ class _Layer:
         return self._fit("o", self.o, *moments)
 
     def fit_down(self, states: list[torch.Tensor], targets: list[torch.Tensor]) -> Refitted:
-        """Fit the MLP's last matrix, so that behind the block `states` become the targets; moves them on."""
+        """Fit the MLP's last matrix, so that behind the block `states` become the targets."""
         moments = Moments(), Moments()
         inputs: list[torch.Tensor] = []
         hook = self.down.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
@@ -144,10 +158,23 @@ class _Layer:
                 moments[number >= self.fitted].add(_with_one(h, self.down), missing)
         finally:
             hook.remove()
-        change = self._fit("down", self.down, *moments)
+        return self._fit("down", self.down, *moments)
+
+    def advance(self, states: list[torch.Tensor]) -> None:
+        """Take the pruned residual stream behind the block, in place."""
         for number, state in enumerate(states):
             states[number] = self.calls.run(self.block, self.index, state)
-        return change
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The weights that are fitted here, "o.weight", ..."""
+        modules = {"o": self.o, "down": self.down}
+        return {f"{name}.{part}": p for name, module in modules.items() for part, p in module.named_parameters()}
+
+    def restore(self, tensors: dict[str, torch.Tensor], report: list[dict]) -> list[Refitted]:
+        """Take the weights, and what was reported of them, from where an interrupted run kept them."""
+        for name, parameter in self.tensors().items():
+            parameter.copy_(tensors[name])
+        return [Refitted(**row) for row in report]
 
     def _fit(self, name: str, module: nn.Linear, fitted: Moments, held: Moments) -> Refitted:
         if not (fitted.is_finite() and held.is_finite()):
