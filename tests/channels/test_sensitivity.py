@@ -10,7 +10,8 @@ from kvprune.channels.selection import Kept
 from kvprune.channels.sensitivity import Probe, measure_sensitivity
 from kvprune.channels.statistics import score_layers
 from kvprune.errors import NotFinite, OutputExists
-from kvprune.models.view import BlockRunner, ModelView
+from kvprune.models.stream import BlockRunner
+from kvprune.models.view import ModelView
 from tiny import VOCABULARY, mask_dense, random_layers, tiny_model
 
 LAYERS, D = 4, 16

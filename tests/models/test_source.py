@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 import kvprune
 from kvprune import errors
 from kvprune.models.attention import rope_pairs
-from kvprune.models.view import BlockRunner, ModelView
+from kvprune.models.stream import BlockRunner
+from kvprune.models.view import ModelView
 from tiny import tiny_model
 
 

@@ -54,7 +54,7 @@ def attention_moments(
             finally:
                 for hook in hooks:
                     hook.remove()
-            sums.add(outputs, calls.of_length[state.shape[1]][index][1])
+            sums.add(outputs, calls.of_length[state.shape[1]][index].kwargs)
         yield sums.means(tokens, index)
         if not all(torch.isfinite(state).all() for state in states):
             raise NotFinite(f"layer {index}: its output on the calibration text is not finite; try --dtype float32")

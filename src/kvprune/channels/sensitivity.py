@@ -12,7 +12,8 @@ from kvprune.channels.repair.rotate import Rotation
 from kvprune.channels.selection import Kept
 from kvprune.errors import NotFinite
 from kvprune.measure.loss import next_token_loss
-from kvprune.models.view import BlockRunner, ModelView
+from kvprune.models.stream import BlockRunner
+from kvprune.models.view import ModelView
 
 DENSE = -1  # the journal's probe number of a batch's dense loss
 

@@ -1,6 +1,8 @@
-"""A calibration text on its way through the model, one block at a time.
+"""A calibration text on its way through the model, block by block.
 
-What is held are the hidden states before one block, whatever the number of layers.
+Blocks are called again with the very arguments that the model gave them (mask, rotary table, positions), so no family's
+masking is written a second time here. `enter` and `Calls` take a long text through one block at a time: what is held
+are the hidden states before one block. `BlockRunner` holds those of one batch before every block.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,19 +18,49 @@ from kvprune.models.view import ModelView
 
 
 @dataclass(frozen=True)
+class Call:
+    """The arguments beside the hidden states with which the model calls one of its blocks."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def run(self, block: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        """states (B, T, hidden) -> what `block` makes of them."""
+        output = block(states, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+def record_calls(blocks: nn.ModuleList, forward: Callable[[], object]) -> tuple[list[torch.Tensor], list[Call]]:
+    """The hidden states (B, T, hidden) that reach every block in `forward`, and what else it is called with."""
+    inputs: list[torch.Tensor] = []
+    calls: list[Call] = []
+
+    def keep(_block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        inputs.append(args[0] if args else kwargs.pop("hidden_states"))
+        calls.append(Call(args[1:], kwargs))
+
+    hooks = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return inputs, calls
+
+
+@dataclass(frozen=True)
 class Calls:
     """The arguments beside the hidden states with which the model calls each of its blocks, by window length.
 
     (mask, rotary table, positions) of a batch of one, which serve any batch: calibration has no padding.
     """
 
-    of_length: dict[int, list[tuple[tuple, dict[str, Any]]]]
+    of_length: dict[int, list[Call]]
 
     def run(self, block: nn.Module, index: int, states: torch.Tensor) -> torch.Tensor:
         """states (B, T, hidden) -> what `block`, called as block `index`, makes of them."""
-        args, kwargs = self.of_length[states.shape[1]][index]
-        output = block(states, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        return self.of_length[states.shape[1]][index].run(block, states)
 
 
 @torch.no_grad()
@@ -47,21 +79,39 @@ def enter(view: ModelView, batches: Sequence[torch.Tensor]) -> tuple[list[torch.
 @torch.no_grad()
 def learn_calls(lm: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[torch.Tensor]) -> Calls:
     """With what the model calls its blocks, from one forward of one window for each length T of batches (B, T)."""
-    found: dict[int, list[tuple[tuple, dict[str, Any]]]] = {}
-
-    def keep(_block: nn.Module, args: tuple, kwargs: dict, calls: list) -> None:
-        calls.append((args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
-
-    for length, window in {batch.shape[1]: batch[:1] for batch in batches}.items():
-        found[length] = []
-        keep_calls = partial(keep, calls=found[length])
-        hooks = [block.register_forward_pre_hook(keep_calls, with_kwargs=True) for block in blocks]
-        try:
-            lm.base_model(input_ids=window.to(lm.device), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    found = {}
+    for length, window in {batch.shape[1]: batch[:1].to(lm.device) for batch in batches}.items():
+        _, found[length] = record_calls(blocks, partial(lm.base_model, input_ids=window, use_cache=False))
     return Calls(found)
+
+
+class BlockRunner:
+    """Runs a batch through the blocks once, keeps every block's input, and reruns from any block on."""
+
+    def __init__(self, view: ModelView, input_ids: torch.Tensor):
+        """input_ids (B, T). One dense forward of all blocks."""
+        self.view = view
+        outputs = []
+
+        def forward() -> None:
+            outputs.append(view.lm.base_model(input_ids=input_ids.to(view.device), use_cache=False))
+
+        self.inputs, self._calls = record_calls(view.blocks, forward)  # per block (B, T, hidden)
+        self.output: torch.Tensor = outputs[0].last_hidden_state  # (B, T, hidden), behind the norm
+
+    def first_broken_block(self) -> int | None:
+        """The first block whose output holds NaN or infinity."""
+        for block, hidden in enumerate([*self.inputs[1:], self.output]):
+            if not torch.isfinite(hidden).all():
+                return block
+        return None
+
+    def rerun(self, start: int) -> torch.Tensor:
+        """The final hidden states (B, T, hidden), recomputed from block `start` on."""
+        hidden = self.inputs[start]
+        for block, call in list(zip(self.view.blocks, self._calls, strict=True))[start:]:
+            hidden = call.run(block, hidden)
+        return self.view.norm(hidden)
 
 
 class _Reached(Exception):
