@@ -29,12 +29,19 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16")]
 Revision = Annotated[str | None, typer.Option(help="of a hub id: branch, tag or commit")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the source")]
+Out = Annotated[str, typer.Option(help="folder to write, missing or empty")]
+Resume = Annotated[bool, typer.Option("--resume", help="continue a run that was interrupted")]
+Eval = Annotated[
+    list[str] | None, typer.Option(help="text name or file, repeatable  [default: the test splits of the named texts]")
+]
+EvalTokens = Annotated[int, typer.Option(help="how much of each text is evaluated")]
+AsPrune = typer.Option(help="as for prune")
 
 
 @app.command()
 def prune(
     source: SourceArgument,
-    out: Annotated[str, typer.Option(help="folder to write, missing or empty")],
+    out: Out,
     ratio: Annotated[float | None, typer.Option(help="fraction of the KV bytes to remove  [default: 0.5]")] = None,
     importance: Annotated[
         str | None, typer.Option(help="variance, energy, taylor, l1 or l2  [default: variance]")
@@ -50,11 +57,11 @@ def prune(
     preset: Annotated[str | None, typer.Option(help="kvpruner: the paper's choices")] = None,
     calibration: Annotated[str, typer.Option(help="text name, file, or self: sampled from the model")] = "wikitext2",
     calibration_tokens: Annotated[int, typer.Option(help="how much of it")] = 16384,
-    eval: Annotated[
-        list[str] | None, typer.Option(help="text name or file, repeatable  [default: its test split]")
+    eval: Eval = None,
+    eval_tokens: EvalTokens = 16384,
+    windows: Annotated[
+        list[int] | None, typer.Option("--window", help="evaluation window, repeatable  [default: 128 and 2048]")
     ] = None,
-    eval_tokens: Annotated[int, typer.Option(help="how much of each")] = 16384,
-    window: Annotated[list[int] | None, typer.Option(help="evaluation window  [default: 128 and 2048]")] = None,
     repair_tokens: Annotated[int, typer.Option(help="how much of it refit takes, at most")] = 65536,
     probe: Annotated[float | None, typer.Option(help="fraction a probe removes  [default: the ratio]")] = None,
     probe_tokens: Annotated[int | None, typer.Option(help="calibration tokens a probe reads  [default: all]")] = None,
@@ -62,7 +69,7 @@ def prune(
     align: Annotated[int | None, typer.Option(help="widths are multiples of this  [default: 8]")] = None,
     min_width: Annotated[int | None, typer.Option(help="no layer keeps fewer channels  [default: 16]")] = None,
     plan: Annotated[str | None, typer.Option(help="apply this plan.json instead of making one")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue a run that was interrupted")] = False,
+    resume: Resume = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: int = 0,
@@ -71,47 +78,13 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Remove KV channels from a model and write it to a folder that loads again."""
-    chosen: dict[str, Any] = {
-        "importance": importance,
-        "channels": channels,
-        "allocation": allocation,
-        "layout": layout,
-        "repair": repair,
-    }
-    if preset and any(value is not None for value in chosen.values()):
-        named = ", ".join("--" + name for name, value in chosen.items() if value is not None)
-        raise kvprune.errors.BadOption(f"--preset {preset} decides {named} itself; leave one of them out")
-    chosen |= {"ratio": ratio, "probe": probe, "tau": tau, "align": align, "min_width": min_width}
-    options: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
-    if window:
-        options["windows"] = tuple(window)
-    result = kvprune.prune(
-        source,
-        out,
-        resume=resume,
-        progress=Bars(),
-        preset=preset,
-        calibration=calibration,
-        calibration_tokens=calibration_tokens,
-        repair_tokens=repair_tokens,
-        probe_tokens=probe_tokens,
-        eval=tuple(eval or ()),
-        eval_tokens=eval_tokens,
-        plan=plan,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        **options,
-    )
-    _show(result.record, as_json)
+    _show(kvprune.prune(progress=Bars(), **_given(locals())).record, as_json)
 
 
 @app.command()
 def recover(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="a pruned folder")],
-    out: Annotated[str, typer.Option(help="folder to write, missing or empty")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="a pruned folder")],
+    out: Out,
     text: Annotated[
         str,
         typer.Option(help="name or file to train on (.json, .jsonl: Alpaca), or self: sampled"),
@@ -147,56 +120,19 @@ def recover(
         bool, typer.Option("--gradient-checkpointing", help="less memory, a third more time")
     ] = False,
     preset: Annotated[str | None, typer.Option(help="kvpruner: what its neighbours train with")] = None,
-    eval: Annotated[
-        list[str] | None, typer.Option(help="text name or file, repeatable  [default: the text's test split]")
+    eval: Eval = None,
+    eval_tokens: EvalTokens = 16384,
+    eval_windows: Annotated[
+        list[int] | None, typer.Option("--eval-window", help="evaluation window, repeatable  [default: 128 and 2048]")
     ] = None,
-    eval_tokens: Annotated[int, typer.Option(help="how much of each")] = 16384,
-    eval_window: Annotated[list[int] | None, typer.Option(help="evaluation window  [default: 128 and 2048]")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="continue a run that was interrupted")] = False,
+    resume: Resume = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
     """Train a pruned model with LoRA and write it, merged, to a folder of the same kind."""
-    chosen: dict[str, Any] = {
-        "window": window,
-        "batch": batch,
-        "steps": steps,
-        "epochs": epochs,
-        "rank": rank,
-        "alpha": alpha,
-        "dropout": dropout,
-        "lr": lr,
-        "warmup": warmup,
-        "weight_decay": weight_decay,
-        "clip": clip,
-        "targets": targets,
-        "loss": loss,
-        "temperature": temperature,
-        "attention_weight": attention_weight,
-        "teacher": teacher,
-        "held_out": held_out,
-        "patience": patience,
-        "checkpoint_every": checkpoint_every,
-        "eval": eval,
-        "eval_windows": eval_window,
-    }
-    result = kvprune.recover(
-        directory,
-        out,
-        resume=resume,
-        progress=Bars(),
-        preset=preset,
-        text=text,
-        tokens=tokens,
-        gradient_checkpointing=gradient_checkpointing,
-        eval_tokens=eval_tokens,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        **{name: value for name, value in chosen.items() if value not in (None, [])},
-    )
+    result = kvprune.recover(progress=Bars(), **_given(locals()))
     if result.record is not None:  # only the main process of several has one
         _show(result.record, as_json)
 
@@ -205,8 +141,12 @@ def recover(
 def evaluate(
     source: SourceArgument,
     against: Annotated[str | None, typer.Option(metavar="SOURCE2", help="a second source, on the same tokens")] = None,
-    text: Annotated[list[str] | None, typer.Option(help="text name or file, repeatable  [default: wikitext2]")] = None,
-    window: Annotated[list[int] | None, typer.Option(help="tokens, repeatable  [default: 2048]")] = None,
+    texts: Annotated[
+        list[str] | None, typer.Option("--text", help="text name or file, repeatable  [default: wikitext2]")
+    ] = None,
+    window_lengths: Annotated[
+        list[int] | None, typer.Option("--window", help="tokens, repeatable  [default: 2048]")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="how much of each text; 0 for all")] = 16384,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -215,18 +155,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Perplexity of a source, or of two side by side."""
-    result = kvprune.evaluate(
-        source,
-        against,
-        texts=text or ("wikitext2",),
-        window_lengths=window or (2048,),
-        tokens=tokens or None,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        progress=Bars(),
-    )
+    result = kvprune.evaluate(progress=Bars(), **_given(locals()))
     if as_json:
         print(json.dumps(result))
         return
@@ -249,17 +178,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt."""
-    result = kvprune.generate(
-        source,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    result = kvprune.generate(**_given(locals()))
     if as_json:
         print(json.dumps(result))
     else:
@@ -278,28 +197,26 @@ def show(
 @study.command(name="calibration")
 def study_calibration(
     source: SourceArgument,
-    out: Annotated[str, typer.Option(help="folder to write, missing or empty")],
-    text: Annotated[
+    out: Out,
+    texts: Annotated[
         list[str] | None,
-        typer.Option(help="text name, file, or self, repeatable  [default: wikitext2, ptb and self]"),
+        typer.Option("--text", help="text name, file, or self, repeatable  [default: wikitext2, ptb and self]"),
     ] = None,
     tokens: Annotated[
         list[int] | None, typer.Option(help="how much of it, repeatable  [default: 2048 and 16384]")
     ] = None,
     seeds: Annotated[int, typer.Option(help="stretches of each text, or samples of self")] = 3,
     ratio: Annotated[float, typer.Option(help="fraction of the KV bytes to remove")] = 0.5,
-    importance: Annotated[str | None, typer.Option(help="as for prune")] = None,
-    allocation: Annotated[str | None, typer.Option(help="as for prune")] = None,
-    repair: Annotated[str | None, typer.Option(help="as for prune")] = None,
+    importance: Annotated[str | None, AsPrune] = None,
+    allocation: Annotated[str | None, AsPrune] = None,
+    repair: Annotated[str | None, AsPrune] = None,
     preset: Annotated[str | None, typer.Option(help="kvpruner: the paper's choices")] = None,
-    align: Annotated[int | None, typer.Option(help="as for prune")] = None,
-    min_width: Annotated[int | None, typer.Option(help="as for prune")] = None,
-    eval: Annotated[
-        list[str] | None, typer.Option(help="text name or file, repeatable  [default: the named texts' test splits]")
-    ] = None,
-    eval_tokens: Annotated[int, typer.Option(help="how much of each")] = 16384,
+    align: Annotated[int | None, AsPrune] = None,
+    min_width: Annotated[int | None, AsPrune] = None,
+    eval: Eval = None,
+    eval_tokens: EvalTokens = 16384,
     window: Annotated[int, typer.Option(help="evaluation window")] = 512,
-    resume: Annotated[bool, typer.Option("--resume", help="continue a study that was interrupted")] = False,
+    resume: Resume = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,
@@ -307,32 +224,7 @@ def study_calibration(
     as_json: Json = False,
 ) -> None:
     """How far perplexity moves with source, size and seed of the calibration text; with a picture."""
-    chosen: dict[str, Any] = {
-        "texts": text,
-        "tokens": tokens,
-        "importance": importance,
-        "allocation": allocation,
-        "repair": repair,
-        "preset": preset,
-        "align": align,
-        "min_width": min_width,
-    }
-    report = kvprune.study_calibration(
-        source,
-        out,
-        seeds=seeds,
-        ratio=ratio,
-        eval=tuple(eval or ()),
-        eval_tokens=eval_tokens,
-        window=window,
-        resume=resume,
-        progress=Bars(),
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        **{name: value for name, value in chosen.items() if value not in (None, [])},
-    )
+    report = kvprune.study_calibration(progress=Bars(), **_given(locals()))
     if as_json:
         print(json.dumps(report))
         return
@@ -340,6 +232,11 @@ def study_calibration(
     from kvprune.studies.table import calibration_table
 
     print_table(calibration_table(report))
+
+
+def _given(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Of a verb's parameters, named as the public API names them, those that the user gave or that have a default."""
+    return {name: value for name, value in parameters.items() if value not in (None, []) and name != "as_json"}
 
 
 def _show(record: dict[str, Any], as_json: bool) -> None:

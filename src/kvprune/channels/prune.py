@@ -16,7 +16,7 @@ from kvprune.channels.plan import PruningPlan
 from kvprune.channels.planning import Planner, reachable
 from kvprune.channels.record import memory_of, record_of, versions
 from kvprune.channels.repair.refit import Refitted, refit
-from kvprune.channels.settings import PRESETS, Settings
+from kvprune.channels.settings import Settings, with_preset
 from kvprune.channels.surgery import cut
 from kvprune.channels.texts import prepare
 from kvprune.errors import BadOption, NotFinite, PlanMismatch
@@ -27,10 +27,6 @@ from kvprune.models.view import ModelView
 from kvprune.progress import Progress
 from kvprune.runtime.checkpoint import save
 from kvprune.text.windows import digest
-
-DECIDED_BY_A_PLAN = {
-    *("ratio", "importance", "channels", "allocation", "layout", "repair", "probe", "tau", "align", "min_width")
-}
 
 
 @dataclass
@@ -57,13 +53,7 @@ def prune(
     written then but the journal of an unfinished run, which `resume` continues.
     """
     preset = options.pop("preset", None)
-    if preset is not None and preset not in PRESETS:
-        raise BadOption(f"unknown preset {preset!r}; choose {', '.join(PRESETS)}")
-    decided = DECIDED_BY_A_PLAN & {*options, *PRESETS.get(preset, ())}
-    if options.get("plan") is not None and decided:
-        names = ", ".join("--" + name for name in sorted(decided))
-        raise BadOption(f"--plan has decided {names} already; leave one of them out")
-    settings = Settings(source=str(source), **({} if preset is None else PRESETS[preset]), **options)
+    settings = Settings(source=str(source), **with_preset(preset, options))
     return _Run(settings, None if out is None else Path(out), resume, progress or Progress()).run()
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from kvprune.channels.importance import IMPORTANCE
 from kvprune.channels.repair import REPAIRS
 from kvprune.errors import BadOption
+from kvprune.text.corpus import text_names
 
 CHANNELS = ("split", "joint")
 ALLOCATIONS = ("sensitivity", "rank", "uniform", "budget")
@@ -52,7 +53,7 @@ class Settings:
         for name in ("calibration", "plan"):  # paths are welcome, and JSON wants strings
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(getattr(self, name)))
-        object.__setattr__(self, "eval", tuple(map(str, self.eval)))
+        object.__setattr__(self, "eval", text_names(self.eval))
         if self.repair is None:
             object.__setattr__(self, "repair", "refit" if self.channels == "joint" else "rotate+refit")
         choices = {
@@ -95,6 +96,25 @@ class Settings:
         """The fields as they come back from JSON."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
+
+def with_preset(preset: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The options and what the preset adds to them. Raises BadOption for an unknown preset, and for an option that it,
+    or a given plan, has decided."""
+    if preset is not None and preset not in PRESETS:
+        raise BadOption(f"unknown preset {preset!r}; choose {', '.join(PRESETS)}")
+    decided = PRESETS.get(preset or "", {})
+    names = ", ".join("--" + name for name in decided if options.get(name) is not None)
+    if names:
+        raise BadOption(f"--preset {preset} decides {names} itself; leave one of them out")
+    names = ", ".join("--" + name for name in sorted(DECIDED_BY_A_PLAN & {*options, *decided}))
+    if options.get("plan") is not None and names:
+        raise BadOption(f"--plan has decided {names} already; leave one of them out")
+    return {**decided, **options}
+
+
+DECIDED_BY_A_PLAN = {
+    *("ratio", "importance", "channels", "allocation", "layout", "repair", "probe", "tau", "align", "min_width")
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # the paper: arXiv 2409.11057

@@ -22,7 +22,7 @@ def evaluate(
     *,
     texts: Sequence[str] = ("wikitext2",),
     window_lengths: Sequence[int] = (2048,),
-    tokens: int | None = 16384,
+    tokens: int = 16384,
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
@@ -31,7 +31,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity on the test split of each text (or on a file), in windows of each length.
 
-    A window longer than the model's context becomes that long. tokens: how many of each text, None for all. Returns
+    A window longer than the model's context becomes that long. tokens: how many of each text, 0 for all. Returns
     {"sources": [{"source", "kv_bytes_per_token", "parameters"}], "perplexity": [{"text", "window", "tokens",
     "values"}]} with one value per source. Raises BadOption when two sources tokenise differently: their figures could
     not be compared.
@@ -39,7 +39,7 @@ def evaluate(
     progress = progress or Progress()
     if min(window_lengths, default=0) < 2:
         raise BadOption("a window must have at least 2 tokens")
-    if tokens is not None and tokens < 2:
+    if tokens and tokens < 2:
         raise BadOption(f"--tokens {tokens} is too few: give at least 2, or 0 for the whole text")
     sources = [resolve(s, revision, trust_remote_code) for s in (source, against) if s is not None]
     tokenizers = [load_tokenizer(s) for s in sources]
@@ -54,7 +54,7 @@ def evaluate(
         if index == 0:
             limit = model.config.max_position_embeddings
             lengths = sorted({min(n, limit, tokens or limit) for n in window_lengths})
-            cut = {(t, n): windows(contents[t], tokenizers[0], n, tokens, t) for t in texts for n in lengths}
+            cut = {(t, n): windows(contents[t], tokenizers[0], n, tokens or None, t) for t in texts for n in lengths}
             rows = [{"text": t, "window": n, "tokens": 0, "values": []} for t, n in cut]
         with progress.phase(f"evaluate {index + 1}", sum(len(ids) for ids in cut.values())) as advance:
             for row, ids in zip(rows, cut.values(), strict=True):

@@ -5,7 +5,7 @@ from typing import Any
 
 from kvprune.errors import BadOption
 from kvprune.recovery.losses import LOSSES
-from kvprune.text.corpus import SELF
+from kvprune.text.corpus import SELF, text_names
 
 ALL_LINEAR = "all-linear"
 DEFAULT_STEPS = 100
@@ -59,9 +59,9 @@ class Settings:
         for name in ("folder", "text", "teacher"):  # paths are welcome, and JSON wants strings
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(getattr(self, name)))
-        for name in ("targets", "eval", "eval_windows"):
+        for name in ("targets", "eval_windows"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "eval", tuple(map(str, self.eval)))
+        object.__setattr__(self, "eval", text_names(self.eval))
         if self.steps is not None and self.epochs is not None:
             raise BadOption("give --steps or --epochs, not both")
         if self.steps is None and self.epochs is None:

@@ -21,7 +21,7 @@ from kvprune.channels import allocation
 from kvprune.channels.planning import reachable
 from kvprune.channels.prune import prune
 from kvprune.channels.record import versions
-from kvprune.channels.settings import PRESETS, Settings
+from kvprune.channels.settings import Settings, with_preset
 from kvprune.errors import BadOption, KVPruneError
 from kvprune.measure import memory
 from kvprune.models.source import DTYPES, Source, find_device, load_config, load_tokenizer, resolve
@@ -32,7 +32,7 @@ from kvprune.studies import plot
 from kvprune.studies.journal import StudyJournal
 from kvprune.studies.stretches import Stretches, find_stretches
 from kvprune.studies.summary import summarise
-from kvprune.text.corpus import SELF, is_file, read_text
+from kvprune.text.corpus import SELF, is_file, read_text, text_names
 from kvprune.text.windows import windows
 
 PICTURE = "study.png"
@@ -68,7 +68,7 @@ class _Study:
 
     def __init__(self, source, out, texts, tokens, seeds, eval, eval_tokens, window, resume, progress, options) -> None:
         plot.check()
-        self.texts = list(dict.fromkeys(map(str, texts)))
+        self.texts = list(dict.fromkeys(text_names(texts)))
         self.sizes = sorted(set(tokens))
         self.seeds = seeds
         self.progress: Progress = progress or Progress()
@@ -98,16 +98,9 @@ class _Study:
         for name in _OWN:
             if name in options:
                 raise BadOption(f"{name} is what a study decides itself; leave it out")
-        preset = options.pop("preset", None)
-        if preset is not None:
-            if preset not in PRESETS:
-                raise BadOption(f"unknown preset {preset!r}; choose {', '.join(PRESETS)}")
-            named = ", ".join("--" + name for name in options if name in PRESETS[preset])
-            if named:
-                raise BadOption(f"--preset {preset} decides {named} itself; leave one of them out")
-            options = {**PRESETS[preset], **options}
+        options = with_preset(options.pop("preset", None), options)
         named_texts = [text for text in self.texts if text != SELF and not is_file(text)]
-        judged = list(dict.fromkeys(map(str, eval))) or named_texts
+        judged = list(dict.fromkeys(text_names(eval))) or named_texts
         if not judged:
             raise BadOption("files and self have no test split; name a text to judge on with --eval")
         given = {"eval": tuple(judged), "eval_tokens": eval_tokens, "windows": (window,)}

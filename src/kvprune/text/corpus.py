@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +39,11 @@ def read_text(name: str, split: Split) -> str:
     if name in LOCAL_ONLY:
         raise UnknownText(f"text {name!r} needs {name}-{split}.txt in the folder that $KVPRUNE_DATA names")
     raise UnknownText(f"unknown text {name!r}; give a file or one of: {', '.join(NAMES)}")
+
+
+def text_names(names: str | Path | Iterable[str | Path]) -> tuple[str, ...]:
+    """One name or path, or several, as names."""
+    return (str(names),) if isinstance(names, (str, Path)) else tuple(map(str, names))
 
 
 def is_file(name: str) -> bool:
