@@ -30,7 +30,7 @@ from kvprune.text.windows import judged_windows
 
 RATIOS = (0.25, 0.5, 0.75)
 TEXTS, TOKENS, WINDOWS = ("wikitext2", "ptb"), 16384, (512, 2048)  # that every cell is judged on
-PRUNE: dict[str, Any] = {"probe_tokens": 4096}
+PRUNE = {"eval": ("wikitext2",), "eval_tokens": 1024, "windows": (512,), "probe_tokens": 4096}
 QUICK = {"eval": ("wikitext2",), "eval_tokens": 1024, "eval_windows": (512,)}  # recover's own evaluation, not reported
 RECOVER = {**QUICK, "steps": 100, "batch": 4, "window": 512}
 PLUS, PAPER_PLUS = "dense, recovered on wikitext2", "dense, recovered by the paper's preset"
