@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvprune.recovery.recover import Recovered, recover
     from kvprune.runtime.files import read_record
     from kvprune.studies.calibration import study_calibration
+    from kvprune.tokens.filter import TokenFilter
 
 _HOMES = {
     "load": "kvprune.api",
@@ -27,6 +28,7 @@ _HOMES = {
     "Pruned": "kvprune.channels.prune",
     "PruningPlan": "kvprune.channels.plan",
     "evaluate": "kvprune.measure.evaluate",
+    "TokenFilter": "kvprune.tokens.filter",
     "perplexity": "kvprune.measure.perplexity",
     "Perplexity": "kvprune.measure.perplexity",
     "generate": "kvprune.api",
@@ -41,6 +43,7 @@ __all__ = [
     "Pruned",
     "PruningPlan",
     "Recovered",
+    "TokenFilter",
     "errors",
     "evaluate",
     "generate",

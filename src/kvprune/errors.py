@@ -54,3 +54,11 @@ class NotFinite(KVPruneError):
 
 class BadOption(KVPruneError):
     """An option's value is not one of those it can take."""
+
+
+class CacheMismatch(KVPruneError):
+    """A cache that was made without the token filter, or with another one."""
+
+
+class FilterMisuse(KVPruneError):
+    """A model that a token filter cannot run: gradient mode, a second filter, outputs that are never computed."""

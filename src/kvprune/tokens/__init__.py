@@ -1,0 +1,1 @@
+"""Online: anchors, fusion, threshold, cache, filter."""

@@ -1,0 +1,278 @@
+"""The attention of a layer that skips: keys and values of all tokens, queries and outputs of the active ones only."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvprune.models.family import Family
+from kvprune.runtime.modeling import rotate_half
+from kvprune.tokens.anchors import cosine, moving_average
+from kvprune.tokens.cache import FilteredLayer
+from kvprune.tokens.fusion import FUSIONS
+from kvprune.tokens.settings import Settings
+from kvprune.tokens.threshold import THRESHOLDS, Fixed
+
+TIES = 1e-5  # what similarities may differ by and count as equal: then the position decides
+GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one call of the model is about, the same for all its layers.
+
+    real (B, T) bool: what is no padding. prompt_end (B,): absolute positions behind the prompts' final tokens, -1 for
+    none. layers: those of the cache that filters use, by number.
+    """
+
+    real: np.ndarray
+    prompt_end: np.ndarray
+    layers: dict[int, FilteredLayer]
+
+
+@dataclass
+class Counts:
+    """Of one layer, summed over sequences and calls."""
+
+    tokens: int = 0  # real ones
+    late: int = 0  # of them behind the warm-up
+    skipped: int = 0
+    dropped: int = 0
+    rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys("qkvo", 0))  # that reached each projection
+    seconds: float = 0.0  # spent deciding
+
+
+class FilteredAttention:
+    """Stands in for the `forward` of one attention module. Everything is per sequence: no result depends on neighbours.
+
+    skip_rate, drop_rate: shares of this layer's tokens; drop_rate None: those that are skipped.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        family: Family,
+        index: int,
+        settings: Settings,
+        skip_rate: float,
+        drop_rate: float | None,
+    ):
+        self.module: Any = module
+        self.index, self.settings = index, settings
+        self.q, self.k, self.v, self.o = (getattr(module, getattr(family, name)) for name in "qkvo")
+        self.skip_rate, self.drop_rate = skip_rate, drop_rate
+        self.fusion = FUSIONS[settings.fusion]()
+        self.counts = Counts()
+        self.step: Step | None = None
+        config = self.module.config
+        self.window: int | None = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+
+    def forward(self, hidden_states: torch.Tensor, position_embeddings: Any = None, *args, **kwargs):
+        """hidden_states (B, T, hidden) -> (B, T, hidden), None."""
+        assert self.step is not None
+        layer, real = self.step.layers[self.index], self.step.real
+        d = self.module.head_dim
+        k, v = (p(hidden_states).unflatten(-1, (-1, d)).transpose(1, 2) for p in (self.k, self.v))
+        if not layer.is_initialized:
+            layer.lazy_initialization(k, v)
+        cos, sin = self._rotary(position_embeddings)
+        rotated = k * cos + rotate_half(k) * sin
+        skipped, dropped = self._decide(layer, k if self.settings.keys == "pre-rope" else rotated, v)
+        active = real & ~skipped
+        columns = torch.arange(layer.seen, layer.seen + real.shape[1], device=k.device)
+        before = layer.lengths.copy()
+        layer.append(rotated, v, columns, real & ~dropped)
+        output = torch.zeros_like(hidden_states)
+        computed = None
+        if active.any():
+            query = self._queries(hidden_states, active, cos, sin)
+            computed = self._attend(layer, query, active, dropped, before, (rotated, v, columns))
+        self._write(layer, output, computed, active, skipped)
+        layer.seen += real.shape[1]
+        layer.counts = layer.counts + real.sum(1)
+        self._count(real, skipped, dropped, layer)
+        return output, None
+
+    def _rotary(self, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of each channel, (B or 1, KV heads or 1, T, head_dim)."""
+        cos, sin = position_embeddings
+        if hasattr(self.module, "rope_index"):  # a pruned layer: each KV head has kept its own pairs
+            index = self.module.rope_index
+            return cos[..., index].transpose(1, 2), sin[..., index].transpose(1, 2)
+        return cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def _queries(self, hidden: torch.Tensor, active: np.ndarray, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """The rotated queries of the active tokens, sequence after sequence, (rows, heads, head_dim)."""
+        b, t = (torch.from_numpy(i).to(hidden.device) for i in np.nonzero(active))
+        query = self.q(hidden[b, t]).unflatten(-1, (-1, self.module.head_dim))
+        self.counts.rows["q"] += len(query)
+        groups = query.shape[1] // self.k_heads
+        cos, sin = (x[b if len(x) > 1 else torch.zeros_like(b), :, t] for x in (cos, sin))  # (rows, KV heads or 1, d)
+        if cos.shape[1] > 1:
+            cos, sin = (x.repeat_interleave(groups, dim=1) for x in (cos, sin))
+        return query * cos + rotate_half(query) * sin
+
+    @property
+    def k_heads(self) -> int:
+        return cast(int, self.k.weight.shape[0]) // cast(int, self.module.head_dim)
+
+    def _attend(
+        self,
+        layer: FilteredLayer,
+        query: torch.Tensor,
+        active: np.ndarray,
+        dropped: np.ndarray,
+        before: np.ndarray,
+        new: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """Outputs behind O of the active tokens, (rows, hidden)."""
+        found, row = [], 0
+        for b, flags in enumerate(active):
+            n = int(flags.sum())
+            if n:
+                mine = query[row : row + n].transpose(0, 1).unsqueeze(0)  # (1, heads, n, d)
+                queries = new[2][torch.from_numpy(flags).to(query.device)]
+                keys, values, columns = layer.of(b)
+                alone = flags & dropped[b]  # tokens that attend but are not kept see themselves all the same
+                if alone.any():
+                    extra = torch.from_numpy(np.flatnonzero(alone)).to(query.device)
+                    keys = torch.cat((keys, new[0][b : b + 1, :, extra]), dim=2)
+                    values = torch.cat((values, new[1][b : b + 1, :, extra]), dim=2)
+                    columns = torch.cat((columns, new[2][extra]))
+                mask = self._mask(queries, columns, int(alone.sum()))
+                found.append(self._attention(mine, keys, values, mask))
+                row += n
+        outputs = torch.cat(found) if len(found) > 1 else found[0]
+        self.counts.rows["o"] += len(outputs)
+        return cast(torch.Tensor, self.o(outputs))
+
+    def _mask(self, queries: torch.Tensor, keys: torch.Tensor, alone: int) -> torch.Tensor | None:
+        """Which keys (K,) each query (n,) sees, (1, 1, n, K), from their columns; the last `alone` are not cached."""
+        if len(queries) == 1 and not alone and self.window is None:
+            return None
+        distance = queries.unsqueeze(1) - keys
+        seen = distance >= 0
+        if self.window is not None:
+            seen &= distance < self.window
+        if alone:
+            seen[:, -alone:] = distance[:, -alone:] == 0
+        return seen[None, None]
+
+    def _attention(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """One sequence's attention, (1, heads, n, d) -> (n, heads * d), by the function that the model uses."""
+        module, name = self.module, self.module.config._attn_implementation
+        eager = getattr(module, "eager_attention", None)
+        eager = eager or sys.modules[type(module).__module__].eager_attention_forward
+        if name == "eager" and mask is not None:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+        output, _ = attend(module, query, keys, values, mask, dropout=0.0, scaling=module.scaling)
+        return cast(torch.Tensor, output.reshape(query.shape[2], -1))
+
+    def _write(
+        self,
+        layer: FilteredLayer,
+        output: torch.Tensor,
+        computed: torch.Tensor | None,
+        active: np.ndarray,
+        skipped: np.ndarray,
+    ) -> None:
+        """Put the computed outputs, and for skipped tokens what stands for them, into output (B, T, hidden)."""
+        if computed is not None:
+            output[tuple(torch.from_numpy(i).to(output.device) for i in np.nonzero(active))] = computed.to(output.dtype)
+        if self.settings.on_skip == "zero":
+            return
+        if layer.output_anchor is None:
+            layer.output_anchor = output.new_zeros(output.shape[0], output.shape[2], dtype=torch.float32)
+        row = 0
+        for b, flags in enumerate(active):
+            n = int(np.count_nonzero(flags))
+            mine = None if computed is None else computed[row : row + n].float()
+            row += n
+            first = None if (layer.counts[b] == 0) else layer.output_anchor[b]
+            if mine is not None and n:
+                averages = moving_average(mine, first, self.settings.output_gamma)
+            else:
+                averages = layer.output_anchor[b : b + 1]
+            if skipped[b].any():
+                tokens = np.flatnonzero(skipped[b])
+                met = torch.from_numpy(np.cumsum(flags)[tokens]).to(output.device)
+                output[b, torch.from_numpy(tokens).to(output.device)] = averages[met].to(output.dtype)
+            layer.output_anchor[b] = averages[n]
+
+    def _decide(self, layer: FilteredLayer, k: torch.Tensor, v: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Which tokens are skipped, and which are not cached: (B, T) bool each. Moves anchors and thresholds on."""
+        assert self.step is not None
+        started, s, real = time.perf_counter(), self.settings, self.step.real
+        batch = len(real)
+        if layer.skip is None:
+            kind = Fixed if s.signal == "random" else THRESHOLDS[s.threshold]
+            layer.skip = kind(s.rule(self.skip_rate), batch)
+            layer.drop = None if self.drop_rate is None else kind(s.rule(self.drop_rate), batch)
+        numbers = real.sum(1)
+        order = np.argsort(~real, axis=1, kind="stable")  # real tokens first
+        positions = layer.counts[:, None] + np.arange(real.shape[1])
+        if s.signal == "random":
+            similarity = uniform(positions, s.seed, self.index)
+        else:
+            similarity = self._similarity(layer, k, v, order, numbers)
+            similarity += TIES * (positions * GOLDEN % 1)  # text that repeats itself is not all or nothing
+        similarity[np.arange(real.shape[1]) >= numbers[:, None]] = np.nan
+        final = positions == self.step.prompt_end[:, None] - 1
+        skipped = _back(layer.skip.take(similarity, layer.counts, final), order)
+        dropped = skipped if layer.drop is None else _back(layer.drop.take(similarity, layer.counts, final), order)
+        self.counts.seconds += time.perf_counter() - started
+        return skipped, dropped
+
+    def _similarity(
+        self, layer: FilteredLayer, k: torch.Tensor, v: torch.Tensor, order: np.ndarray, numbers: np.ndarray
+    ) -> np.ndarray:
+        """Similarity of every token to the anchors before it, in `order`, (B, T) float64. Moves the anchors on."""
+        x = torch.stack((k, v), dim=1).float()  # (B, 2, KV heads, T, head_dim)
+        if (numbers < order.shape[1]).any():
+            index = torch.from_numpy(order).to(x.device)[:, None, None, :, None]
+            x = x.gather(3, index.expand(-1, *x.shape[1:3], -1, x.shape[4]))
+        start = x[:, :, :, 0]
+        if layer.anchor is not None:
+            new = torch.from_numpy(layer.counts == 0).to(x.device)  # padding so far: they start here
+            start = torch.where(new[:, None, None, None], start, layer.anchor) if new.any() else layer.anchor
+        anchors = moving_average(x, start, self.settings.gamma)
+        cosines = cosine(x, anchors[..., :-1, :])
+        rows = torch.arange(len(order), device=x.device)
+        layer.anchor = anchors[rows, :, :, torch.from_numpy(numbers).to(x.device)]
+        return self.fusion(cosines[:, 0], cosines[:, 1]).double().cpu().numpy()
+
+    def _count(self, real: np.ndarray, skipped: np.ndarray, dropped: np.ndarray, layer: FilteredLayer) -> None:
+        counts = self.counts
+        positions = layer.counts[:, None] - real.sum(1)[:, None] + np.cumsum(real, axis=1) - 1
+        counts.tokens += int(real.sum())
+        counts.late += int((real & (positions >= self.settings.first)).sum())
+        counts.skipped += int(skipped.sum())
+        counts.dropped += int(dropped.sum())
+        for name in "kv":
+            counts.rows[name] += real.size
+
+
+def uniform(positions: np.ndarray, seed: int, layer: int) -> np.ndarray:
+    """Numbers in [0, 1) that look random and depend on seed, layer and absolute position only (SplitMix64's mix)."""
+    with np.errstate(over="ignore"):
+        x = positions.astype(np.uint64) + np.uint64(seed) * np.uint64(0x632BE59BD9B4E019)
+        x = (x * np.uint64(0x9E3779B97F4A7C15)) ^ (np.uint64(layer + 1) * np.uint64(0xD1342543DE82EF95))
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+        x ^= x >> np.uint64(31)
+    return (x >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def _back(flags: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Flags of the ordered tokens, at the tokens' own columns."""
+    found = np.zeros_like(flags)
+    np.put_along_axis(found, order, flags, axis=1)
+    return found

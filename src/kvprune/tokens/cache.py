@@ -1,0 +1,164 @@
+"""A cache layer that holds the kept tokens only, each sequence as many as it has kept, and what deciding needs.
+
+Positions are true: `columns` says where in the padded batch a kept token stood, which is what causality and sliding
+windows are about. Absolute positions (real tokens so far, `counts`) are what warm-up and thresholds are about.
+"""
+
+import numpy as np
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from kvprune.errors import CacheMismatch
+from kvprune.tokens.threshold import Threshold
+
+STEP = 64  # tokens: by this much, or by an eighth, a full cache grows
+
+
+class FilteredLayer(CacheLayerMixin):
+    """keys, values (B, KV heads, room, head_dim), of which the first lengths[b] tokens are sequence b's.
+
+    window: of a sliding-window layer, tokens; what has left it is dropped when room is needed.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, window: int | None = None):
+        super().__init__()
+        self.window = window
+        self.is_sliding = window is not None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.columns = torch.empty(0)  # (B, room)
+        self.lengths = np.zeros(0, dtype=np.int64)
+        self.counts = np.zeros(0, dtype=np.int64)
+        self.seen = 0  # columns so far, with padding
+        self.anchor: torch.Tensor | None = None  # (B, 2, KV heads, head_dim): of keys, of values
+        self.output_anchor: torch.Tensor | None = None  # (B, hidden)
+        self.skip: Threshold | None = None
+        self.drop: Threshold | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Without room yet; states (B, KV heads, T, head_dim)."""
+        batch = key_states.shape[0]
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
+        self.columns = torch.zeros(batch, 0, dtype=torch.long, device=self.device)
+        self.lengths = np.zeros(batch, dtype=np.int64)
+        self.counts = np.zeros(batch, dtype=np.int64)
+        self.is_initialized = True
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, kept: np.ndarray) -> None:
+        """Keep some of the new tokens: keys, values (B, KV heads, T, head_dim), columns (T,), kept (B, T) bool."""
+        new = kept.sum(1)
+        self._make_room(int((self.lengths + new).max()), int(columns[0]))
+        assert self.keys is not None
+        assert self.values is not None
+        if keys.shape[2] == 1:
+            rows = np.flatnonzero(kept[:, 0])
+            at = (torch.from_numpy(rows), slice(None), torch.from_numpy(self.lengths[rows]))
+            if len(rows):
+                self.keys[at], self.values[at] = keys[rows, :, 0], values[rows, :, 0]
+                self.columns[at[0], at[2]] = columns[0]
+        else:
+            for b in range(len(kept)):
+                tokens = torch.from_numpy(np.flatnonzero(kept[b])).to(self.device)
+                place = slice(self.lengths[b], self.lengths[b] + new[b])
+                self.keys[b, :, place], self.values[b, :, place] = keys[b][:, tokens], values[b][:, tokens]
+                self.columns[b, place] = columns[tokens]
+        self.lengths = self.lengths + new
+
+    def _make_room(self, needed: int, column: int) -> None:
+        """For `needed` tokens; `column` is the next query's."""
+        assert self.keys is not None
+        assert self.values is not None
+        room = self.keys.shape[2]
+        if needed <= room:
+            return
+        gone = self._out_of_window(column)
+        left = self.lengths - gone
+        needed -= int((self.lengths - left).min())
+        more = max(needed, min(room + max(STEP, room // 8), needed + max(STEP, needed // 8)))
+        keys = self.keys.new_zeros(*self.keys.shape[:2], more, self.keys.shape[3])
+        values = self.values.new_zeros(*self.values.shape[:2], more, self.values.shape[3])
+        columns = self.columns.new_zeros(len(left), more)
+        for b, (first, last, n) in enumerate(zip(gone, self.lengths, left, strict=True)):
+            keys[b, :, :n], values[b, :, :n] = self.keys[b, :, first:last], self.values[b, :, first:last]
+            columns[b, :n] = self.columns[b, first:last]
+        self.keys, self.values, self.columns, self.lengths = keys, values, columns, left
+
+    def _out_of_window(self, column: int) -> np.ndarray:
+        """How many of each sequence's tokens no query from `column` on can see, (B,)."""
+        if self.window is None:
+            return np.zeros_like(self.lengths)
+        old = self.columns <= column - self.window
+        return np.array([int(old[b, :n].sum()) for b, n in enumerate(self.lengths)], dtype=np.int64)
+
+    def of(self, b: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sequence b's keys and values (1, KV heads, kept, head_dim), and their columns (kept,); views."""
+        assert self.keys is not None
+        assert self.values is not None
+        n = self.lengths[b]
+        return self.keys[b : b + 1, :, :n], self.values[b : b + 1, :, :n], self.columns[b, :n]
+
+    @property
+    def bytes_per_token(self) -> int:
+        if self.keys is None or self.values is None:
+            return 0
+        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in (self.keys, self.values))
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(t.nbytes for t in (self.keys, self.values) if t is not None)
+
+    # What transformers asks of a layer of a cache.
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        raise CacheMismatch("this cache was made under a TokenFilter; use it under one, or start without a cache")
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, kept or not: where the next one stands."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As of the layer that this one stands for, since layers that do not skip may share its mask."""
+        if self.window is None:
+            return self.seen + query_length, 0
+        return min(self.seen, self.window - 1) + query_length, max(self.seen - self.window + 1, 0)
+
+    def get_max_length(self) -> int:
+        return -1 if self.window is None else self.window
+
+    get_max_cache_shape = get_max_length  # its name in older transformers
+
+    def reset(self) -> None:
+        self._forget()
+
+    def crop(self, *args, **kwargs) -> None:
+        raise CacheMismatch(
+            "a filtered cache cannot be cropped: what was skipped is not in it; leave out what crops it"
+        )
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(len(self.lengths)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Sequences `indices` of the batch, with all that is known of them."""
+        if not self.is_initialized:
+            return
+        chosen = indices.to(self.device)
+        for name in ("keys", "values", "columns", "anchor", "output_anchor"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, tensor.index_select(0, chosen))
+        host = indices.cpu().numpy()
+        self.lengths, self.counts = self.lengths[host], self.counts[host]
+        for threshold in (self.skip, self.drop):
+            if threshold is not None:
+                threshold.select(host)

@@ -1,0 +1,102 @@
+"""Every choice of a token filter, its default, and what it may be."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from kvprune.errors import BadOption, UnreachableRatio
+from kvprune.tokens.fusion import FUSIONS
+from kvprune.tokens.threshold import THRESHOLDS, Rule
+
+SIGNALS = ("similarity", "random")
+KEYS = ("pre-rope", "post-rope")
+ON_SKIP = ("anchor", "zero")
+MOST = 0.95  # share of its tokens that a layer may be asked to skip: the rest keeps threshold and anchor alive
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Source: Token Filtering (arXiv 2512.07090) where not said otherwise; docs/tokens.md has the paper's variants.
+
+    ratio: share of all (token, layer) attention computations to skip, after warm-up, over the whole model. drop_ratio:
+    share whose K/V are not cached [ours]; None: the skipped ones. tail: share of the layers, counted from the last,
+    that skip. warmup: first tokens that are never skipped; sinks: the same, beside it, for cached K/V and output
+    [ours]. gamma, output_gamma [ours]: memory of the anchors of keys and values, and of the outputs. on_skip: what a
+    skipped token's attention gives: the output anchor [ours], or zero. keys: similarity before or behind RoPE [ours].
+    threshold, block [ours], alpha, beta [ours], eta: see threshold.py. signal: "random" is a baseline that takes tokens
+    at the same rate [ours], drawn with `seed`. prompt_length: absolute position behind the prompt's final token, which
+    is never skipped [ours]; None: what `generate` is given, and no such token in other calls.
+    """
+
+    ratio: float = 0.25
+    drop_ratio: float | None = None
+    tail: float = 0.5
+    warmup: int = 32
+    sinks: int = 4
+    gamma: float = 0.9
+    output_gamma: float = 0.7
+    on_skip: str = "anchor"
+    keys: str = "pre-rope"
+    fusion: str = "variance"
+    signal: str = "similarity"
+    threshold: str = "quantile"
+    block: int = 16
+    alpha: float = 0.1
+    beta: float = 0.98
+    eta: float = 0.005
+    seed: int = 0
+    prompt_length: int | None = None
+
+    def __post_init__(self) -> None:
+        choices = {
+            "on_skip": ON_SKIP,
+            "keys": KEYS,
+            "fusion": tuple(FUSIONS),
+            "signal": SIGNALS,
+            "threshold": tuple(THRESHOLDS),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise BadOption(f"unknown {name} {getattr(self, name)!r}; choose {', '.join(known)}")
+        for name in ("ratio", "drop_ratio", "alpha", "eta"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise BadOption(f"{name} must be a finite number, at least 0, not {value}")
+        for name in ("gamma", "output_gamma", "beta"):
+            if not 0 <= getattr(self, name) < 1:
+                raise BadOption(f"{name} must lie from 0 to below 1, not {getattr(self, name)}")
+        if not 0 < self.tail <= 1:
+            raise BadOption(f"tail must lie above 0 and be at most 1, not {self.tail}")
+        for name, least in (("warmup", 0), ("sinks", 0), ("block", 1), ("prompt_length", 1)):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= least):
+                raise BadOption(f"{name} must be a whole number, at least {least}, not {value}")
+
+    @property
+    def first(self) -> int:
+        """Absolute position of the first token that may be skipped: whole blocks, and at least one."""
+        return max(math.ceil(max(self.warmup, self.sinks) / self.block), 1) * self.block
+
+    def prunable(self, layers: int) -> list[int]:
+        """The layers that skip."""
+        return list(range(layers - math.ceil(self.tail * layers - 1e-9), layers))
+
+    def rates(self, ratio: float, layers: int) -> dict[int, float]:
+        """What share of its tokens each prunable layer must skip. Raises UnreachableRatio."""
+        prunable = self.prunable(layers)
+        rate = ratio * layers / len(prunable)
+        if rate > MOST + 1e-9:
+            raise UnreachableRatio(
+                f"the last {len(prunable)} of {layers} layers can skip {MOST * len(prunable) / layers:.3g} of all "
+                f"attention at most, not {ratio:g}; ask for less, or raise tail"
+            )
+        return dict.fromkeys(prunable, rate)
+
+    def rule(self, target: float) -> Rule:
+        return Rule(target, self.first, self.block, self.alpha, self.beta, self.eta)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # arXiv 2512.07090, where it says; what it leaves open is as above
+    "paper": {"on_skip": "zero", "fusion": "variance", "gamma": 0.9, "threshold": "adaptive", "tail": 0.5}
+}

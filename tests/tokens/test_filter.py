@@ -1,0 +1,331 @@
+"""The filter against the reference loop, itself in pieces, and the dense model where nothing is skipped."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from reference import run
+from transformers import DynamicCache, StaticCache
+
+import kvprune
+from kvprune import errors
+from kvprune.channels.surgery import cut
+from kvprune.models.view import ModelView
+from tiny import VOCABULARY, make_plan, random_layers, tiny_model
+
+OPTIONS = {
+    "warmup": 6,
+    "sinks": 2,
+    "block": 4,
+    "tail": 0.5,
+    "gamma": 0.9,
+    "output_gamma": 0.7,
+    "keys": "pre-rope",
+    "on_skip": "anchor",
+}
+MARGIN = 1e-5
+
+
+def ids_of(n, batch=1, seed=0):
+    return torch.randint(3, VOCABULARY, (batch, n), generator=torch.Generator().manual_seed(seed))
+
+
+def model_of(family="llama", **options):
+    return tiny_model(family, **{"kv_heads": 2, "groups": 2, "layers": 4, **options})
+
+
+def filtered(model, ids, pieces=None, ratio=0.25, **options):
+    """Logits of a prompt fed in pieces (or at once), and the filter."""
+    cache, logits, start = DynamicCache(config=model.config), [], 0
+    with torch.no_grad(), kvprune.TokenFilter(ratio=ratio, **{**OPTIONS, **options})(model) as f:
+        for n in pieces or [ids.shape[1]]:
+            logits.append(model(ids[:, start : start + n], past_key_values=cache).logits)
+            start += n
+    return torch.cat(logits, dim=1), f
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["llama", "llama-bias", "llama3-rope", "mistral", "qwen2", "qwen2-sliding"])
+def test_a_prompt_is_what_the_plain_loop_makes_of_it(family, attention):
+    model, ids = model_of(family, attention=attention), ids_of(50)
+    expected = run(model, ids[0].tolist(), rates={2: 0.5, 3: 0.5}, options=OPTIONS)
+    assert expected.margin > MARGIN
+    for pieces in (None, [1] * 50, [3, 17, 1, 9, 20]):
+        logits, f = filtered(model, ids, pieces)
+        torch.testing.assert_close(logits[0], expected.logits, atol=1e-4, rtol=0)
+        late = f.report["tokens_after_warmup"]
+        assert late == 50 - 8
+        assert f.report["per_layer"] == [sum(flags) / late for flags in expected.skipped]
+    assert sum(map(sum, expected.skipped)) > 10
+    dense = model(ids).logits
+    assert not torch.allclose(logits, dense, atol=1e-3)  # or the filter had done nothing
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"on_skip": "zero"},
+        {"keys": "post-rope"},
+        {"gamma": 0.5, "output_gamma": 0.0},
+        {"tail": 1.0, "block": 5, "warmup": 0, "sinks": 0},
+        {"warmup": 20},
+    ],
+    ids=str,
+)
+def test_options_are_the_loop_too(options):
+    model, ids = model_of(), ids_of(60, seed=3)
+    o = {**OPTIONS, **options}
+    rates = {2: 0.5, 3: 0.5} if o["tail"] == 0.5 else dict.fromkeys(range(4), 0.25)
+    expected = run(model, ids[0].tolist(), rates=rates, options=o)
+    assert expected.margin > MARGIN
+    for pieces in (None, [7, 30, 23]):
+        logits, f = filtered(model, ids, pieces, **options)
+        torch.testing.assert_close(logits[0], expected.logits, atol=1e-4, rtol=0)
+    assert f.report["kv_bytes"] == sum(expected.kept) * 2 * 2 * 16 * 4
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.1, 0.4])
+def test_dropping_is_a_decision_of_its_own(drop):
+    model, ids = model_of(), ids_of(60, seed=1)
+    rates, drops = {2: 0.5, 3: 0.5}, {2: 2 * drop, 3: 2 * drop}
+    expected = run(model, ids[0].tolist(), rates=rates, drop_rates=drops, options=OPTIONS)
+    assert expected.margin > MARGIN
+    for pieces in (None, [1] * 60, [5, 30, 25]):
+        logits, f = filtered(model, ids, pieces, drop_ratio=drop)
+        torch.testing.assert_close(logits[0], expected.logits, atol=1e-4, rtol=0)
+        assert f.report["kv_bytes"] == sum(expected.kept) * 2 * 2 * 16 * 4
+    if not drop:
+        assert f.report["kv_bytes"] == f.report["kv_bytes_dense"]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_neighbours_in_a_batch_change_nothing(family):
+    """Left-padded sequences of three lengths, prefill in two pieces and then steps, each as it is alone."""
+    model = model_of(family)
+    lengths, total = [40, 29, 12], 40
+    ids, mask = ids_of(total, batch=3, seed=5), torch.zeros(3, total, dtype=torch.long)
+    for b, n in enumerate(lengths):
+        mask[b, total - n :] = 1
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    cache = DynamicCache(config=model.config)
+    logits = []
+    with torch.no_grad(), kvprune.TokenFilter(ratio=0.25, **OPTIONS)(model):
+        for start, end in ((0, 20), (20, 33), *((i, i + 1) for i in range(33, total))):
+            inputs = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
+            logits.append(model(ids[:, start:end], past_key_values=cache, **inputs).logits)
+    logits = torch.cat(logits, dim=1)
+    for b, n in enumerate(lengths):
+        alone, _ = filtered(model, ids[b : b + 1, total - n :])
+        torch.testing.assert_close(logits[b, total - n :], alone[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2-sliding"])
+def test_ratio_zero_is_the_dense_model(family):
+    model, ids = model_of(family), ids_of(40, batch=2)
+    with torch.no_grad():
+        dense = model(ids).logits
+    torch.testing.assert_close(filtered(model, ids, ratio=0.0)[0], dense, atol=1e-5, rtol=0)
+    with kvprune.TokenFilter(ratio=0.0, **OPTIONS)(model) as f:
+        found = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    assert torch.equal(found, model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False))
+    assert f.report["ratio_achieved"] == 0
+
+
+def test_skipped_tokens_reach_no_projection_and_no_cache():
+    model, ids = model_of(), ids_of(60, batch=2)
+    rows = {}
+
+    def count(name):
+        def hook(_module, args, _output):
+            rows[name] = rows.get(name, 0) + args[0].numel() // args[0].shape[-1]
+
+        return hook
+
+    for layer in (0, 3):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            getattr(model.model.layers[layer].self_attn, name).register_forward_hook(count((layer, name[0])))
+    _, f = filtered(model, ids, [30, *[1] * 30])
+    skipped = round(f.report["per_layer"][3] * f.report["tokens_after_warmup"])
+    assert skipped > 20
+    assert rows[0, "q"] == rows[0, "o"] == rows[3, "k"] == rows[3, "v"] == 120
+    assert rows[3, "q"] == rows[3, "o"] == 120 - skipped
+    assert f.report["rows"]["q"] == f.report["rows"]["o"] == 240 - round(sum(f.report["per_layer"]) * 104)
+    assert f.report["rows"]["k"] == f.report["rows_dense"] == 240
+
+
+def test_a_layer_without_active_sequences_does_no_attention(monkeypatch):
+    model, ids = model_of(), ids_of(60)
+    calls = []
+    attend = kvprune.tokens.attention.FilteredAttention._attend
+    monkeypatch.setattr(
+        kvprune.tokens.attention.FilteredAttention,
+        "_attend",
+        lambda self, *a: calls.append(self.index) or attend(self, *a),
+    )
+    _, f = filtered(model, ids, [1] * 60)
+    skipped = [round(rate * f.report["tokens_after_warmup"]) for rate in f.report["per_layer"]]
+    assert [calls.count(i) for i in (2, 3)] == [60 - skipped[2], 60 - skipped[3]]
+
+
+def test_memory_is_the_kept_tokens_and_the_anchors():
+    model, ids = model_of(), ids_of(100, batch=2)
+    _, f = filtered(model, ids)
+    r = f.report
+    layers = [layer for layer in f._cache.layers]
+    kept = [int(layer.lengths.sum()) if hasattr(layer, "lengths") else 200 for layer in layers]
+    skipped = [round(rate * r["tokens_after_warmup"]) for rate in r["per_layer"]]
+    assert kept == [200 - n for n in skipped]
+    assert r["kv_bytes"] == sum(kept) * 2 * 2 * 16 * 4
+    assert r["kv_bytes_dense"] == 4 * 200 * 2 * 2 * 16 * 4
+    assert r["allocated_bytes"] == sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    config = model.config
+    assert r["anchor_bytes"] <= 2 * (2 * 4 * 2 * 16 + 4 * config.hidden_size) * 4
+
+
+def test_beam_search_reorders_all_state():
+    """Each beam's answer scores what a run of that very text alone gives it."""
+    model, ids = model_of(), ids_of(20, batch=2, seed=2)
+    with kvprune.TokenFilter(ratio=0.25, **OPTIONS)(model):
+        found = model.generate(
+            ids,
+            num_beams=3,
+            num_return_sequences=3,
+            max_new_tokens=20,
+            min_new_tokens=20,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+            length_penalty=0.0,
+        )
+    for sequence, score in zip(found.sequences, found.sequences_scores, strict=True):
+        logits, _ = filtered(model, sequence[None], prompt_length=20)
+        logp = logits[0].log_softmax(-1)
+        alone = sum(logp[t - 1, sequence[t]].item() for t in range(20, 40))
+        assert score.item() == pytest.approx(alone, abs=2e-3)
+    assert len({tuple(s.tolist()) for s in found.sequences}) > 2
+
+
+def test_generate_protects_the_prompts_final_token_and_goes_on_in_a_second_call():
+    model, ids = model_of(), ids_of(30, seed=8)
+    steps = {"max_new_tokens": 15, "min_new_tokens": 15, "do_sample": False, "return_dict_in_generate": True}
+    with kvprune.TokenFilter(ratio=0.25, **OPTIONS)(model):
+        first = model.generate(ids, **steps)
+        second = model.generate(first.sequences, past_key_values=first.past_key_values, **steps)
+    logits, _ = filtered(model, first.sequences, prompt_length=30)
+    logits[..., model.config.eos_token_id] = -torch.inf  # as min_new_tokens does
+    assert logits[0, 29:-1].argmax(-1).tolist() == first.sequences[0, 30:].tolist()
+    assert second.sequences.shape[1] == 60
+    # The same tokens in one go: the second call has fed what the first had not.
+    expected = run(
+        model, second.sequences[0, :-1].tolist(), rates={2: 0.5, 3: 0.5}, prompt_ends=(30, 45), options=OPTIONS
+    )
+    assert expected.margin > MARGIN
+    assert [int(layer.lengths[0]) for layer in second.past_key_values.layers[2:]] == expected.kept[2:]
+
+
+def test_sampling_and_a_padded_batch_generate():
+    model, ids = model_of("qwen2"), ids_of(20, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    with kvprune.TokenFilter(ratio=0.25, **OPTIONS)(model) as f:
+        torch.manual_seed(0)
+        both = model.generate(ids, attention_mask=mask, max_new_tokens=100, min_new_tokens=100, do_sample=False)
+        alone = model.generate(ids[1:, 7:], max_new_tokens=100, min_new_tokens=100, do_sample=False)
+        sampled = model.generate(ids, max_new_tokens=10, do_sample=True)
+    assert torch.equal(both[1, 20:], alone[0, 13:])
+    assert sampled.shape[0] == 2
+    assert f.report["ratio_achieved"] == pytest.approx(0.25, abs=0.08)
+
+
+def test_pruned_models_are_filtered_too():
+    dense = model_of()
+    view = ModelView(dense)
+    pruned = cut(view, make_plan(dense, random_layers(dense, [8, 16, 8, 8])))
+    masked_ids = ids_of(50)
+    with torch.no_grad():
+        plain = pruned(masked_ids).logits
+    torch.testing.assert_close(filtered(pruned, masked_ids, ratio=0.0)[0], plain, atol=1e-5, rtol=0)
+    whole, f = filtered(pruned, masked_ids)
+    pieces, _ = filtered(pruned, masked_ids, [1] * 50)
+    torch.testing.assert_close(whole, pieces, atol=1e-4, rtol=0)
+    kept = [int(layer.lengths[0]) if hasattr(layer, "lengths") else 50 for layer in f._cache.layers]
+    assert f.report["kv_bytes"] == sum(n * 2 * 2 * w * 4 for n, w in zip(kept, [8, 16, 8, 8], strict=True))
+    assert f.report["kv_bytes_dense"] == 4 * 50 * 2 * 2 * 16 * 4
+
+
+def test_the_model_is_restored_also_after_an_error():
+    model, ids = model_of(), ids_of(20)
+    before = {name: dict(vars(m)) for name, m in model.named_modules()}
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        expected = model(ids).logits
+    for fail in (False, True):
+        with pytest.raises(ZeroDivisionError) if fail else torch.no_grad(), kvprune.TokenFilter(ratio=0.25)(model):
+            model.generate(ids, max_new_tokens=4)
+            if fail:
+                raise ZeroDivisionError
+        for name, module in model.named_modules():
+            assert vars(module).keys() == before[name].keys()
+        assert not model.model._forward_pre_hooks
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"ratio": 0.9}, errors.UnreachableRatio, "0.475"),
+        ({"ratio": -0.1}, errors.BadOption, "ratio"),
+        ({"ratio": float("nan")}, errors.BadOption, "ratio"),
+        ({"gamma": 1.0}, errors.BadOption, "gamma"),
+        ({"alpha": float("inf")}, errors.BadOption, "alpha"),
+        ({"fusion": "sum"}, errors.BadOption, "variance"),
+        ({"on_skip": "repeat"}, errors.BadOption, "anchor"),
+        ({"tail": 0.0}, errors.BadOption, "tail"),
+        ({"warmup": -1}, errors.BadOption, "warmup"),
+        ({"block": 0}, errors.BadOption, "block"),
+        ({"preset": "papers"}, errors.BadOption, "paper"),
+        ({"preset": "paper", "gamma": 0.5}, errors.BadOption, "gamma"),
+        ({"sink": 3}, errors.BadOption, "sinks"),
+    ],
+    ids=str,
+)
+def test_bad_options(options, error, says):
+    with pytest.raises(error, match=says):
+        kvprune.TokenFilter(**options)(model_of())
+
+
+def test_misuse_is_one_clear_error_before_anything_changes():
+    model, ids = model_of(), ids_of(12)
+    with kvprune.TokenFilter(ratio=0.25)(model):
+        with pytest.raises(errors.FilterMisuse, match="already"):
+            kvprune.TokenFilter(ratio=0.1)(model)
+        with pytest.raises(errors.FilterMisuse, match="no_grad"):
+            model(ids)
+        with torch.no_grad():
+            with pytest.raises(errors.FilterMisuse, match="output_attentions"):
+                model(ids, output_attentions=True)
+            with pytest.raises(errors.CacheMismatch, match="StaticCache"):
+                model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=32))
+            cache = model(ids).past_key_values
+    with torch.no_grad():
+        with pytest.raises(errors.CacheMismatch, match="under a TokenFilter"):
+            model(ids, past_key_values=cache)
+        plain = model(ids).past_key_values
+        with kvprune.TokenFilter(ratio=0.25)(model), pytest.raises(errors.CacheMismatch, match="without"):
+            model(ids, past_key_values=plain)
+    with pytest.raises(errors.FilterMisuse, match="flex_attention"):
+        kvprune.TokenFilter()(tiny_model("llama", attention="flex_attention"))
+
+
+def test_the_random_baseline_takes_its_share_and_repeats():
+    model, ids = model_of(), ids_of(120)
+    first, f = filtered(model, ids, signal="random", seed=1)
+    again, _ = filtered(model, ids, [1] * 120, signal="random", seed=1)
+    other, _ = filtered(model, ids, signal="random", seed=2)
+    torch.testing.assert_close(first, again, atol=1e-4, rtol=0)
+    assert not torch.allclose(first, other, atol=1e-3)
+    assert f.report["ratio_achieved"] == pytest.approx(0.25, abs=0.06)
+    assert np.isfinite(f.report["deciding_seconds"])
