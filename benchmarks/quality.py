@@ -34,6 +34,7 @@ PRUNE = {"eval": ("wikitext2",), "eval_tokens": 1024, "windows": (512,), "probe_
 QUICK = {"eval": ("wikitext2",), "eval_tokens": 1024, "eval_windows": (512,)}  # recover's own evaluation, not reported
 RECOVER = {**QUICK, "steps": 100, "batch": 4, "window": 512}
 PLUS, PAPER_PLUS = "dense, recovered on wikitext2", "dense, recovered by the paper's preset"
+DISTIL = {**RECOVER, "text": "wikitext2", "loss": "logits", "steps": 60, "lr": 1.5e-3}
 GENERAL = {**RECOVER, "text": "wiki", "loss": "logits", "steps": 150}
 PAPER = {**QUICK, "preset": "kvpruner", "tokens": 65536}
 PROMPTS = (
@@ -142,10 +143,13 @@ def run(bench: Bench) -> None:
         name = f"closed form {ratio}"
         bench.prune(name, ratio)
         bench.recover(f"{name}, recovered on wikitext2", name, text="wikitext2")
+        bench.recover(f"{name}, distilled on wikitext2", name, **DISTIL)
+        bench.recover(
+            f"{name}, distilled and recovered on wikitext2", f"{name}, distilled on wikitext2", text="wikitext2"
+        )
         bench.recover(f"{name}, recovered on wiki", name, **GENERAL)
     name = "closed form 0.5"
-    for loss in ("logits", "logits+attention"):
-        bench.recover(f"{name}, recovered on wikitext2 by {loss}", name, text="wikitext2", loss=loss)
+    bench.recover(f"{name}, distilled with attention on wikitext2", name, **{**DISTIL, "loss": "logits+attention"})
     bench.recover(f"{name}, recovered on wiki by next-token", name, **{**GENERAL, "loss": "next-token"})
     bench.recover(f"{name}, recovered on self", name, **{**GENERAL, "text": "self", "tokens": 131072})
     for ratio in (0.5, 0.25, 0.75):
