@@ -42,6 +42,17 @@ def test_prune_show_eval_generate(checkpoint, pruned):
     assert 0 < generated["new_tokens"] <= 5
     assert generated["cache_bytes"] == generated["cache_tokens"] * record["kv_bytes_per_token"]["pruned"]
     assert run("generate", out, "the cat", "--max-new-tokens", 5).stdout.startswith("the cat")
+    skipping = ("generate", out, "the cat sat " * 12, "--max-new-tokens", 20, "--skip", 0.25)
+    report = json.loads(run(*skipping, "--json").stdout)["filter"]
+    assert report["ratio_asked"] == 0.25
+    assert 0 < report["kv_bytes"] < report["kv_bytes_dense"] / 2
+    assert "skipped" in run(*skipping).stderr
+    refused = run(*skipping[:-1], 0.9)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "at most" in refused.stderr
+    refused = run("generate", out, "the cat", "--skip-preset", "paper")
+    assert refused.returncode == 2
+    assert "needs --skip" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """For users: load any source, and generate with it."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvprune.errors import BadOption
 from kvprune.measure.memory import cache_bytes
 from kvprune.models import source as sources
+from kvprune.tokens.filter import TokenFilter
 
 
 def load(
@@ -40,6 +42,8 @@ def generate(
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
+    skip: float | None = None,
+    skip_preset: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -48,8 +52,9 @@ def generate(
 ) -> dict[str, Any]:
     """Continue `prompt`; greedily, or sampled at `temperature`.
 
-    Returns {"prompt", "text" (the continuation), "new_tokens", "cache_tokens", "cache_bytes"}; the bytes are those
-    of the cache's real tensors after the last step.
+    skip: share of all attention to skip online, by a TokenFilter, whose report is added as "filter"; skip_preset:
+    "paper" for the paper's choices. Returns {"prompt", "text" (the continuation), "new_tokens", "cache_tokens",
+    "cache_bytes"}; the bytes are those of the cache's real tensors after the last step.
     """
     if max_new_tokens < 1:
         raise BadOption("--max-new-tokens must be at least 1")
@@ -57,14 +62,18 @@ def generate(
         raise BadOption("the prompt is empty")
     if not temperature >= 0:
         raise BadOption("--temperature must not be negative")
+    if skip_preset is not None and skip is None:
+        raise BadOption(f"--skip-preset {skip_preset} needs --skip: the share of attention to skip")
+    token_filter = None if skip is None else TokenFilter(skip, preset=skip_preset)
     resolved = sources.resolve(source, revision, trust_remote_code)
     model, tokenizer = sources.load_model(resolved, device, dtype), sources.load_tokenizer(resolved)
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     how = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    output: Any = model.generate(  # type: ignore[operator]
-        **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **how
-    )
+    with nullcontext() if token_filter is None else token_filter(model):
+        output: Any = model.generate(  # type: ignore[operator]
+            **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **how
+        )
     new = output.sequences[0, inputs["input_ids"].shape[1] :]
     return {
         "prompt": prompt,
@@ -72,4 +81,5 @@ def generate(
         "new_tokens": len(new),
         "cache_tokens": output.past_key_values.get_seq_length(),
         "cache_bytes": cache_bytes(output.past_key_values),
+        **({} if token_filter is None else {"filter": token_filter.report}),
     }

@@ -170,6 +170,8 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="the text to continue")],
     max_new_tokens: Annotated[int, typer.Option()] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    skip: Annotated[float | None, typer.Option(help="share of all attention to skip, by token filtering")] = None,
+    skip_preset: Annotated[str | None, typer.Option(help="paper: Token Filtering as published")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: int = 0,
@@ -184,6 +186,8 @@ def generate(
     else:
         print(result["prompt"] + result["text"])
         print(f"({result['cache_bytes']:,} bytes of cache for {result['cache_tokens']} tokens)", file=sys.stderr)
+        if "filter" in result:
+            print(_skipped(result["filter"]), file=sys.stderr)
 
 
 @app.command()
@@ -237,6 +241,13 @@ def study_calibration(
 def _given(parameters: dict[str, Any]) -> dict[str, Any]:
     """Of a verb's parameters, named as the public API names them, those that the user gave or that have a default."""
     return {name: value for name, value in parameters.items() if value not in (None, []) and name != "as_json"}
+
+
+def _skipped(report: dict[str, Any]) -> str:
+    return (
+        f"(skipped {report['ratio_achieved']:.1%} of the attention behind the warm-up, asked were "
+        f"{report['ratio_asked']:.1%}; {report['kv_bytes']:,} KV bytes kept of {report['kv_bytes_dense']:,} dense)"
+    )
 
 
 def _show(record: dict[str, Any], as_json: bool) -> None:

@@ -67,7 +67,9 @@ def test_fusions_are_their_formulas(heads):
                 "value": mean_v,
             }
             for name, fusion in FUSIONS.items():
-                assert fusion()(keys, values)[b, t].item() == pytest.approx(expected[name], abs=1e-9)
+                assert fusion()(torch.stack((keys, values), dim=1))[b, t].item() == pytest.approx(
+                    expected[name], abs=1e-9
+                )
 
 
 def loop(kind, rule, similarity, never):

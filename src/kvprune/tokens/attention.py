@@ -216,15 +216,17 @@ class FilteredAttention:
             kind = Fixed if s.signal == "random" else THRESHOLDS[s.threshold]
             layer.skip = kind(s.rule(self.skip_rate), batch)
             layer.drop = None if self.drop_rate is None else kind(s.rule(self.drop_rate), batch)
-        numbers = real.sum(1)
-        order = np.argsort(~real, axis=1, kind="stable")  # real tokens first
+        numbers, order = real.sum(1), None
         positions = layer.counts[:, None] + np.arange(real.shape[1])
+        if not real.all():
+            order = np.argsort(~real, axis=1, kind="stable")  # real tokens first
         if s.signal == "random":
             similarity = uniform(positions, s.seed, self.index)
         else:
             similarity = self._similarity(layer, k, v, order, numbers)
             similarity += TIES * (positions * GOLDEN % 1)  # text that repeats itself is not all or nothing
-        similarity[np.arange(real.shape[1]) >= numbers[:, None]] = np.nan
+        if order is not None:
+            similarity[np.arange(real.shape[1]) >= numbers[:, None]] = np.nan
         final = positions == self.step.prompt_end[:, None] - 1
         skipped = _back(layer.skip.take(similarity, layer.counts, final), order)
         dropped = skipped if layer.drop is None else _back(layer.drop.take(similarity, layer.counts, final), order)
@@ -232,11 +234,15 @@ class FilteredAttention:
         return skipped, dropped
 
     def _similarity(
-        self, layer: FilteredLayer, k: torch.Tensor, v: torch.Tensor, order: np.ndarray, numbers: np.ndarray
+        self, layer: FilteredLayer, k: torch.Tensor, v: torch.Tensor, order: np.ndarray | None, numbers: np.ndarray
     ) -> np.ndarray:
         """Similarity of every token to the anchors before it, in `order`, (B, T) float64. Moves the anchors on."""
         x = torch.stack((k, v), dim=1).float()  # (B, 2, KV heads, T, head_dim)
-        if (numbers < order.shape[1]).any():
+        if x.shape[3] == 1 and order is None and layer.anchor is not None and layer.counts.all():
+            cosines = cosine(x, layer.anchor.unsqueeze(3))  # a step of decoding, with as few operations as can be
+            layer.anchor = torch.lerp(x[:, :, :, 0], layer.anchor, self.settings.gamma)
+            return self.fusion(cosines).double().cpu().numpy()
+        if order is not None:
             index = torch.from_numpy(order).to(x.device)[:, None, None, :, None]
             x = x.gather(3, index.expand(-1, *x.shape[1:3], -1, x.shape[4]))
         start = x[:, :, :, 0]
@@ -245,9 +251,9 @@ class FilteredAttention:
             start = torch.where(new[:, None, None, None], start, layer.anchor) if new.any() else layer.anchor
         anchors = moving_average(x, start, self.settings.gamma)
         cosines = cosine(x, anchors[..., :-1, :])
-        rows = torch.arange(len(order), device=x.device)
+        rows = torch.arange(len(numbers), device=x.device)
         layer.anchor = anchors[rows, :, :, torch.from_numpy(numbers).to(x.device)]
-        return self.fusion(cosines[:, 0], cosines[:, 1]).double().cpu().numpy()
+        return self.fusion(cosines).double().cpu().numpy()
 
     def _count(self, real: np.ndarray, skipped: np.ndarray, dropped: np.ndarray, layer: FilteredLayer) -> None:
         counts = self.counts
@@ -271,8 +277,10 @@ def uniform(positions: np.ndarray, seed: int, layer: int) -> np.ndarray:
     return (x >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-def _back(flags: np.ndarray, order: np.ndarray) -> np.ndarray:
+def _back(flags: np.ndarray, order: np.ndarray | None) -> np.ndarray:
     """Flags of the ordered tokens, at the tokens' own columns."""
+    if order is None:
+        return flags
     found = np.zeros_like(flags)
     np.put_along_axis(found, order, flags, axis=1)
     return found

@@ -1,6 +1,6 @@
 """How the similarities of a token's keys and values, head by head, become one number: the higher, the more alike.
 
-One class a fusion, and a line in FUSIONS. Keys and values come as cosines (B, KV heads, T) and leave as (B, T).
+One class a fusion, and a line in FUSIONS. Cosines come as (B, 2, KV heads, T), keys first, and leave as (B, T).
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ import torch
 
 
 class Fusion(Protocol):
-    def __call__(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Cosines (B, KV heads, T) each -> similarity (B, T)."""
+    def __call__(self, cosines: torch.Tensor) -> torch.Tensor:
+        """Cosines (B, 2, KV heads, T), of keys and of values -> similarity (B, T)."""
         ...
 
 
@@ -25,36 +25,37 @@ class Variance:
 
     eps: float = 1e-6
 
-    def __call__(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        if keys.shape[1] == 1:
-            return Mean()(keys, values)
-        (var_k, mean_k), (var_v, mean_v) = (torch.var_mean(x, dim=1, correction=0) for x in (keys, values))
-        weight = (var_v + self.eps) / (var_k + var_v + 2 * self.eps)  # the formula, multiplied out
-        return torch.lerp(mean_v, mean_k, weight)
+    def __call__(self, cosines: torch.Tensor) -> torch.Tensor:
+        if cosines.shape[2] == 1:
+            return Mean()(cosines)
+        var, mean = torch.var_mean(cosines, dim=2, correction=0)  # (B, 2, T) each
+        var += self.eps
+        weight = var[:, 1] / var.sum(1)  # the formula, multiplied out
+        return torch.lerp(mean[:, 1], mean[:, 0], weight)
 
 
 @dataclass(frozen=True)
 class Mean:
     """Plain mean over heads, keys and values [ours, to compare with]."""
 
-    def __call__(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return (keys.mean(1) + values.mean(1)) / 2
+    def __call__(self, cosines: torch.Tensor) -> torch.Tensor:
+        return cosines.mean((1, 2))
 
 
 @dataclass(frozen=True)
 class Key:
     """Keys only [ours, to compare with]."""
 
-    def __call__(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return keys.mean(1)
+    def __call__(self, cosines: torch.Tensor) -> torch.Tensor:
+        return cosines[:, 0].mean(1)
 
 
 @dataclass(frozen=True)
 class Value:
     """Values only [ours, to compare with]."""
 
-    def __call__(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return values.mean(1)
+    def __call__(self, cosines: torch.Tensor) -> torch.Tensor:
+        return cosines[:, 1].mean(1)
 
 
 FUSIONS: dict[str, type[Fusion]] = {"variance": Variance, "mean": Mean, "key": Key, "value": Value}
