@@ -12,18 +12,14 @@ are drawn from OUT.json.
 """
 
 import argparse
-import json
-import platform
-import time
 from collections.abc import Callable
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
+from cells import Cells
 
 import kvprune
-from kvprune.channels.record import versions
 from kvprune.measure.perplexity import perplexity
 from kvprune.progress import Bars
 from kvprune.text.windows import judged_windows
@@ -59,31 +55,19 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
+KEPT = ("ratio_achieved", "kv_bytes_per_token", "widths", "method", "perplexity", "seconds", "recovered")
+
+
 class Bench:
-    def __init__(self, model: str, work: Path, out: Path, only: list[str]):
-        self.model, self.work, self.out, self.only = model, work, out, only
-        path = out.with_suffix(".json")
-        self.results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cells": {}}
-        self.results["environment"] = {
-            "model": Path(model).name,
-            "versions": versions(),
-            "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
-        }
+    def __init__(self, model: str, work: Path, cells: Cells):
+        self.model, self.work, self.cells = model, work, cells
 
     def cell(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
-        """Run and keep one cell, unless it is there already or not asked for."""
-        asked = not self.only or any(fnmatch(name, pattern) for pattern in self.only)
-        if name in self.results["cells"] or not asked:
-            return
-        print(f"--- {name}", flush=True)
-        started = time.monotonic()
-        record = run()
-        kept = ("ratio_achieved", "kv_bytes_per_token", "widths", "method", "perplexity", "seconds", "recovered")
-        found = {key: record[key] for key in (*kept, "peak_memory_bytes", "repetition") if key in record}
-        self.results["cells"][name] = {**found, "total_seconds": round(time.monotonic() - started, 1)}
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.with_suffix(".json").write_text(json.dumps(self.results, indent=1) + "\n")
+        def kept() -> dict[str, Any]:
+            record = run()
+            return {key: record[key] for key in (*KEPT, "peak_memory_bytes", "repetition") if key in record}
+
+        self.cells.run(name, kept)
 
     def folder(self, name: str) -> Path:
         return self.work / name.replace(" ", "-").replace(",", "")
@@ -107,7 +91,7 @@ class Bench:
         self.cell(name, run)
 
     def perplexity(self, name: str, text: str, window: int) -> float | None:
-        for row in self.results["cells"].get(name, {}).get("perplexity", ()):
+        for row in self.cells.cells.get(name, {}).get("perplexity", ()):
             if (row["text"], row["window"]) == (text, window):
                 return row["pruned"]
         return None
@@ -167,7 +151,7 @@ def table(bench: Bench) -> str:
         "| repetition | minutes |",
         "| --- |" + " ---: |" * 10,
     ]
-    for name, cell in bench.results["cells"].items():
+    for name, cell in bench.cells.cells.items():
         values = {key: bench.perplexity(name, *key) for key in product_of_texts()}
         dense = {key: bench.perplexity("dense", *key) for key in product_of_texts()}
         plus = None
@@ -241,9 +225,9 @@ def draw(bench: Bench) -> None:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("perplexity / dense perplexity")
     panels[1].legend(fontsize=8)
-    figure.suptitle(f"{bench.results['environment']['model']}: quality against KV bytes")
+    figure.suptitle(f"{bench.cells.results['environment']['model']}: quality against KV bytes")
     figure.tight_layout()
-    figure.savefig(bench.out.with_suffix(".png"), dpi=120)
+    figure.savefig(bench.cells.out.with_suffix(".png"), dpi=120)
 
 
 def main() -> None:
@@ -253,9 +237,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], metavar="PATTERN", help="names of cells; * matches anything")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
     arguments = parser.parse_args()
-    bench = Bench(arguments.model, arguments.work, arguments.out, arguments.only)
+    bench = Bench(arguments.model, arguments.work, Cells(arguments.out, arguments.model, arguments.only))
     run(bench)
-    bench.out.with_suffix(".md").write_text(table(bench))
+    arguments.out.with_suffix(".md").write_text(table(bench))
     print(table(bench))
     draw(bench)
 

@@ -1,0 +1,44 @@
+"""A benchmark's finished cells in a JSON file, so that an interrupted one goes on where it was."""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvprune.channels.record import versions
+
+
+class Cells:
+    """OUT.json. only: patterns of the names to run; none is all."""
+
+    def __init__(self, out: Path, model: str, only: list[str]):
+        self.out, self.only = out, only
+        path = out.with_suffix(".json")
+        self.results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+        self.results["environment"] = {
+            "model": Path(model).name,
+            "versions": versions(),
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+
+    @property
+    def cells(self) -> dict[str, dict[str, Any]]:
+        return self.results["cells"]
+
+    def run(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
+        """Run and keep one cell, unless it is there already or not asked for."""
+        asked = not self.only or any(fnmatch(name, pattern) for pattern in self.only)
+        if name in self.cells or not asked:
+            return
+        print(f"--- {name}", flush=True)
+        started = time.monotonic()
+        found = work()
+        self.cells[name] = {**found, "total_seconds": round(time.monotonic() - started, 1)}
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.with_suffix(".json").write_text(json.dumps(self.results, indent=1) + "\n")
