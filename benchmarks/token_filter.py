@@ -1,6 +1,6 @@
 """What skipping costs: Token Filtering as published, as it is here, and a random choice at the same rates.
 
-    KVPRUNE_DATA=DIR python benchmarks/token_filter.py MODEL [--only PATTERN ...] [--out benchmarks/results/token_filter]
+    KVPRUNE_DATA=DIR python benchmarks/token_filter.py MODEL [--only PATTERN ...] [--out OUT]
 
 DIR holds wikitext2-test.txt and ptb-test.txt, of which the first 16,384 tokens are read in windows of 512. "dropped":
 the K/V of as many tokens leave the cache; "kept": all stay cached. Random choice is the mean of three seeds. Finished

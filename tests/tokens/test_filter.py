@@ -38,7 +38,7 @@ def model_of(family="llama", **options):
 def filtered(model, ids, pieces=None, ratio=0.25, **options):
     """Logits of a prompt fed in pieces (or at once), and the filter."""
     cache, logits, start = DynamicCache(config=model.config), [], 0
-    with torch.no_grad(), kvprune.TokenFilter(ratio=ratio, **{**OPTIONS, **options})(model) as f:
+    with torch.no_grad(), kvprune.TokenFilter(ratio=ratio, record=True, **{**OPTIONS, **options})(model) as f:
         for n in pieces or [ids.shape[1]]:
             logits.append(model(ids[:, start : start + n], past_key_values=cache).logits)
             start += n
@@ -54,6 +54,7 @@ def test_a_prompt_is_what_the_plain_loop_makes_of_it(family, attention):
     for pieces in (None, [1] * 50, [3, 17, 1, 9, 20]):
         logits, f = filtered(model, ids, pieces)
         torch.testing.assert_close(logits[0], expected.logits, atol=1e-4, rtol=0)
+        assert f.skipped[:, 0].tolist() == expected.skipped
         late = f.report["tokens_after_warmup"]
         assert late == 50 - 8
         assert f.report["per_layer"] == [sum(flags) / late for flags in expected.skipped]

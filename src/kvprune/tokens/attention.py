@@ -68,6 +68,7 @@ class FilteredAttention:
         self.skip_rate, self.drop_rate = skip_rate, drop_rate
         self.fusion = FUSIONS[settings.fusion]()
         self.counts = Counts()
+        self.decisions: list[np.ndarray] | None = None  # (B, T) bool a call, where they are recorded
         self.step: Step | None = None
         config = self.module.config
         self.window: int | None = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
@@ -96,6 +97,8 @@ class FilteredAttention:
         layer.seen += real.shape[1]
         layer.counts = layer.counts + real.sum(1)
         self._count(real, skipped, dropped, layer)
+        if self.decisions is not None:
+            self.decisions.append(skipped)
         return output, None
 
     def _rotary(self, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,12 +27,13 @@ class TokenFilter:
             model.generate(...)
         f.report
 
-    options: the fields of Settings, and preset="paper". The model, dense or pruned by kvprune, is as it was when the
-    context ends. Raises BadOption and UnreachableRatio for the options; UnsupportedArchitecture and FilterMisuse for
-    the model; FilterMisuse and CacheMismatch from inside the context, each before anything changes.
+    options: the fields of Settings, and preset="paper". record: keep every decision, for `skipped`. The model, dense or
+    pruned by kvprune, is as it was when the context ends. Raises BadOption and UnreachableRatio for the options;
+    UnsupportedArchitecture and FilterMisuse for the model; FilterMisuse and CacheMismatch from inside the context, each
+    before anything changes.
     """
 
-    def __init__(self, ratio: float | None = None, *, preset: str | None = None, **options: Any):
+    def __init__(self, ratio: float | None = None, *, preset: str | None = None, record: bool = False, **options: Any):
         if preset is not None and preset not in PRESETS:
             raise BadOption(f"unknown preset {preset!r}; choose {', '.join(PRESETS)}")
         chosen = PRESETS.get(preset or "", {})
@@ -45,6 +46,7 @@ class TokenFilter:
         if unknown:
             raise BadOption(f"unknown option {unknown}; choose among {', '.join(Settings.__dataclass_fields__)}")
         self.settings = Settings(**chosen, **options)
+        self.record = record
         self._model: PreTrainedModel | None = None
         self._layers: list[FilteredAttention] = []
         self._cache: Any = None
@@ -82,6 +84,7 @@ class TokenFilter:
         self(self._model)  # counts from the beginning, and the checks once more
         with ExitStack() as stack:
             for layer in self._layers:
+                layer.decisions = [] if self.record else None
                 stack.callback(_replace(layer.module, "forward", layer.forward))
             stack.callback(_replace(self._model, "generate", self._generate))
             stack.callback(self._model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
@@ -98,6 +101,17 @@ class TokenFilter:
         """What was skipped and saved since the context was entered; see report.py."""
         assert self._model is not None
         return report(self._model, self.settings, [(layer.index, layer.counts) for layer in self._layers], self._cache)
+
+    @property
+    def skipped(self) -> np.ndarray:
+        """Which tokens skipped which layer, (layers, B, tokens) bool, with record=True and one batch in the context."""
+        if not self.record or self._model is None:
+            raise FilterMisuse("decisions are not recorded; make the filter with TokenFilter(..., record=True)")
+        found = {
+            layer.index: np.concatenate(layer.decisions or [np.zeros((1, 0), bool)], axis=1) for layer in self._layers
+        }
+        nothing = np.zeros_like(next(iter(found.values())))
+        return np.stack([found.get(i, nothing) for i in range(self._model.config.num_hidden_layers)])
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, told where the prompts end."""
