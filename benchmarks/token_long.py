@@ -1,0 +1,84 @@
+"""100,000 tokens in one run under a token filter: what must stay flat, stays flat.
+
+    python benchmarks/token_long.py [--tokens 100000] [--out benchmarks/results/token_long]
+
+A Llama of a small shape with random weights decodes one token after the other. Written down at every tenth: the ratio
+achieved since the tenth before, milliseconds a token, cached bytes, and the process's memory beside them. Attention to
+a growing cache takes longer and longer; beside it stands the dense model at the same lengths.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import kvprune
+from kvprune.measure.memory import cache_bytes
+
+POINTS = 10
+
+
+def model_of(tokens: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=tokens + 1,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+@torch.no_grad()
+def decode(model, tokens: int, token_filter: kvprune.TokenFilter | None) -> list[dict[str, Any]]:
+    cache: Any = DynamicCache(config=model.config)
+    ids = torch.randint(3, 512, (1, tokens), generator=torch.Generator().manual_seed(0))
+    rows, skipped, late = [], 0.0, 0
+    start = time.perf_counter()
+    for t in range(tokens):
+        model(ids[:, t : t + 1], past_key_values=cache, logits_to_keep=1)
+        if (t + 1) % (tokens // POINTS) == 0:
+            row: dict[str, Any] = {"tokens": t + 1}
+            row["ms_per_token"] = 1000 * (time.perf_counter() - start) / (tokens // POINTS)
+            row["cache_bytes"] = cache_bytes(cache)
+            row["memory_beside_the_cache"] = resident() - row["cache_bytes"]
+            if token_filter is not None:
+                report = token_filter.report
+                now = report["ratio_achieved"] * report["tokens_after_warmup"]
+                row["ratio_achieved"] = (now - skipped) / (report["tokens_after_warmup"] - late)
+                skipped, late = now, report["tokens_after_warmup"]
+                row["kv_bytes"], row["kv_bytes_dense"] = report["kv_bytes"], report["kv_bytes_dense"]
+            rows.append(row)
+            print(row, flush=True)
+            start = time.perf_counter()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/token_long"))
+    arguments = parser.parse_args()
+    model = model_of(arguments.tokens)
+    with kvprune.TokenFilter(ratio=0.25)(model) as f:
+        filtered = decode(model, arguments.tokens, f)
+    found = {"filtered": filtered, "dense": decode(model, arguments.tokens, None)}
+    arguments.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

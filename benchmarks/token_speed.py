@@ -1,0 +1,161 @@
+"""Speed of a token filter against the dense model, prefill and decode, in alternating runs.
+
+    python benchmarks/token_speed.py MODEL [--skip 0.25] [--rounds 5] [--out benchmarks/results/token_speed]
+
+Prefill: one prompt. Decode: both caches are filled once, then the two sides take turns, `STEPS` steps each, and grow
+alike. Ratios are medians of the pairs, with their spread. The limit is what the bytes would allow: (weights + KV
+read) dense / filtered, for prefill (multiplications of the projections, the MLP and the attention). The prompts are
+random tokens and the decoded ones greedy, which is all the same to speed. Finished cells are kept in OUT.json; OUT.md
+is drawn from it.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import Cells
+from transformers import DynamicCache
+
+import kvprune
+
+STEPS = 16
+PREFILL = 2048
+DECODE = ((512, 1), (512, 8), (4096, 1), (4096, 8))  # context, batch
+
+
+class Side:
+    """One of the two, with its own cache. token_filter None: dense."""
+
+    def __init__(self, model, token_filter: kvprune.TokenFilter | None):
+        self.model, self.filter = model, token_filter
+        self.cache: Any = None
+
+    @torch.no_grad()
+    def feed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Next tokens (B, 1) behind ids (B, T)."""
+        logits = self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits
+        return logits[:, -1:].argmax(-1)
+
+    def timed(self, work) -> float:
+        if self.filter is None:
+            start = time.perf_counter()
+            work()
+            return time.perf_counter() - start
+        with self.filter(self.model):
+            start = time.perf_counter()
+            work()
+            return time.perf_counter() - start
+
+    def start(self, ids: torch.Tensor) -> None:
+        self.cache = DynamicCache(config=self.model.config)
+        self.timed(lambda: setattr(self, "next", self.feed(ids)))
+
+    def decode(self) -> None:
+        for _ in range(STEPS):
+            self.next = self.feed(self.next)
+
+
+def sides(model, skip: float) -> tuple[Side, Side]:
+    return Side(model, None), Side(model, kvprune.TokenFilter(skip))
+
+
+def prompt(model, batch: int, tokens: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, model.config.vocab_size, (batch, tokens), generator=generator)
+
+
+def summary(pairs: list[tuple[float, float]], limit: float, token_filter: kvprune.TokenFilter) -> dict[str, Any]:
+    """Seconds (dense, filtered) of every round -> the cell."""
+    ratios = sorted(dense / ours for dense, ours in pairs)
+    report = token_filter.report
+    return {
+        "seconds": {
+            "dense": statistics.median(d for d, _ in pairs),
+            "filtered": statistics.median(f for _, f in pairs),
+        },
+        "ratio": statistics.median(ratios),
+        "spread": [ratios[0], ratios[-1]],
+        "limit": limit,
+        "deciding_share": report["deciding_seconds"] / pairs[-1][1],
+        "ratio_achieved": report["ratio_achieved"],
+    }
+
+
+def prefill(model, skip: float, rounds: int) -> dict[str, Any]:
+    dense, ours = sides(model, skip)
+    ids = prompt(model, 1, PREFILL)
+    pairs = [(dense.timed(lambda: dense.feed(ids)), ours.timed(lambda: ours.feed(ids))) for _ in range(rounds + 1)][1:]
+    assert ours.filter is not None
+    rates = ours.filter.report["per_layer"]
+    return summary(pairs, prefill_limit(model.config, rates), ours.filter)
+
+
+def prefill_limit(config, rates: list[float]) -> float:
+    """Multiplications of one prompt, dense / filtered."""
+    hidden, heads, kv, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    rest = 3 * hidden * config.intermediate_size + 2 * hidden * kv * d
+    query = 2 * hidden * heads * d
+    scores = 2 * heads * d * PREFILL / 2
+    dense = len(rates) * (rest + query + scores)
+    ours = sum(rest + (1 - r) * query + (1 - r) ** 2 * scores for r in rates)
+    return dense / ours
+
+
+def decode(model, skip: float, rounds: int, context: int, batch: int) -> dict[str, Any]:
+    dense, ours = sides(model, skip)
+    ids = prompt(model, batch, context)
+    for side in (dense, ours):
+        side.start(ids)
+    pairs = [(dense.timed(dense.decode), ours.timed(ours.decode)) for _ in range(rounds + 1)][1:]
+    assert ours.filter is not None
+    weights = sum(p.nbytes for p in model.parameters())
+    read = 2 * dense.cache.layers[0].keys.nbytes
+    layers = model.config.num_hidden_layers
+    kept = [getattr(layer, "lengths", None) for layer in ours.cache.layers]
+    shares = [1.0 if n is None else n.mean() / ours.cache.get_seq_length() for n in kept]
+    active = [1 - rate for rate in ours.filter.report["per_layer"]]
+    filtered = sum(share * a for share, a in zip(shares, active, strict=True))
+    limit = (weights + layers * read) / (weights + filtered * read)
+    return summary(pairs, limit, ours.filter)
+
+
+def table(cells: Cells) -> str:
+    rows = [
+        "| | dense, ms a token | filtered | ratio | spread | limit | deciding | in words |",
+        "| --- |" + " ---: |" * 6 + " --- |",
+    ]
+    for name, cell in cells.cells.items():
+        tokens = PREFILL if name.startswith("prefill") else STEPS
+        times = " | ".join(f"{1000 * cell['seconds'][side] / tokens:.2f}" for side in ("dense", "filtered"))
+        low, high = cell["spread"]
+        words = "faster" if low > 1 else "slower" if high < 1 else "no difference beyond the spread"
+        rows.append(
+            f"| {name} | {times} | {cell['ratio']:.3f} | {low:.3f} to {high:.3f} | {cell['limit']:.3f} "
+            f"| {cell['deciding_share']:.1%} | {words} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--skip", type=float, default=0.25)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="*", default=[], metavar="PATTERN", help="names of cells; * matches anything")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/token_speed"))
+    arguments = parser.parse_args()
+    cells = Cells(arguments.out, arguments.model, arguments.only)
+    model = kvprune.load(arguments.model)
+    for context, batch in DECODE:
+        name = f"decode, context {context}, batch {batch}"
+        cells.run(name, lambda c=context, b=batch: decode(model, arguments.skip, arguments.rounds, c, b))
+    cells.run(f"prefill, {PREFILL} tokens", lambda: prefill(model, arguments.skip, arguments.rounds))
+    arguments.out.with_suffix(".md").write_text(table(cells))
+    print(table(cells))
+
+
+if __name__ == "__main__":
+    main()
