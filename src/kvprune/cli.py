@@ -97,7 +97,9 @@ def recover(
     rank: Annotated[int | None, typer.Option(help="of the LoRA adapters  [default: 16]")] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA's alpha  [default: twice the rank]")] = None,
     dropout: Annotated[float | None, typer.Option(help="before the adapters  [default: 0]")] = None,
-    lr: Annotated[float | None, typer.Option(help="highest learning rate  [default: 0.0005]")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="highest learning rate  [default: 0.0015; next-token: 0.0005]")
+    ] = None,
     warmup: Annotated[int | None, typer.Option(help="steps up to it, then a cosine to 0  [default: 10]")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="of AdamW  [default: 0]")] = None,
     clip: Annotated[float | None, typer.Option(help="largest norm of the gradient  [default: 1]")] = None,
@@ -105,9 +107,7 @@ def recover(
         list[str] | None,
         typer.Option(help="layers with an adapter, repeatable: q_proj, ... [default: all-linear]"),
     ] = None,
-    loss: Annotated[
-        str | None, typer.Option(help="next-token, logits or logits+attention  [default: next-token]")
-    ] = None,
+    loss: Annotated[str | None, typer.Option(help="logits, logits+attention or next-token  [default: logits]")] = None,
     temperature: Annotated[float | None, typer.Option(help="of distillation  [default: 1]")] = None,
     attention_weight: Annotated[float | None, typer.Option(help="for logits+attention  [default: 1]")] = None,
     teacher: Annotated[str | None, typer.Option(metavar="SOURCE", help="[default: the dense model of DIR]")] = None,

@@ -9,6 +9,7 @@ from kvprune.text.corpus import SELF, text_names
 
 ALL_LINEAR = "all-linear"
 DEFAULT_STEPS = 100
+DISTIL_LR, TEXT_LR = 1.5e-3, 5e-4  # measured: docs/results.md
 SAMPLED = 65536  # tokens that "self" is sampled to
 
 
@@ -18,8 +19,8 @@ class Settings:
 
     text: a named text (its valid split), a text file, an Alpaca file (.json, .jsonl), or "self": sampled from the dense
     model. tokens: how much of it, 0 for all (of "self": SAMPLED). window, held_out and eval_tokens in tokens; batch in
-    windows, of all processes together. steps or epochs, not
-    both. alpha None is twice the rank. targets: last parts of module names, or "all-linear". warmup in steps, then a
+    windows, of all processes together. steps or epochs, not both. alpha None is twice the rank; lr None is what the
+    loss wants, DISTIL_LR or TEXT_LR. targets: last parts of module names, or "all-linear". warmup in steps, then a
     cosine down to 0. temperature is for distillation, attention_weight for the loss "logits+attention". teacher None is
     the record's source. Every `checkpoint_every` steps the held-out slice is evaluated and the state written; after
     `patience` evaluations in a row without a new best the run stops (0: never).
@@ -35,12 +36,12 @@ class Settings:
     rank: int = 16
     alpha: float | None = None
     dropout: float = 0.0
-    lr: float = 5e-4
+    lr: float | None = None
     warmup: int = 10
     weight_decay: float = 0.0
     clip: float = 1.0
     targets: tuple[str, ...] = (ALL_LINEAR,)
-    loss: str = "next-token"
+    loss: str = "logits"
     temperature: float = 1.0
     attention_weight: float = 1.0
     teacher: str | None = None
@@ -110,13 +111,21 @@ class Settings:
         return LOSSES[self.loss].needs_teacher or self.text == SELF
 
     @property
+    def highest_lr(self) -> float:
+        """The learning rate behind the warm-up."""
+        if self.lr is not None:
+            return self.lr
+        return DISTIL_LR if LOSSES[self.loss].needs_teacher else TEXT_LR
+
+    @property
     def scale(self) -> float:
         """LoRA's alpha."""
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
     def as_json(self) -> dict[str, Any]:
-        """The fields as they come back from JSON."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """The fields as they come back from JSON, with the learning rate that is meant."""
+        fields = asdict(self) | {"lr": self.highest_lr}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -126,6 +135,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "alpha": 16.0,
         "dropout": 0.05,
         "lr": 1e-4,
+        "loss": "next-token",
         "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         "epochs": 2,
         "batch": 64,

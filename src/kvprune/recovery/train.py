@@ -44,7 +44,7 @@ class Training:
         if settings.gradient_checkpointing:
             checkpoint_activations(trainee.lm)
         trained = [p for p in trainee.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(trained, lr=settings.highest_lr, weight_decay=settings.weight_decay)
         self.model, self.optimizer = accelerator.prepare(trainee, optimizer)
         self.state = State()
         self.best: Tensors = {}
@@ -192,7 +192,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def learning_rate(step: int, total: int, settings: Settings) -> float:
     """Of step 0, 1, ...: up in a line over the warm-up, then half a cosine, which would be 0 at step `total`."""
-    warmup = min(settings.warmup, total)
+    warmup, highest = min(settings.warmup, total), settings.highest_lr
     if step < warmup:
-        return settings.lr * (step + 1) / (warmup + 1)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+        return highest * (step + 1) / (warmup + 1)
+    return highest * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
