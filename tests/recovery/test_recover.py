@@ -170,7 +170,7 @@ def test_a_text_file_is_judged_on_the_records_texts_or_on_its_end(pruned, texts,
     folder = tmp_path / "a"
     record = json.loads((folder / "kvprune.json").read_text())
     (folder / "kvprune.json").write_text(json.dumps({**record, "perplexity": []}))
-    again = kvprune.recover(folder, text=text, **quick).record
+    again = kvprune.recover(folder, text=text, loss="next-token", **quick).record
     assert [row["text"] for row in again["perplexity"]] == [f"{text} (its held-out end)"]
     assert again["perplexity"][0]["dense"] is None
     assert again["recovered"]["earlier"] == record["recovered"]
@@ -188,10 +188,14 @@ def test_a_preset_decides(pruned, texts, quick):
     settings = kvprune.recover(pruned, preset="kvpruner", **given).record["recovered"]["settings"]
     assert settings["targets"] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     expected = {"rank": 8, "alpha": 16, "dropout": 0.05, "lr": 1e-4, "epochs": 2, "batch": 64, "window": 256}
+    expected["loss"] = "next-token"
     assert {name: settings[name] for name in expected} == expected
 
 
 def test_learning_rate():
+    assert Settings(folder="x").loss == "logits"
+    assert (Settings(folder="x").highest_lr, Settings(folder="x", loss="next-token").highest_lr) == (1.5e-3, 5e-4)
+    assert Settings(folder="x").as_json()["lr"] == 1.5e-3
     settings = Settings(folder="x", lr=1.0, warmup=3, steps=11)
     rates = [learning_rate(step, 11, settings) for step in range(12)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
