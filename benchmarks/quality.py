@@ -131,6 +131,8 @@ def run(bench: Bench) -> None:
         bench.recover(
             f"{name}, distilled and recovered on wikitext2", f"{name}, distilled on wikitext2", text="wikitext2"
         )
+        tutored = {**DISTIL, "steps": 80, "teacher": bench.folder(PLUS)}  # and 100 steps before, of the teacher itself
+        bench.recover(f"{name}, distilled from dense+ on wikitext2", name, **tutored)
         bench.recover(f"{name}, recovered on wiki", name, **GENERAL)
     name = "closed form 0.5"
     bench.recover(f"{name}, distilled with attention on wikitext2", name, **{**DISTIL, "loss": "logits+attention"})

@@ -20,6 +20,7 @@ from kvprune.tokens.threshold import THRESHOLDS, Fixed
 
 TIES = 1e-5  # what similarities may differ by and count as equal: then the position decides
 GOLDEN = 0.6180339887498949
+QUERIES = 1024  # that share a mask: one for a whole long prompt would be larger than its cache
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,10 @@ class FilteredAttention:
         layer, real = self.step.layers[self.index], self.step.real
         d = self.module.head_dim
         k, v = (p(hidden_states).unflatten(-1, (-1, d)).transpose(1, 2) for p in (self.k, self.v))
-        if not layer.is_initialized:
-            layer.lazy_initialization(k, v)
         cos, sin = self._rotary(position_embeddings)
         rotated = k * cos + rotate_half(k) * sin
+        if not layer.is_initialized:
+            layer.lazy_initialization(rotated, v)
         skipped, dropped = self._decide(layer, k if self.settings.keys == "pre-rope" else rotated, v)
         active = real & ~skipped
         columns = torch.arange(layer.seen, layer.seen + real.shape[1], device=k.device)
@@ -91,11 +92,12 @@ class FilteredAttention:
         output = torch.zeros_like(hidden_states)
         computed = None
         if active.any():
-            query = self._queries(hidden_states, active, cos, sin)
+            query = self._queries(hidden_states, active, cos, sin, k.shape[1])
             computed = self._attend(layer, query, active, dropped, before, (rotated, v, columns))
         self._write(layer, output, computed, active, skipped)
         layer.seen += real.shape[1]
         layer.counts = layer.counts + real.sum(1)
+        layer.trim()
         self._count(real, skipped, dropped, layer)
         if self.decisions is not None:
             self.decisions.append(skipped)
@@ -109,20 +111,18 @@ class FilteredAttention:
             return cos[..., index].transpose(1, 2), sin[..., index].transpose(1, 2)
         return cos.unsqueeze(1), sin.unsqueeze(1)
 
-    def _queries(self, hidden: torch.Tensor, active: np.ndarray, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def _queries(
+        self, hidden: torch.Tensor, active: np.ndarray, cos: torch.Tensor, sin: torch.Tensor, kv_heads: int
+    ) -> torch.Tensor:
         """The rotated queries of the active tokens, sequence after sequence, (rows, heads, head_dim)."""
         b, t = (torch.from_numpy(i).to(hidden.device) for i in np.nonzero(active))
         query = self.q(hidden[b, t]).unflatten(-1, (-1, self.module.head_dim))
         self.counts.rows["q"] += len(query)
-        groups = query.shape[1] // self.k_heads
+        groups = query.shape[1] // kv_heads
         cos, sin = (x[b if len(x) > 1 else torch.zeros_like(b), :, t] for x in (cos, sin))  # (rows, KV heads or 1, d)
         if cos.shape[1] > 1:
             cos, sin = (x.repeat_interleave(groups, dim=1) for x in (cos, sin))
         return query * cos + rotate_half(query) * sin
-
-    @property
-    def k_heads(self) -> int:
-        return cast(int, self.k.weight.shape[0]) // cast(int, self.module.head_dim)
 
     def _attend(
         self,
@@ -136,10 +136,10 @@ class FilteredAttention:
         """Outputs behind O of the active tokens, (rows, hidden)."""
         found, row = [], 0
         for b, flags in enumerate(active):
-            n = int(flags.sum())
+            n = int(np.count_nonzero(flags))
             if n:
                 mine = query[row : row + n].transpose(0, 1).unsqueeze(0)  # (1, heads, n, d)
-                queries = new[2][torch.from_numpy(flags).to(query.device)]
+                row += n
                 keys, values, columns = layer.of(b)
                 alone = flags & dropped[b]  # tokens that attend but are not kept see themselves all the same
                 if alone.any():
@@ -147,23 +147,35 @@ class FilteredAttention:
                     keys = torch.cat((keys, new[0][b : b + 1, :, extra]), dim=2)
                     values = torch.cat((values, new[1][b : b + 1, :, extra]), dim=2)
                     columns = torch.cat((columns, new[2][extra]))
-                mask = self._mask(queries, columns, int(alone.sum()))
-                found.append(self._attention(mine, keys, values, mask))
-                row += n
+                if self._needs_no_mask(flags, layer.lengths[b] - before[b], before[b], bool(alone.any())):
+                    found.append(self._attention(mine, keys, values, None))
+                    continue
+                queries = new[2][torch.from_numpy(np.flatnonzero(flags)).to(query.device)]
+                for start in range(0, n, QUERIES):
+                    piece = slice(start, start + QUERIES)
+                    mask = self._mask(queries[piece], columns, int(alone.sum()))
+                    found.append(self._attention(mine[:, :, piece], keys, values, mask))
         outputs = torch.cat(found) if len(found) > 1 else found[0]
         self.counts.rows["o"] += len(outputs)
         return cast(torch.Tensor, self.o(outputs))
 
-    def _mask(self, queries: torch.Tensor, keys: torch.Tensor, alone: int) -> torch.Tensor | None:
+    def _needs_no_mask(self, active: np.ndarray, kept: int, before: int, alone: bool) -> bool:
+        """Whether a sequence's queries see all keys (there is one new token), or each those up to its own (there was no
+        token before, and those that attend are those that are kept): attention functions know that without a mask."""
+        if self.window is not None or alone:
+            return False
+        n = np.count_nonzero(active)
+        causal = before == 0 and n == kept > 1 and self.module.config._attn_implementation != "eager"
+        return len(active) == 1 or bool(causal)
+
+    def _mask(self, queries: torch.Tensor, keys: torch.Tensor, alone: int) -> torch.Tensor:
         """Which keys (K,) each query (n,) sees, (1, 1, n, K), from their columns; the last `alone` are not cached."""
-        if len(queries) == 1 and not alone and self.window is None:
-            return None
-        distance = queries.unsqueeze(1) - keys
-        seen = distance >= 0
+        queries = queries.unsqueeze(1)
+        seen = keys <= queries
         if self.window is not None:
-            seen &= distance < self.window
+            seen &= keys > queries - self.window
         if alone:
-            seen[:, -alone:] = distance[:, -alone:] == 0
+            seen[:, -alone:] = keys[-alone:] == queries
         return seen[None, None]
 
     def _attention(
@@ -194,7 +206,7 @@ class FilteredAttention:
             return
         if layer.output_anchor is None:
             layer.output_anchor = output.new_zeros(output.shape[0], output.shape[2], dtype=torch.float32)
-        row = 0
+        row, anchors = 0, []
         for b, flags in enumerate(active):
             n = int(np.count_nonzero(flags))
             mine = None if computed is None else computed[row : row + n].float()
@@ -208,7 +220,8 @@ class FilteredAttention:
                 tokens = np.flatnonzero(skipped[b])
                 met = torch.from_numpy(np.cumsum(flags)[tokens]).to(output.device)
                 output[b, torch.from_numpy(tokens).to(output.device)] = averages[met].to(output.dtype)
-            layer.output_anchor[b] = averages[n]
+            anchors.append(averages[n])
+        layer.output_anchor = torch.stack(anchors)
 
     def _decide(self, layer: FilteredLayer, k: torch.Tensor, v: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Which tokens are skipped, and which are not cached: (B, T) bool each. Moves anchors and thresholds on."""
@@ -216,6 +229,7 @@ class FilteredAttention:
         started, s, real = time.perf_counter(), self.settings, self.step.real
         batch = len(real)
         if layer.skip is None:
+            layer.settings = s
             kind = Fixed if s.signal == "random" else THRESHOLDS[s.threshold]
             layer.skip = kind(s.rule(self.skip_rate), batch)
             layer.drop = None if self.drop_rate is None else kind(s.rule(self.drop_rate), batch)
@@ -226,7 +240,8 @@ class FilteredAttention:
         if s.signal == "random":
             similarity = uniform(positions, s.seed, self.index)
         else:
-            similarity = self._similarity(layer, k, v, order, numbers)
+            with torch.autocast(k.device.type, enabled=False):
+                similarity = self._similarity(layer, k, v, order, numbers)
             similarity += TIES * (positions * GOLDEN % 1)  # text that repeats itself is not all or nothing
         if order is not None:
             similarity[np.arange(real.shape[1]) >= numbers[:, None]] = np.nan
@@ -244,7 +259,7 @@ class FilteredAttention:
         if x.shape[3] == 1 and order is None and layer.anchor is not None and layer.counts.all():
             cosines = cosine(x, layer.anchor.unsqueeze(3))  # a step of decoding, with as few operations as can be
             layer.anchor = torch.lerp(x[:, :, :, 0], layer.anchor, self.settings.gamma)
-            return self.fusion(cosines).double().cpu().numpy()
+            return self.fusion(cosines).cpu().double().numpy()
         if order is not None:
             index = torch.from_numpy(order).to(x.device)[:, None, None, :, None]
             x = x.gather(3, index.expand(-1, *x.shape[1:3], -1, x.shape[4]))
@@ -256,7 +271,7 @@ class FilteredAttention:
         cosines = cosine(x, anchors[..., :-1, :])
         rows = torch.arange(len(numbers), device=x.device)
         layer.anchor = anchors[rows, :, :, torch.from_numpy(numbers).to(x.device)]
-        return self.fusion(cosines).double().cpu().numpy()
+        return self.fusion(cosines).cpu().double().numpy()
 
     def _count(self, real: np.ndarray, skipped: np.ndarray, dropped: np.ndarray, layer: FilteredLayer) -> None:
         counts = self.counts

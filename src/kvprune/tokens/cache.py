@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kvprune.errors import CacheMismatch
+from kvprune.tokens.settings import Settings
 from kvprune.tokens.threshold import Threshold
 
 STEP = 64  # tokens: by this much, or by an eighth, a full cache grows
@@ -17,7 +18,7 @@ STEP = 64  # tokens: by this much, or by an eighth, a full cache grows
 class FilteredLayer(CacheLayerMixin):
     """keys, values (B, KV heads, room, head_dim), of which the first lengths[b] tokens are sequence b's.
 
-    window: of a sliding-window layer, tokens; what has left it is dropped when room is needed.
+    window: of a sliding-window layer, tokens; what has left it is dropped, at the latest when it is STEP tokens.
     """
 
     is_compileable = False
@@ -38,6 +39,7 @@ class FilteredLayer(CacheLayerMixin):
         self.seen = 0  # columns so far, with padding
         self.anchor: torch.Tensor | None = None  # (B, 2, KV heads, head_dim): of keys, of values
         self.output_anchor: torch.Tensor | None = None  # (B, hidden)
+        self.settings: Settings | None = None  # of the filter that made it
         self.skip: Threshold | None = None
         self.drop: Threshold | None = None
 
@@ -54,7 +56,9 @@ class FilteredLayer(CacheLayerMixin):
     def append(self, keys: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, kept: np.ndarray) -> None:
         """Keep some of the new tokens: keys, values (B, KV heads, T, head_dim), columns (T,), kept (B, T) bool."""
         new = kept.sum(1)
-        self._make_room(int((self.lengths + new).max()), int(columns[0]))
+        if self.keys is not None and self.keys.is_inference() and not torch.is_inference_mode_enabled():
+            self._resize(self.lengths * 0, self.keys.shape[2])  # a copy, which can be written to
+        self._make_room(int((self.lengths + new).max()))
         assert self.keys is not None
         assert self.values is not None
         if keys.shape[2] == 1:
@@ -62,7 +66,7 @@ class FilteredLayer(CacheLayerMixin):
             at = (torch.from_numpy(rows), slice(None), torch.from_numpy(self.lengths[rows]))
             if len(rows):
                 self.keys[at], self.values[at] = keys[rows, :, 0], values[rows, :, 0]
-                self.columns[at[0], at[2]] = columns[0]
+                self.columns[at[0], at[2]] = self.seen
         else:
             for b in range(len(kept)):
                 tokens = torch.from_numpy(np.flatnonzero(kept[b])).to(self.device)
@@ -71,31 +75,37 @@ class FilteredLayer(CacheLayerMixin):
                 self.columns[b, place] = columns[tokens]
         self.lengths = self.lengths + new
 
-    def _make_room(self, needed: int, column: int) -> None:
-        """For `needed` tokens; `column` is the next query's."""
+    def _make_room(self, needed: int) -> None:
+        """For `needed` tokens of the longest sequence, with some to spare."""
+        assert self.keys is not None
+        if needed > self.keys.shape[2]:
+            self._resize(self.lengths * 0, needed + max(STEP, needed // 8))
+
+    def trim(self) -> None:
+        """Drop what has left the window, if that is worth a copy."""
+        stale = self.stale()
+        if stale.max(initial=0) >= STEP:
+            self._resize(stale, int((self.lengths - stale).max()) + STEP)
+
+    def stale(self) -> np.ndarray:
+        """How many of each sequence's first tokens no later query can see, (B,)."""
+        if self.window is None:
+            return np.zeros_like(self.lengths)
+        old = self.columns <= self.seen - self.window
+        return np.array([int(old[b, :n].sum()) for b, n in enumerate(self.lengths)], dtype=np.int64)
+
+    def _resize(self, gone: np.ndarray, room: int) -> None:
+        """Copy into tensors with `room`, without the first gone[b] tokens of sequence b."""
         assert self.keys is not None
         assert self.values is not None
-        room = self.keys.shape[2]
-        if needed <= room:
-            return
-        gone = self._out_of_window(column)
+        keys = self.keys.new_zeros(*self.keys.shape[:2], room, self.keys.shape[3])
+        values = self.values.new_zeros(*self.values.shape[:2], room, self.values.shape[3])
+        columns = self.columns.new_zeros(len(gone), room)
         left = self.lengths - gone
-        needed -= int((self.lengths - left).min())
-        more = max(needed, min(room + max(STEP, room // 8), needed + max(STEP, needed // 8)))
-        keys = self.keys.new_zeros(*self.keys.shape[:2], more, self.keys.shape[3])
-        values = self.values.new_zeros(*self.values.shape[:2], more, self.values.shape[3])
-        columns = self.columns.new_zeros(len(left), more)
         for b, (first, last, n) in enumerate(zip(gone, self.lengths, left, strict=True)):
             keys[b, :, :n], values[b, :, :n] = self.keys[b, :, first:last], self.values[b, :, first:last]
             columns[b, :n] = self.columns[b, first:last]
         self.keys, self.values, self.columns, self.lengths = keys, values, columns, left
-
-    def _out_of_window(self, column: int) -> np.ndarray:
-        """How many of each sequence's tokens no query from `column` on can see, (B,)."""
-        if self.window is None:
-            return np.zeros_like(self.lengths)
-        old = self.columns <= column - self.window
-        return np.array([int(old[b, :n].sum()) for b, n in enumerate(self.lengths)], dtype=np.int64)
 
     def of(self, b: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sequence b's keys and values (1, KV heads, kept, head_dim), and their columns (kept,); views."""
@@ -103,16 +113,6 @@ class FilteredLayer(CacheLayerMixin):
         assert self.values is not None
         n = self.lengths[b]
         return self.keys[b : b + 1, :, :n], self.values[b : b + 1, :, :n], self.columns[b, :n]
-
-    @property
-    def bytes_per_token(self) -> int:
-        if self.keys is None or self.values is None:
-            return 0
-        return sum(t.shape[1] * t.shape[3] * t.element_size() for t in (self.keys, self.values))
-
-    @property
-    def allocated_bytes(self) -> int:
-        return sum(t.nbytes for t in (self.keys, self.values) if t is not None)
 
     # What transformers asks of a layer of a cache.
 

@@ -1,20 +1,22 @@
 """`TokenFilter`: a context in which a model skips the attention of tokens that look like what it has just seen."""
 
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kvprune.errors import BadOption, CacheMismatch, FilterMisuse
 from kvprune.models.family import family_of
 from kvprune.tokens.attention import FilteredAttention, Step
 from kvprune.tokens.cache import FilteredLayer
-from kvprune.tokens.report import report
+from kvprune.tokens.report import bytes_of, no_bytes, report
 from kvprune.tokens.settings import PRESETS, Settings
 
 ATTENTION = ("eager", "sdpa")
@@ -50,23 +52,28 @@ class TokenFilter:
         self._model: PreTrainedModel | None = None
         self._layers: list[FilteredAttention] = []
         self._cache: Any = None
+        self._bytes = no_bytes()
+        self._active = False
         self._prompt_ends: np.ndarray | None = None
         self._undo = ExitStack()
+        self._own_generate: Callable[..., Any] = _nothing
 
     def __call__(self, model: PreTrainedModel) -> "TokenFilter":
         """Bind to a model, which is not changed before the context is entered."""
+        if self._active:
+            raise FilterMisuse("this TokenFilter is in use already; leave its context, or make another one")
+        if not isinstance(model, PreTrainedModel):
+            raise FilterMisuse(
+                f"a TokenFilter needs a transformers model, not {type(model).__name__}; merge adapters first"
+            )
         family = family_of(model.config.model_type)
         config = model.config
         if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
             raise FilterMisuse("partial rotary embeddings are not supported by TokenFilter")
-        name = config._attn_implementation
-        if name not in ATTENTION:
-            raise FilterMisuse(
-                f"attention implementation {name!r} is not supported; load with {' or '.join(ATTENTION)}"
-            )
+        _check_attention(config)
         blocks = cast(nn.ModuleList, model.base_model.get_submodule(family.layers))
         modules = [getattr(block, family.attention) for block in blocks]
-        if any("forward" in vars(m) and isinstance(_owner(m), FilteredAttention) for m in modules):
+        if any(isinstance(getattr(vars(m).get(_forward(m)), "__self__", None), FilteredAttention) for m in modules):
             raise FilterMisuse("the model has a TokenFilter already; leave its context first")
         s = self.settings
         skip = s.rates(s.ratio, len(modules))
@@ -75,7 +82,7 @@ class TokenFilter:
             FilteredAttention(modules[i], family, i, s, rate, None if drop is None else drop[i])
             for i, rate in skip.items()
         ]
-        self._model, self._cache = model, None
+        self._model, self._cache, self._bytes = model, None, no_bytes()
         return self
 
     def __enter__(self) -> "TokenFilter":
@@ -85,22 +92,29 @@ class TokenFilter:
         with ExitStack() as stack:
             for layer in self._layers:
                 layer.decisions = [] if self.record else None
-                stack.callback(_replace(layer.module, "forward", layer.forward))
+                stack.callback(_replace(layer.module, _forward(layer.module), layer.forward))
+            self._own_generate = cast(Callable[..., Any], self._model.generate)
             stack.callback(_replace(self._model, "generate", self._generate))
             stack.callback(self._model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             self._undo = stack.pop_all()
+        self._active = True
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._active = False
         self._undo.close()
         for layer in self._layers:
             layer.step = None
+        assert self._model is not None
+        self._bytes, self._cache = bytes_of(self._model, self._cache), None
 
     @property
     def report(self) -> dict[str, Any]:
         """What was skipped and saved since the context was entered; see report.py."""
         assert self._model is not None
-        return report(self._model, self.settings, [(layer.index, layer.counts) for layer in self._layers], self._cache)
+        found = bytes_of(self._model, self._cache) if self._active else self._bytes
+        counts = [(layer.index, layer.counts) for layer in self._layers]
+        return report(self._model, self.settings, counts) | found
 
     @property
     def skipped(self) -> np.ndarray:
@@ -115,34 +129,37 @@ class TokenFilter:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, told where the prompts end."""
-        assert self._model is not None
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        ids = kwargs.get("inputs_embeds") if ids is None else ids
-        mask = kwargs.get("attention_mask")
-        if self.settings.prompt_length is None and ids is not None:
-            self._prompt_ends = np.full(len(ids), ids.shape[1]) if mask is None else mask.sum(1).cpu().numpy()
+        embeds, mask, cache = (kwargs.get(name) for name in ("inputs_embeds", "attention_mask", "past_key_values"))
+        if self.settings.prompt_length is None:
+            if mask is None and ids is not None:
+                mask = self._padding(ids)
+            if mask is not None:
+                self._prompt_ends = mask.sum(1).cpu().numpy()
+            elif embeds is not None:
+                seen = 0 if cache is None else cache.get_seq_length()
+                self._prompt_ends = np.full(len(embeds), seen + embeds.shape[1])
         try:
-            return type(self._model).generate(self._model, *args, **kwargs)  # type: ignore[attr-defined]
+            return self._own_generate(*args, **kwargs)
         finally:
             self._prompt_ends = None
+
+    def _padding(self, ids: torch.Tensor) -> torch.Tensor:
+        """The mask that generate makes where it gets none: pad tokens, unless they may be text as well."""
+        assert self._model is not None
+        pad, end = (getattr(self._model.generation_config, name) for name in ("pad_token_id", "eos_token_id"))
+        ends = end if isinstance(end, list) else [end]
+        return torch.ones_like(ids) if pad is None or pad in ends else ids.ne(pad).long()
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before every forward of the base model: checks, the cache, and what all layers need to know of the call."""
         assert self._model is not None
         config = self._model.config
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self._model.parameters()):
-            raise FilterMisuse("a TokenFilter does not train; run the model under torch.no_grad()")
-        wanted = kwargs.get("output_attentions")
-        if config.output_attentions if wanted is None else wanted:
-            raise FilterMisuse("output_attentions: the attention of skipped tokens is never computed; leave it out")
-        ids = args[0] if args else kwargs.get("input_ids")
-        ids = kwargs["inputs_embeds"] if ids is None else ids
+        kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        _check_call(self._model, kwargs)
+        ids = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         batch, tokens = ids.shape[:2]
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.dim() != 2:
-            raise FilterMisuse("a TokenFilter makes its own masks: give a mask of shape (batch, tokens), or none")
-        cache = kwargs.get("past_key_values")
-        use_cache = kwargs.get("use_cache")
+        mask, cache, use_cache = (kwargs.get(name) for name in ("attention_mask", "past_key_values", "use_cache"))
         if cache is None and (config.use_cache if use_cache is None else use_cache):
             cache = kwargs["past_key_values"] = DynamicCache(config=config)
         layers = self._cached(cache) if cache is not None else {i.index: FilteredLayer(i.window) for i in self._layers}
@@ -152,9 +169,8 @@ class TokenFilter:
         step = Step(real, self._ends(batch), layers)
         for layer in self._layers:
             layer.step = step
-        if cache is not None:
-            self._cache = cache
-        return args, kwargs
+        self._cache = cache
+        return (), kwargs
 
     def _ends(self, batch: int) -> np.ndarray:
         """Absolute positions behind the prompts' final tokens, (B,)."""
@@ -181,15 +197,44 @@ class TokenFilter:
                     raise CacheMismatch("this cache was made without the TokenFilter; start with an empty one")
                 layer = cache.layers[attention.index] = FilteredLayer(attention.window)
             found[attention.index] = layer
-        others = [i for i, layer in enumerate(cache.layers) if isinstance(layer, FilteredLayer) and i not in found]
-        if others:
+        others = any(isinstance(layer, FilteredLayer) and i not in found for i, layer in enumerate(cache.layers))
+        mine = replace(self.settings, prompt_length=None)
+        made_by = [layer.settings for layer in found.values() if layer.settings is not None]
+        if others or any(replace(settings, prompt_length=None) != mine for settings in made_by):
             raise CacheMismatch("this cache was made with another TokenFilter; start with an empty one")
+        if len({cast(CacheLayerMixin, layer).get_seq_length() for layer in cache.layers}) > 1:
+            raise CacheMismatch("this cache has been used without its TokenFilter; start with an empty one")
         return found
 
 
-def _owner(module: nn.Module) -> object:
-    """Whose method an instance's own `forward` is."""
-    return getattr(vars(module)["forward"], "__self__", None)
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    raise FilterMisuse("a TokenFilter generates in its context only")
+
+
+def _check_attention(config: Any) -> None:
+    name = config._attn_implementation
+    if name not in ATTENTION:
+        raise FilterMisuse(f"attention implementation {name!r} is not supported; load with {' or '.join(ATTENTION)}")
+
+
+def _check_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Raise FilterMisuse for a call of the base model that a filter cannot serve."""
+    _check_attention(model.config)
+    if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
+        raise FilterMisuse("a TokenFilter does not train; run the model under torch.no_grad()")
+    wanted = kwargs.get("output_attentions")
+    if model.config.output_attentions if wanted is None else wanted:
+        raise FilterMisuse("output_attentions: the attention of skipped tokens is never computed; leave it out")
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+        raise FilterMisuse("a TokenFilter makes its own masks: give a mask of shape (batch, tokens), or none")
+    if mask is None and positions is not None and positions.shape[-1] > 1 and (positions.diff(dim=-1) != 1).any():
+        raise FilterMisuse("position_ids that start again pack several texts into one; give a batch instead")
+
+
+def _forward(module: nn.Module) -> str:
+    """The attribute to stand in for: accelerate's hooks, which move weights, call `_old_forward`."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
 
 
 def _replace(thing: Any, name: str, value: Any) -> Callable[[], None]:

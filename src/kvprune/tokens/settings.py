@@ -60,14 +60,15 @@ class Settings:
                 raise BadOption(f"unknown {name} {getattr(self, name)!r}; choose {', '.join(known)}")
         for name in ("ratio", "drop_ratio", "alpha", "eta"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise BadOption(f"{name} must be a finite number, at least 0, not {value}")
+            if value is not None and not (_is_number(value) and value >= 0):
+                raise BadOption(f"{name} must be a finite number, at least 0, not {value!r}")
         for name in ("gamma", "output_gamma", "beta"):
-            if not 0 <= getattr(self, name) < 1:
-                raise BadOption(f"{name} must lie from 0 to below 1, not {getattr(self, name)}")
-        if not 0 < self.tail <= 1:
-            raise BadOption(f"tail must lie above 0 and be at most 1, not {self.tail}")
-        for name, least in (("warmup", 0), ("sinks", 0), ("block", 1), ("prompt_length", 1)):
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value < 1):
+                raise BadOption(f"{name} must lie from 0 to below 1, not {value!r}")
+        if not (_is_number(self.tail) and 0 < self.tail <= 1):
+            raise BadOption(f"tail must lie above 0 and be at most 1, not {self.tail!r}")
+        for name, least in (("warmup", 0), ("sinks", 0), ("block", 1), ("seed", 0), ("prompt_length", 1)):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= least):
                 raise BadOption(f"{name} must be a whole number, at least {least}, not {value}")
@@ -96,7 +97,11 @@ class Settings:
         return Rule(target, self.first, self.block, self.alpha, self.beta, self.eta)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2512.07090, where it says; what it leaves open is as above
-    "paper": {"on_skip": "zero", "fusion": "variance", "gamma": 0.9, "threshold": "adaptive", "tail": 0.5}
+    "paper": {"on_skip": "zero", "fusion": "variance", "gamma": 0.9, "threshold": "adaptive"}
 }

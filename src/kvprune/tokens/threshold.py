@@ -92,7 +92,7 @@ class Threshold:
         return taken
 
     def _remember(self, similarity: np.ndarray, positions: np.ndarray) -> None:
-        rows, columns = np.nonzero(~np.isnan(similarity))
+        rows, columns = np.nonzero(~np.isnan(similarity) & (positions > 0))  # the first token is its own anchor
         self.history[rows, positions[rows, columns] % HISTORY] = similarity[rows, columns]
 
     def _complete(self, complete: np.ndarray, position: np.ndarray) -> None:
@@ -100,7 +100,7 @@ class Threshold:
         self.taken[complete] += self.block_taken[complete]
         self.counted[complete] += self.block_counted[complete]
         for b in np.flatnonzero(complete & (position >= self.rule.first)):
-            self.level[b] = self._move(int(b))
+            self.level[b] = self._move(int(b)) if self.rule.target else np.inf
         self.block_taken[complete] = self.block_counted[complete] = 0.0
 
     def _move(self, b: int) -> float:
@@ -108,8 +108,11 @@ class Threshold:
         raise NotImplementedError
 
     def _quantile(self, b: int, share: float) -> float:
-        """The similarity that `share` of the remembered ones are above."""
-        return float(np.nanquantile(self.history[b], min(max(1 - share, 0.0), 1.0)))
+        """The similarity that `share` of the remembered ones are above: of 0 or less no one can be, of 1 any is."""
+        if not 0 < share < 1:
+            return np.inf if share <= 0 else -np.inf
+        history = self.history[b]
+        return float(np.quantile(history[~np.isnan(history)], 1 - share)) if (~np.isnan(history)).any() else np.inf
 
 
 class Adaptive(Threshold):
