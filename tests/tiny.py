@@ -48,7 +48,9 @@ FAMILIES = {
 }
 
 
-def tiny_model(family: str, *, kv_heads=2, groups=1, head_dim=16, layers=2, attention="sdpa", seed=0, **extra):
+def tiny_model(
+    family: str, *, kv_heads=2, groups=1, head_dim=16, layers=2, attention="sdpa", seed=0, positions=128, **extra
+):
     """A random model in eval mode, float32, with biases that are not zero."""
     config_class, model_class, options = FAMILIES[family]
     torch.manual_seed(seed)
@@ -60,7 +62,7 @@ def tiny_model(family: str, *, kv_heads=2, groups=1, head_dim=16, layers=2, atte
         num_attention_heads=kv_heads * groups,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         attn_implementation=attention,
         pad_token_id=0,
         bos_token_id=1,

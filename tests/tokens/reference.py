@@ -22,6 +22,12 @@ def cos(a, b):
     return float(a @ b / (a.norm() * b.norm()))
 
 
+def quantile(history, share):
+    if share <= 0 or not history:
+        return math.inf
+    return -math.inf if share >= 1 else float(torch.quantile(torch.tensor(history, dtype=torch.float64), 1 - share))
+
+
 def rotate(x, cos_row, sin_row):
     half = len(x) // 2
     return x * cos_row + torch.cat((-x[half:], x[:half])) * sin_row
@@ -85,7 +91,7 @@ def run(model, ids, *, rates, drop_rates=None, prompt_ends=(), options):
                     found.margin = min(found.margin, abs(s - state["level"]), abs(s - drop_level))
                 state["flags"].append(skip)
                 state["dropped"].append(dropped)
-                state["history"] = [*state["history"], s][-256:]
+                state["history"] = [*state["history"], s][-256:] if t else []
                 if (t + 1) % o["block"] == 0 and t + 1 >= first:
                     for name, flags, rate in (
                         ("level", state["flags"], rates[index]),
@@ -93,11 +99,7 @@ def run(model, ids, *, rates, drop_rates=None, prompt_ends=(), options):
                     ):
                         late = flags[first:]
                         share = rate + (rate * len(late) - sum(late)) / 32
-                        state[name] = float(
-                            torch.quantile(
-                                torch.tensor(state["history"], dtype=torch.float64), min(max(1 - share, 0.0), 1.0)
-                            )
-                        )
+                        state[name] = quantile(state["history"], share if rate else 0)
             else:
                 state["flags"].append(False)
             if not skip:

@@ -80,7 +80,7 @@ def loop(kind, rule, similarity, never):
         late = position >= rule.first
         flag = late and s > level and not never[position]
         flags.append(flag)
-        history = [*history, s][-HISTORY:]
+        history = [*history, s][-HISTORY:] if position else []
         if late:
             block.append(flag)
         if (position + 1) % rule.block == 0:
@@ -88,9 +88,10 @@ def loop(kind, rule, similarity, never):
             if position + 1 >= rule.first:
                 if kind == "quantile":
                     share = rule.target + (rule.target * counted - taken) / 32
-                    level = float(np.quantile(history, min(max(1 - share, 0), 1)))
+                    inside = 0 < share < 1 and history
+                    level = float(np.quantile(history, 1 - share)) if inside else math.inf if share < 1 else -math.inf
                 elif math.isinf(level):
-                    level = float(np.quantile(history, 1 - rule.target))
+                    level = float(np.quantile(history, 1 - rule.target)) if history else math.inf
                 else:
                     if block:
                         memory = rule.beta ** len(block)
@@ -145,11 +146,12 @@ def test_thresholds_reach_their_target(kind, shape):
         "repeated": np.resize(noise[:7], n),
         "equal": 0.5 + 1e-5 * (np.arange(n) * 0.6180339887498949 % 1),  # as the filter hands them over
     }[shape]
-    for target in (0.2, 0.5, 0.8):
+    for target in (0.0, 0.2, 0.5, 0.8):
         threshold = THRESHOLDS[kind](Rule(target, 32, 16, 0.1, 0.98, 0.005), 1)
         taken = threshold.take(similarity[None], np.zeros(1, dtype=np.int64), np.zeros((1, n), dtype=bool))
         assert taken[0, 32:].mean() == pytest.approx(target, abs=0.02)
         assert not taken[0, :32].any()
+        assert target or not taken.any()
 
 
 def test_the_random_baseline_is_uniform_and_knows_seed_and_layer_only():
