@@ -32,7 +32,7 @@ def test_console_commands(checkpoint, texts, tmp_path):
 
 
 def test_python_example(checkpoint, texts, tmp_path, monkeypatch):
-    (code,) = blocks("python")
+    code = "\n".join(blocks("python"))
     quick = "calibration_tokens=512, eval_tokens=512, windows=(64,), align=2, min_width=4"
     code = code.replace(HUB_ID, str(checkpoint)).replace("ratio=0.5", f"ratio=0.5, {quick}")
     monkeypatch.chdir(tmp_path)
