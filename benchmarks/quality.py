@@ -7,8 +7,8 @@ DIR holds wikitext2-{valid,test}.txt, ptb-{valid,test}.txt and the demo's text, 
 calibrated, repaired and trained on the WikiText-2 valid split alone, but for the cells that say "wiki" (leads of
 Wikipedia's articles) or "self" (sampled from the model); it is judged on the first 16,384 tokens of the test splits
 of WikiText-2 and PTB, windows of 512 and 2048. WORK keeps the pruned folders. A cell that OUT.json has is not run
-again, so an interrupted run continues, and --only takes the cells whose name matches a pattern; OUT.md and OUT.png
-are drawn from OUT.json.
+again, so an interrupted run continues, and --only takes the cells whose name matches a pattern; OUT.md and the
+picture are drawn from OUT.json.
 """
 
 import argparse
@@ -146,40 +146,39 @@ def run(bench: Bench) -> None:
         bench.prune(f"0.5, {name}", 0.5, keep=False, **options)
 
 
+GROUPS = ("dense", "closed form 0.25", "closed form 0.5", "closed form 0.75", "paper", "0.5,")  # order of the rows
+
+
 def table(bench: Bench) -> str:
-    """Perplexities, and their ratios to dense (to dense+ for what was trained on WikiText-2)."""
+    """Perplexities and their ratios to dense, on WikiText-2 to dense+ too where the model was adapted to it."""
     rows = [
-        "| cell | KV bytes | WikiText-2, 512 | / dense | / dense+ | PTB, 512 | / dense | WikiText-2, 2048 | PTB, 2048 "
-        "| repetition | minutes |",
-        "| --- |" + " ---: |" * 10,
+        "| cell | KV bytes | WikiText-2, 512 | / dense | / dense+ | PTB, 512 | / dense | WikiText-2, 2048 | / dense "
+        "| PTB, 2048 | / dense | repetition | minutes |",
+        "| --- |" + " ---: |" * 12,
     ]
-    for name, cell in bench.cells.cells.items():
-        values = {key: bench.perplexity(name, *key) for key in product_of_texts()}
-        dense = {key: bench.perplexity("dense", *key) for key in product_of_texts()}
-        plus = None
-        if "recovered" in name and ("wikitext2" in name or "paper" in name):
-            plus = bench.perplexity(PAPER_PLUS if "paper" in name else PLUS, "wikitext2", 512)
-        wiki, ptb = values["wikitext2", 512], values["ptb", 512]
-        share = cell["kv_bytes_per_token"]["pruned"] / cell["kv_bytes_per_token"]["dense"]
-        columns = (
-            name,
-            f"{share:.0%}",
-            number(wiki),
-            ratio_of(wiki, dense["wikitext2", 512]),
-            ratio_of(wiki, plus),
-            number(ptb),
-            ratio_of(ptb, dense["ptb", 512]),
-            number(values["wikitext2", 2048]),
-            number(values["ptb", 2048]),
-            f"{cell['repetition']:.2f}",
-            f"{sum(cell['seconds'].values()) / 60:.1f}",
-        )
-        rows.append("| " + " | ".join(columns) + " |")
-    return "\n".join(rows) + "\n"
+    names = [name for group in GROUPS for name in bench.cells.cells if name.startswith(group)]
+    return "\n".join([*rows, *(row(bench, name) for name in names)]) + "\n"
 
 
-def product_of_texts() -> list[tuple[str, int]]:
-    return [(text, window) for text in ("wikitext2", "ptb") for window in (512, 2048)]
+def row(bench: Bench, name: str) -> str:
+    cell = bench.cells.cells[name]
+    share = cell["kv_bytes_per_token"]["pruned"] / cell["kv_bytes_per_token"]["dense"]
+    columns = [name, f"{100 * share:.0f} %"]
+    for text, window in (("wikitext2", 512), ("ptb", 512), ("wikitext2", 2048), ("ptb", 2048)):
+        value = bench.perplexity(name, text, window)
+        columns += [number(value), ratio_of(value, bench.perplexity("dense", text, window))]
+        if (text, window) == ("wikitext2", 512):
+            plus = bench.perplexity(PAPER_PLUS if "paper" in name else PLUS, text, window)
+            columns.append(ratio_of(value, plus) if is_adapted(name) else "")
+    seconds = [value for phase, value in cell["seconds"].items() if "evaluate" not in phase]
+    columns += [f"{cell['repetition']:.2f}", f"{sum(seconds) / 60:.1f}"]
+    return "| " + " | ".join(columns) + " |"
+
+
+def is_adapted(name: str) -> bool:
+    """Whether the model was trained on WikiText-2 itself, or by one that was."""
+    trained = "recovered" in name or "distilled from dense+" in name
+    return trained and ("wikitext2" in name or "paper" in name)
 
 
 def number(value: float | None) -> str:
@@ -190,7 +189,7 @@ def ratio_of(value: float | None, base: float | None) -> str:
     return "" if value is None or base is None else f"{value / base:.3f}"
 
 
-def draw(bench: Bench) -> None:
+def draw(bench: Bench, picture: Path) -> None:
     """Perplexity over dense against the KV bytes that are left, one panel a text."""
     import matplotlib
 
@@ -199,8 +198,8 @@ def draw(bench: Bench) -> None:
 
     lines = {
         "closed form": ("closed form {}", "o-"),
-        "recovered on WikiText-2 valid": ("closed form {}, recovered on wikitext2", "s-"),
-        "recovered on Wikipedia leads": ("closed form {}, recovered on wiki", "^-"),
+        "distilled": ("closed form {}, distilled on wikitext2", "s-"),
+        "distilled, then trained": ("closed form {}, distilled and recovered on wikitext2", "^-"),
         "the paper's preset": ("paper {}", "x--"),
         "the paper's preset, recovered": ("paper {}, recovered", "+--"),
     }
@@ -208,7 +207,7 @@ def draw(bench: Bench) -> None:
     for panel, (text, title) in zip(panels, (("wikitext2", "WikiText-2"), ("ptb", "PTB, never seen")), strict=True):
         dense = bench.perplexity("dense", text, 512)
         for label, (pattern, style) in lines.items():
-            points = [(1.0, 1.0)] if "recovered" not in label else []
+            points = [] if "trained" in label or "recovered" in label else [(1.0, 1.0)]
             for ratio in RATIOS:
                 value = bench.perplexity(pattern.format(ratio), text, 512)
                 if value is not None and dense is not None:
@@ -229,7 +228,7 @@ def draw(bench: Bench) -> None:
     panels[1].legend(fontsize=8)
     figure.suptitle(f"{bench.cells.results['environment']['model']}: quality against KV bytes")
     figure.tight_layout()
-    figure.savefig(bench.cells.out.with_suffix(".png"), dpi=120)
+    figure.savefig(picture, dpi=120)
 
 
 def main() -> None:
@@ -238,12 +237,13 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", nargs="*", default=[], metavar="PATTERN", help="names of cells; * matches anything")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
+    parser.add_argument("--picture", type=Path, default=Path("docs/quality.png"))
     arguments = parser.parse_args()
     bench = Bench(arguments.model, arguments.work, Cells(arguments.out, arguments.model, arguments.only))
     run(bench)
     arguments.out.with_suffix(".md").write_text(table(bench))
     print(table(bench))
-    draw(bench)
+    draw(bench, arguments.picture)
 
 
 if __name__ == "__main__":
