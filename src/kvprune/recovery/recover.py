@@ -249,13 +249,16 @@ class _Run:
         """What a process may need at its peak, in bytes; docs/recovery.md says where it comes from."""
         s, config = self.settings, lm.config
         tokens = min(MICRO_TOKENS, max(s.batch // self.accelerator.num_processes, 1) * training.train.ids.shape[1])
-        a_layer = 16 * config.hidden_size + 6 * config.intermediate_size
+        h, m, itemsize = config.hidden_size, config.intermediate_size, lm.dtype.itemsize
+        a_layer = (16 * h + 6 * m) * itemsize + (
+            4 * (6 * h + m) if itemsize < 4 else 0
+        )  # the adapters' inputs, float32
         layers = 1 + config.num_hidden_layers / 8 if s.gradient_checkpointing else config.num_hidden_layers
         adapter = sum(t.numel() * t.element_size() for t in training.best.values())
         return {
             "weights": self.weight_bytes * (2 if s.needs_dense else 1),
             "adapters, gradients, moments, best": 6 * adapter,
-            "activations of one piece": int(tokens * a_layer * layers * lm.dtype.itemsize),
+            "activations of one piece": int(tokens * a_layer * layers),
             "one copy of the weights to save": self.weight_bytes,
         }
 
