@@ -55,7 +55,10 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-KEPT = ("ratio_achieved", "kv_bytes_per_token", "widths", "method", "perplexity", "seconds", "recovered")
+KEPT = (  # of a cell's record
+    *("ratio_achieved", "kv_bytes_per_token", "widths", "method", "perplexity", "seconds", "recovered"),
+    *("peak_memory_bytes", "repetition"),
+)
 
 
 class Bench:
@@ -65,7 +68,7 @@ class Bench:
     def cell(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
         def kept() -> dict[str, Any]:
             record = run()
-            return {key: record[key] for key in (*KEPT, "peak_memory_bytes", "repetition") if key in record}
+            return {key: record[key] for key in KEPT if key in record}
 
         self.cells.run(name, kept)
 

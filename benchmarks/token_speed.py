@@ -12,6 +12,7 @@ is drawn from it.
 import argparse
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,7 @@ class Side:
         return logits[:, -1:].argmax(-1)
 
     def timed(self, work) -> float:
-        if self.filter is None:
-            start = time.perf_counter()
-            work()
-            return time.perf_counter() - start
-        with self.filter(self.model):
+        with nullcontext() if self.filter is None else self.filter(self.model):
             start = time.perf_counter()
             work()
             return time.perf_counter() - start

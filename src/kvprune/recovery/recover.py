@@ -249,10 +249,10 @@ class _Run:
         """What a process may need at its peak, in bytes; docs/recovery.md says where it comes from."""
         s, config = self.settings, lm.config
         tokens = min(MICRO_TOKENS, max(s.batch // self.accelerator.num_processes, 1) * training.train.ids.shape[1])
-        h, m, itemsize = config.hidden_size, config.intermediate_size, lm.dtype.itemsize
-        a_layer = (16 * h + 6 * m) * itemsize + (
-            4 * (6 * h + m) if itemsize < 4 else 0
-        )  # the adapters' inputs, float32
+        h, m = config.hidden_size, config.intermediate_size
+        a_layer = (16 * h + 6 * m) * lm.dtype.itemsize
+        if lm.dtype.itemsize < 4:
+            a_layer += 4 * (6 * h + m)  # the adapters' inputs, in float32
         layers = 1 + config.num_hidden_layers / 8 if s.gradient_checkpointing else config.num_hidden_layers
         adapter = sum(t.numel() * t.element_size() for t in training.best.values())
         return {

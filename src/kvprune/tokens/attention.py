@@ -25,15 +25,28 @@ QUERIES = 1024  # that share a mask: one for a whole long prompt would be larger
 
 @dataclass(frozen=True)
 class Step:
-    """What one call of the model is about, the same for all its layers.
+    """What one call of the model is about, worked out once for all its layers.
 
-    real (B, T) bool: what is no padding. prompt_end (B,): absolute positions behind the prompts' final tokens, -1 for
-    none. layers: those of the cache that filters use, by number.
+    real (B, T) bool: what is no padding; numbers (B,): how many that are. order (B, T): the columns, real tokens first,
+    or None where all are real. positions (B, T): absolute ones, of the tokens in that order. final (B, T) bool, in that
+    order: the prompts' final tokens. layers: those of the cache that filters use, by number.
     """
 
     real: np.ndarray
-    prompt_end: np.ndarray
+    numbers: np.ndarray
+    order: np.ndarray | None
+    positions: np.ndarray
+    final: np.ndarray
     layers: dict[int, FilteredLayer]
+
+    @classmethod
+    def of(cls, real: np.ndarray, prompt_ends: np.ndarray, layers: dict[int, FilteredLayer]) -> "Step":
+        """prompt_ends (B,): absolute positions behind the prompts' final tokens, 0 for none."""
+        some = next(iter(layers.values()))
+        counts = some.counts if some.is_initialized else np.zeros(len(real), dtype=np.int64)
+        order = None if real.all() else np.argsort(~real, axis=1, kind="stable")
+        positions = counts[:, None] + np.arange(real.shape[1])
+        return cls(real, real.sum(1), order, positions, positions == prompt_ends[:, None] - 1, layers)
 
 
 @dataclass
@@ -96,9 +109,9 @@ class FilteredAttention:
             computed = self._attend(layer, query, active, dropped, before, (rotated, v, columns))
         self._write(layer, output, computed, active, skipped)
         layer.seen += real.shape[1]
-        layer.counts = layer.counts + real.sum(1)
+        layer.counts = layer.counts + self.step.numbers
         layer.trim()
-        self._count(real, skipped, dropped, layer)
+        self._count(self.step, skipped, dropped)
         if self.decisions is not None:
             self.decisions.append(skipped)
         return output, None
@@ -226,28 +239,23 @@ class FilteredAttention:
     def _decide(self, layer: FilteredLayer, k: torch.Tensor, v: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Which tokens are skipped, and which are not cached: (B, T) bool each. Moves anchors and thresholds on."""
         assert self.step is not None
-        started, s, real = time.perf_counter(), self.settings, self.step.real
-        batch = len(real)
+        started, s, step = time.perf_counter(), self.settings, self.step
         if layer.skip is None:
             layer.settings = s
             kind = Fixed if s.signal == "random" else THRESHOLDS[s.threshold]
-            layer.skip = kind(s.rule(self.skip_rate), batch)
-            layer.drop = None if self.drop_rate is None else kind(s.rule(self.drop_rate), batch)
-        numbers, order = real.sum(1), None
-        positions = layer.counts[:, None] + np.arange(real.shape[1])
-        if not real.all():
-            order = np.argsort(~real, axis=1, kind="stable")  # real tokens first
+            layer.skip = kind(s.rule(self.skip_rate), len(step.real))
+            layer.drop = None if self.drop_rate is None else kind(s.rule(self.drop_rate), len(step.real))
         if s.signal == "random":
-            similarity = uniform(positions, s.seed, self.index)
+            similarity = uniform(step.positions, s.seed, self.index)
         else:
             with torch.autocast(k.device.type, enabled=False):
-                similarity = self._similarity(layer, k, v, order, numbers)
-            similarity += TIES * (positions * GOLDEN % 1)  # text that repeats itself is not all or nothing
-        if order is not None:
-            similarity[np.arange(real.shape[1]) >= numbers[:, None]] = np.nan
-        final = positions == self.step.prompt_end[:, None] - 1
-        skipped = _back(layer.skip.take(similarity, layer.counts, final), order)
-        dropped = skipped if layer.drop is None else _back(layer.drop.take(similarity, layer.counts, final), order)
+                similarity = self._similarity(layer, k, v, step.order, step.numbers)
+            similarity += TIES * (step.positions * GOLDEN % 1)  # text that repeats itself is not all or nothing
+        if step.order is not None:
+            similarity[np.arange(step.real.shape[1]) >= step.numbers[:, None]] = np.nan
+        skipped = dropped = _back(layer.skip.take(similarity, layer.counts, step.final), step.order)
+        if layer.drop is not None:
+            dropped = _back(layer.drop.take(similarity, layer.counts, step.final), step.order)
         self.counts.seconds += time.perf_counter() - started
         return skipped, dropped
 
@@ -273,15 +281,15 @@ class FilteredAttention:
         layer.anchor = anchors[rows, :, :, torch.from_numpy(numbers).to(x.device)]
         return self.fusion(cosines).cpu().double().numpy()
 
-    def _count(self, real: np.ndarray, skipped: np.ndarray, dropped: np.ndarray, layer: FilteredLayer) -> None:
+    def _count(self, step: Step, skipped: np.ndarray, dropped: np.ndarray) -> None:
         counts = self.counts
-        positions = layer.counts[:, None] - real.sum(1)[:, None] + np.cumsum(real, axis=1) - 1
-        counts.tokens += int(real.sum())
-        counts.late += int((real & (positions >= self.settings.first)).sum())
+        first = step.positions[:, 0]
+        counts.tokens += int(step.numbers.sum())
+        counts.late += int((first + step.numbers - first.clip(min=self.settings.first)).clip(min=0).sum())
         counts.skipped += int(skipped.sum())
         counts.dropped += int(dropped.sum())
         for name in "kv":
-            counts.rows[name] += real.size
+            counts.rows[name] += step.real.size
 
 
 def uniform(positions: np.ndarray, seed: int, layer: int) -> np.ndarray:

@@ -166,7 +166,7 @@ class TokenFilter:
         real = np.ones((batch, tokens), dtype=bool)
         if mask is not None:
             real = mask[:, -tokens:].cpu().numpy().astype(bool)
-        step = Step(real, self._ends(batch), layers)
+        step = Step.of(real, self._ends(batch), layers)
         for layer in self._layers:
             layer.step = step
         self._cache = cache

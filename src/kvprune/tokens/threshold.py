@@ -74,7 +74,7 @@ class Threshold:
             positions = (start - shift)[:, None] + np.arange(piece.start, piece.stop)
             here = lengths > piece.start
             complete = lengths >= piece.stop
-            taken[:, piece] = self._block(grid[:, piece], positions, forbidden[:, piece], complete & here, here)
+            taken[:, piece] = self._block(grid[:, piece], positions, forbidden[:, piece], complete, here)
         return taken[rows, places]
 
     def _block(
@@ -86,9 +86,9 @@ class Threshold:
         self.block_taken += taken.sum(1)
         self.block_counted += counted.sum(1)
         self._remember(similarity, positions)
-        complete = complete & here
-        if complete.any():
-            self._complete(complete, positions[:, -1] + 1)
+        over = complete & here
+        if over.any():
+            self._complete(over, positions[:, -1] + 1)
         return taken
 
     def _remember(self, similarity: np.ndarray, positions: np.ndarray) -> None:
@@ -111,8 +111,8 @@ class Threshold:
         """The similarity that `share` of the remembered ones are above: of 0 or less no one can be, of 1 any is."""
         if not 0 < share < 1:
             return np.inf if share <= 0 else -np.inf
-        history = self.history[b]
-        return float(np.quantile(history[~np.isnan(history)], 1 - share)) if (~np.isnan(history)).any() else np.inf
+        known = self.history[b][~np.isnan(self.history[b])]
+        return float(np.quantile(known, 1 - share)) if len(known) else np.inf
 
 
 class Adaptive(Threshold):
