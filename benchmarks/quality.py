@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 from cells import Cells
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvprune
 from kvprune.measure.perplexity import perplexity
@@ -75,11 +77,12 @@ class Bench:
     def folder(self, name: str) -> Path:
         return self.work / name.replace(" ", "-").replace(",", "")
 
-    def prune(self, name: str, ratio: float, keep: bool = True, **options) -> None:
+    def prune(self, name: str, ratio: float, source: str | None = None, keep: bool = True, **options) -> None:
         out = self.folder(name) if keep else None
 
         def run() -> dict[str, Any]:
-            result = kvprune.prune(self.model, out, ratio=ratio, resume=True, progress=Bars(), **PRUNE, **options)
+            model = self.model if source is None else plain(self.model, self.folder(source))
+            result = kvprune.prune(model, out, ratio=ratio, resume=True, progress=Bars(), **PRUNE, **options)
             return {**result.record, **judged(result)}
 
         self.cell(name, run)
@@ -98,6 +101,21 @@ class Bench:
             if (row["text"], row["window"]) == (text, window):
                 return row["pruned"]
         return None
+
+
+def plain(model: str, folder: Path) -> Path:
+    """The checkpoint of the model's own architecture with the weights of a folder that was pruned by nothing."""
+    out = folder.with_name(f"{folder.name}-plain")
+    if not out.exists():
+        path = Path(model)
+        files = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+        dense = AutoModelForCausalLM.from_pretrained(path.parent if files else model, **files, dtype=torch.bfloat16)
+        weights = load_file(folder / "model.safetensors")
+        missing, unexpected = dense.load_state_dict(weights, strict=False)
+        assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
+        dense.save_pretrained(out)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(out)
+    return out
 
 
 def judged(result) -> dict[str, Any]:
@@ -137,6 +155,9 @@ def run(bench: Bench) -> None:
         tutored = {**DISTIL, "steps": 80, "teacher": bench.folder(PLUS)}  # and 100 steps before, of the teacher itself
         bench.recover(f"{name}, distilled from dense+ on wikitext2", name, **tutored)
         bench.recover(f"{name}, recovered on wiki", name, **GENERAL)
+        name = f"dense+, closed form {ratio}"  # trained on the text first, then pruned, then distilled from itself
+        bench.prune(name, ratio, source=PLUS)
+        bench.recover(f"{name}, distilled on wikitext2", name, **DISTIL)
     name = "closed form 0.5"
     bench.recover(f"{name}, distilled with attention on wikitext2", name, **{**DISTIL, "loss": "logits+attention"})
     bench.recover(f"{name}, recovered on wiki by next-token", name, **{**GENERAL, "loss": "next-token"})
@@ -179,7 +200,9 @@ def row(bench: Bench, name: str) -> str:
 
 
 def is_adapted(name: str) -> bool:
-    """Whether the model was trained on WikiText-2 itself, or by one that was."""
+    """Whether the model was trained on WikiText-2 itself, or came from one that was."""
+    if name.startswith("dense+"):
+        return True
     trained = "recovered" in name or "distilled from dense+" in name
     return trained and ("wikitext2" in name or "paper" in name)
 
