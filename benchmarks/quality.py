@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from cells import Cells
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import kvprune
 from kvprune.measure.perplexity import perplexity
@@ -109,7 +109,8 @@ def plain(model: str, folder: Path) -> Path:
     if not out.exists():
         path = Path(model)
         files = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-        dense = AutoModelForCausalLM.from_pretrained(path.parent if files else model, **files, dtype=torch.bfloat16)
+        config = AutoConfig.from_pretrained(path.parent if files else model, **files)
+        dense = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         weights = load_file(folder / "model.safetensors")
         missing, unexpected = dense.load_state_dict(weights, strict=False)
         assert set(missing) <= {"lm_head.weight"}, missing
