@@ -53,6 +53,20 @@ def test_prune_show_eval_generate(checkpoint, pruned):
     refused = run("generate", out, "the cat", "--skip-preset", "paper")
     assert refused.returncode == 2
     assert "needs --skip" in refused.stderr
+    study = ("study", "layers", out, "--text", "ptb", "--tokens", 128, "--window", 64)
+    order = json.loads(run(*study, "--json").stdout)["layers"]
+    assert sorted(order) == [0, 1, 2, 3]
+    chosen = ",".join(map(str, order))
+    assert f"--skip-layers {chosen}" in run(*study).stdout
+    rates = json.loads(run(*skipping, "--skip-layers", chosen, "--json").stdout)["filter"]["per_layer"]
+    assert {layer for layer, rate in enumerate(rates) if rate} == set(order[:2])
+    for wrong, says in (("a,b", "numbers"), ("4", "no 4")):
+        refused = run(*skipping, "--skip-layers", wrong)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert says in refused.stderr
+    refused = run(*study[:-1], 16)
+    assert refused.returncode == 2
+    assert "too short" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvprune.recovery.recover import Recovered, recover
     from kvprune.runtime.files import read_record
     from kvprune.studies.calibration import study_calibration
+    from kvprune.studies.layers import study_layers
     from kvprune.tokens.filter import TokenFilter
 
 _HOMES = {
@@ -36,6 +37,7 @@ _HOMES = {
     "Recovered": "kvprune.recovery.recover",
     "read_record": "kvprune.runtime.files",
     "study_calibration": "kvprune.studies.calibration",
+    "study_layers": "kvprune.studies.layers",
 }
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "read_record",
     "recover",
     "study_calibration",
+    "study_layers",
 ]
 
 register()

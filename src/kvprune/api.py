@@ -1,5 +1,6 @@
 """For users: load any source, and generate with it."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ def generate(
     temperature: float = 0.0,
     skip: float | None = None,
     skip_preset: str | None = None,
+    skip_layers: str | Sequence[int] | None = None,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -53,7 +55,8 @@ def generate(
     """Continue `prompt`; greedily, or sampled at `temperature`.
 
     skip: share of all attention to skip online, by a TokenFilter, whose report is added as "filter"; skip_preset:
-    "paper" for the paper's choices. Returns {"prompt", "text" (the continuation), "new_tokens", "cache_tokens",
+    "paper" for the paper's choices; skip_layers: the layers that may skip, best first, as numbers or "28,25,7" (see
+    study_layers). Returns {"prompt", "text" (the continuation), "new_tokens", "cache_tokens",
     "cache_bytes"}; the bytes are those of the cache's real tensors after the last step.
     """
     if max_new_tokens < 1:
@@ -62,9 +65,11 @@ def generate(
         raise BadOption("the prompt is empty")
     if not temperature >= 0:
         raise BadOption("--temperature must not be negative")
-    if skip_preset is not None and skip is None:
-        raise BadOption(f"--skip-preset {skip_preset} needs --skip: the share of attention to skip")
-    token_filter = None if skip is None else TokenFilter(skip, preset=skip_preset)
+    for name, value in (("--skip-preset", skip_preset), ("--skip-layers", skip_layers)):
+        if value is not None and skip is None:
+            raise BadOption(f"{name} {value} needs --skip: the share of attention to skip")
+    options = {} if skip_layers is None else {"layers": _numbers(skip_layers)}
+    token_filter = None if skip is None else TokenFilter(skip, preset=skip_preset, **options)
     resolved = sources.resolve(source, revision, trust_remote_code)
     model, tokenizer = sources.load_model(resolved, device, dtype), sources.load_tokenizer(resolved)
     torch.manual_seed(seed)
@@ -83,3 +88,10 @@ def generate(
         "cache_bytes": cache_bytes(output.past_key_values),
         **({} if token_filter is None else {"filter": token_filter.report}),
     }
+
+
+def _numbers(layers: str | Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(int(layer) for layer in (layers.split(",") if isinstance(layers, str) else layers))
+    except ValueError:
+        raise BadOption(f"--skip-layers {layers!r} is no list of layer numbers; give some as 28,25,7") from None

@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make the KV cache of a Hugging Face language model smaller, and say what that cost.",
 )
-study = typer.Typer(help="Many prunes, and what their spread says.")
+study = typer.Typer(help="What a choice would change, measured before it is made.")
 app.add_typer(study, name="study")
 
 SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help="hub id, checkpoint folder or .gguf file")]
@@ -172,6 +172,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     skip: Annotated[float | None, typer.Option(help="share of all attention to skip, by token filtering")] = None,
     skip_preset: Annotated[str | None, typer.Option(help="paper: Token Filtering as published")] = None,
+    skip_layers: Annotated[
+        str | None, typer.Option(help="layers that may skip, best first, as 28,25,7  [default: from the last on]")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: int = 0,
@@ -236,6 +239,29 @@ def study_calibration(
     from kvprune.studies.table import calibration_table
 
     print_table(calibration_table(report))
+
+
+@study.command(name="layers")
+def study_layers(
+    source: SourceArgument,
+    text: Annotated[str, typer.Option(help="text name or file")] = "wikitext2",
+    tokens: Annotated[int, typer.Option(help="how much of it")] = 4096,
+    window: Annotated[int, typer.Option(help="tokens the model sees at once")] = 512,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Which layers should skip attention first: one dense pass, for generate's --skip-layers."""
+    report = kvprune.study_layers(progress=Bars(), **_given(locals()))
+    if as_json:
+        print(json.dumps(report))
+        return
+    from kvprune.measure.table import print_table
+    from kvprune.studies.table import layers_table
+
+    print_table(layers_table(report))
 
 
 def _given(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def test_a_prompt_is_what_the_plain_loop_makes_of_it(family, attention):
         {"on_skip": "zero"},
         {"keys": "post-rope"},
         {"gamma": 0.5, "output_gamma": 0.0},
-        {"tail": 1.0, "block": 5, "warmup": 0, "sinks": 0},
+        {"tail": 1.0, "spread": True, "block": 5, "warmup": 0, "sinks": 0},
         {"warmup": 20},
     ],
     ids=str,
@@ -86,10 +86,12 @@ def test_options_are_the_loop_too(options):
     assert f.report["kv_bytes"] == sum(expected.kept) * 2 * 2 * 16 * 4
 
 
-@pytest.mark.parametrize("drop", [0.0, 0.1, 0.4])
-def test_dropping_is_a_decision_of_its_own(drop):
+@pytest.mark.parametrize(
+    ("drop", "drops"), [(0.0, {2: 0.0, 3: 0.0}), (0.1, {2: 0.0, 3: 0.4}), (0.4, {2: 0.8, 3: 0.8})], ids=str
+)
+def test_dropping_is_a_decision_of_its_own(drop, drops):
     model, ids = model_of(), ids_of(60, seed=1)
-    rates, drops = {2: 0.5, 3: 0.5}, {2: 2 * drop, 3: 2 * drop}
+    rates = {2: 0.5, 3: 0.5}
     expected = run(model, ids[0].tolist(), rates=rates, drop_rates=drops, options=OPTIONS)
     assert expected.margin > MARGIN
     for pieces in (None, [1] * 60, [2] * 30, [3] * 20, [5, 30, 25]):
@@ -98,6 +100,26 @@ def test_dropping_is_a_decision_of_its_own(drop):
         assert f.report["kv_bytes"] == sum(expected.kept) * 2 * 2 * 16 * 4
     if not drop:
         assert f.report["kv_bytes"] == f.report["kv_bytes_dense"]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "options", "rates"),
+    [
+        (0.2, {"layers": (1, 3, 0)}, {1: 0.8}),  # one layer can do it: the first that is given
+        (0.4, {"layers": [1, 3, 0]}, {1: 0.8, 3: 0.8}),
+        (0.2, {"tail": 1.0}, {3: 0.8}),  # or the last
+        (0.3, {"layers": (1, 3, 0), "spread": True}, {0: 0.4, 1: 0.4, 3: 0.4}),
+    ],
+    ids=str,
+)
+def test_as_few_layers_skip_as_the_ratio_needs(ratio, options, rates):
+    model, ids = model_of(), ids_of(60, seed=2)
+    expected = run(model, ids[0].tolist(), rates=rates, options=OPTIONS)
+    assert expected.margin > MARGIN
+    logits, f = filtered(model, ids, ratio=ratio, **options)
+    torch.testing.assert_close(logits[0], expected.logits, atol=1e-4, rtol=0)
+    assert f.skipped[:, 0].tolist() == expected.skipped
+    assert [i for i, rate in enumerate(f.report["per_layer"]) if rate] == sorted(rates)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -360,6 +382,11 @@ def test_the_model_is_restored_also_after_an_error():
         ({"ratio": "0.25"}, errors.BadOption, "ratio"),
         ({"gamma": "x"}, errors.BadOption, "gamma"),
         ({"warmup": 3.5}, errors.BadOption, "warmup"),
+        ({"layers": (2, 4)}, errors.BadOption, "no 4"),
+        ({"layers": (2, 2)}, errors.BadOption, "differ"),
+        ({"layers": ()}, errors.BadOption, "layers"),
+        ({"layers": (-1,)}, errors.BadOption, "layers"),
+        ({"ratio": 0.5, "layers": (1, 3)}, errors.UnreachableRatio, "0.475"),
     ],
     ids=str,
 )

@@ -1,1 +1,1 @@
-"""Many prunes and what their spread says: one file a study."""
+"""What a choice would change, measured before it is made: one file a study."""

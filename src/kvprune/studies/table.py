@@ -1,4 +1,4 @@
-"""A calibration study as tables for a terminal."""
+"""Studies as tables for a terminal."""
 
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,16 @@ def calibration_table(report: dict[str, Any]) -> RenderableType:
         parts.append("* the text is too short for so many stretches apart: they overlap, and seeds differ too little")
     parts.append(_overall(report))
     return Group(*parts)
+
+
+def layers_table(report: dict[str, Any]) -> RenderableType:
+    """The layers, those that should skip first at the top."""
+    table = Table(title=f"error of the output anchor, {_short(report['text'])}, {report['tokens']:,} tokens")
+    for column in ("layer", "error"):
+        table.add_column(column, justify="right")
+    for layer in report["layers"]:
+        table.add_row(str(layer), f"{report['errors'][layer]:.4f}")
+    return Group(table, f"--skip-layers {','.join(map(str, report['layers']))}")
 
 
 def _overall(report: dict[str, Any]) -> Table:

@@ -77,10 +77,12 @@ class TokenFilter:
             raise FilterMisuse("the model has a TokenFilter already; leave its context first")
         s = self.settings
         skip = s.rates(s.ratio, len(modules))
-        drop = None if s.drop_ratio is None else s.rates(s.drop_ratio, len(modules))
+        drop = skip if s.drop_ratio is None else s.rates(s.drop_ratio, len(modules))
         self._layers = [
-            FilteredAttention(modules[i], family, i, s, rate, None if drop is None else drop[i])
-            for i, rate in skip.items()
+            FilteredAttention(
+                modules[i], family, i, s, skip.get(i, 0.0), None if s.drop_ratio is None else drop.get(i, 0.0)
+            )
+            for i in sorted(skip | drop)
         ]
         self._model, self._cache, self._bytes = model, None, no_bytes()
         return self

@@ -20,17 +20,21 @@ class Settings:
 
     ratio: share of all (token, layer) attention computations to skip, after warm-up, over the whole model. drop_ratio:
     share whose K/V are not cached [ours]; None: the skipped ones. tail: share of the layers, counted from the last,
-    that skip. warmup: first tokens that are never skipped; sinks: the same, beside it, for cached K/V and output
-    [ours]. gamma, output_gamma [ours]: memory of the anchors of keys and values, and of the outputs. on_skip: what a
-    skipped token's attention gives: the output anchor [ours], or zero. keys: similarity before or behind RoPE [ours].
-    threshold, block [ours], alpha, beta [ours], eta: see threshold.py. signal: "random" is a baseline that takes tokens
-    at the same rate [ours], drawn with `seed`. prompt_length: absolute position behind the prompt's final token, which
-    is never skipped [ours]; None: what `generate` is given, and no such token in other calls.
+    that may skip. layers: the layers that may, in the order in which they are taken [ours]; None: the tail's, from the
+    last backwards. spread: all of them skip, at one rate; otherwise as few of them as the ratio needs [ours]. warmup:
+    first tokens that are never skipped; sinks: the same, beside it, for cached K/V and output [ours]. gamma,
+    output_gamma [ours]: memory of the anchors of keys and values, and of the outputs. on_skip: what a skipped token's
+    attention gives: the output anchor [ours], or zero. keys: similarity before or behind RoPE [ours]. threshold, block
+    [ours], alpha, beta [ours], eta: see threshold.py. signal: "random" is a baseline that takes tokens at the same rate
+    [ours], drawn with `seed`. prompt_length: absolute position behind the prompt's final token, which is never skipped
+    [ours]; None: what `generate` is given, and no such token in other calls.
     """
 
     ratio: float = 0.25
     drop_ratio: float | None = None
     tail: float = 0.5
+    layers: tuple[int, ...] | None = None
+    spread: bool = False
     warmup: int = 32
     sinks: int = 4
     gamma: float = 0.9
@@ -73,25 +77,42 @@ class Settings:
             if value is not None and not (isinstance(value, int) and value >= least):
                 raise BadOption(f"{name} must be a whole number, at least {least}, not {value}")
 
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+            if not self.layers or not all(isinstance(layer, int) and layer >= 0 for layer in self.layers):
+                raise BadOption(f"layers must be whole numbers, at least one, from 0 on, not {list(self.layers)}")
+            if len(set(self.layers)) < len(self.layers):
+                raise BadOption(f"layers must differ from each other, not {list(self.layers)}")
+
     @property
     def first(self) -> int:
         """Absolute position of the first token that may be skipped: whole blocks, and at least one."""
         return max(math.ceil(max(self.warmup, self.sinks) / self.block), 1) * self.block
 
-    def prunable(self, layers: int) -> list[int]:
-        """The layers that skip."""
-        return list(range(layers - math.ceil(self.tail * layers - 1e-9), layers))
-
     def rates(self, ratio: float, layers: int) -> dict[int, float]:
-        """What share of its tokens each prunable layer must skip. Raises UnreachableRatio."""
-        prunable = self.prunable(layers)
-        rate = ratio * layers / len(prunable)
-        if rate > MOST + 1e-9:
+        """What share of its tokens each layer that skips must skip, of a model of so many layers.
+
+        Raises BadOption and UnreachableRatio.
+        """
+        order = self._order(layers)
+        most = MOST * len(order) / layers
+        if ratio > most + 1e-9:
+            which = f"the {len(order)} layers given" if self.layers else f"the last {len(order)} of {layers} layers"
+            remedy = "give more layers" if self.layers else "raise tail"
             raise UnreachableRatio(
-                f"the last {len(prunable)} of {layers} layers can skip {MOST * len(prunable) / layers:.3g} of all "
-                f"attention at most, not {ratio:g}; ask for less, or raise tail"
+                f"{which} can skip {most:.3g} of all attention at most, not {ratio:g}; ask for less, or {remedy}"
             )
-        return dict.fromkeys(prunable, rate)
+        number = len(order) if self.spread else max(math.ceil(ratio * layers / MOST - 1e-9), 1)
+        return dict.fromkeys(sorted(order[:number]), ratio * layers / number)
+
+    def _order(self, layers: int) -> list[int]:
+        """The layers that may skip, the first to be taken first."""
+        if self.layers is None:
+            return list(range(layers - 1, layers - math.ceil(self.tail * layers - 1e-9) - 1, -1))
+        beyond = [layer for layer in self.layers if layer >= layers]
+        if beyond:
+            raise BadOption(f"layers: the model has {layers}, numbered from 0; there is no {beyond[0]}")
+        return list(self.layers)
 
     def rule(self, target: float) -> Rule:
         return Rule(target, self.first, self.block, self.alpha, self.beta, self.eta)
@@ -103,5 +124,5 @@ def _is_number(value: Any) -> bool:
 
 PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2512.07090, where it says; what it leaves open is as above
-    "paper": {"on_skip": "zero", "fusion": "variance", "gamma": 0.9, "threshold": "adaptive"}
+    "paper": {"on_skip": "zero", "fusion": "variance", "gamma": 0.9, "threshold": "adaptive", "spread": True}
 }

@@ -1,0 +1,56 @@
+"""Which layers should skip attention: those whose output anchor misses least on a page of text [ours].
+
+Token Filtering (arXiv 2512.07090) takes the last layers. Some of those lose much by skipping and some others little;
+one dense pass over a page tells them apart.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from kvprune.errors import BadOption
+from kvprune.models import source as sources
+from kvprune.progress import Progress
+from kvprune.text.corpus import read_text
+from kvprune.text.windows import windows
+from kvprune.tokens.layers import anchor_errors
+from kvprune.tokens.settings import Settings
+
+
+def study_layers(
+    source: str | Path,
+    *,
+    text: str | Path = "wikitext2",
+    tokens: int = 4096,
+    window: int = 512,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure every layer's `anchor_errors` on the valid split of `text`, or a file, in windows.
+
+    Returns {"source", "text", "tokens", "window", "layers" (the ones to skip first come first: for
+    TokenFilter(layers=...)), "errors" (by layer number)}. Raises a KVPruneError for the source, the text or the window.
+    """
+    least = Settings().first + 1
+    if window < least:
+        raise BadOption(f"--window {window} is too short: the first {least - 1} tokens never skip; give more")
+    resolved = sources.resolve(source, revision, trust_remote_code)
+    tokenizer = sources.load_tokenizer(resolved)
+    pages = windows(read_text(str(text), "valid"), tokenizer, window, tokens, f"the text {text}")
+    model = sources.load_model(resolved, device, dtype)
+    found = []
+    with (progress or Progress()).phase("layers", len(pages)) as advance:
+        for page in pages:
+            found.append(anchor_errors(model, page[None]))
+            advance(1)
+    errors = [sum(column) / len(found) for column in zip(*found, strict=True)]
+    return {
+        "source": str(source),
+        "text": str(text),
+        "tokens": pages.numel(),
+        "window": window,
+        "layers": sorted(range(len(errors)), key=lambda layer: errors[layer]),
+        "errors": errors,
+    }
