@@ -2,9 +2,11 @@
 
     KVPRUNE_DATA=DIR python benchmarks/token_filter.py MODEL [--only PATTERN ...] [--out OUT]
 
-DIR holds wikitext2-test.txt and ptb-test.txt, of which the first 16,384 tokens are read in windows of 512. "dropped":
-the K/V of as many tokens leave the cache; "kept": all stay cached. Random choice is the mean of three seeds. Finished
-cells are kept in OUT.json; OUT.md is drawn from it.
+DIR holds wikitext2-{valid,test}.txt and ptb-test.txt. Judged on the first 16,384 tokens of the test splits, windows of
+512. "dropped": the K/V of as many tokens leave the cache; "kept": all stay cached. "studied": the layers that `kvprune
+study layers` finds on 4,096 tokens of the WikiText-2 valid split; otherwise the last ones. Random choice of the tokens
+is the mean of three seeds. Cells "rate ...": the ratio achieved on one prompt of 4,096 tokens of prose, code and text
+that repeats itself. Finished cells are kept in OUT.json; OUT.md is drawn from it.
 """
 
 import argparse
@@ -18,16 +20,24 @@ from cells import Cells
 
 import kvprune
 from kvprune.measure.perplexity import perplexity
-from kvprune.text.windows import judged_windows
+from kvprune.text.corpus import read_text
+from kvprune.text.windows import judged_windows, token_ids
+
+HERE = Path(__file__).resolve().parent.parent
 
 TEXTS, TOKENS, WINDOW, SEEDS = ("wikitext2", "ptb"), 16384, 512, (0, 1, 2)
 RATIOS = (0.1, 0.25, 0.4)
-WAYS: dict[str, dict[str, Any]] = {
+RATE_TOKENS = 4096
+WAYS: dict[str, dict[str, Any]] = {  # "studied" stands for the layers
     "paper": {"preset": "paper"},
-    "dropped": {},
-    "kept": {"drop_ratio": 0.0},
-    "random, dropped": {"signal": "random"},
-    "random, kept": {"signal": "random", "drop_ratio": 0.0},
+    "last layers, dropped": {},
+    "last layers, kept": {"drop_ratio": 0.0},
+    "random, last layers, dropped": {"signal": "random"},
+    "random, last layers, kept": {"signal": "random", "drop_ratio": 0.0},
+    "studied, dropped": {"layers": "studied"},
+    "studied, kept": {"layers": "studied", "drop_ratio": 0.0},
+    "random, studied, dropped": {"layers": "studied", "signal": "random"},
+    "random, studied, kept": {"layers": "studied", "signal": "random", "drop_ratio": 0.0},
 }
 
 
@@ -45,20 +55,46 @@ def measure(model, texts: list[tuple[str, torch.Tensor]], options: dict[str, Any
     return found
 
 
-def run(cells: Cells, model, texts: list[tuple[str, torch.Tensor]]) -> None:
+def run(cells: Cells, source: str, model, tokenizer) -> None:
+    texts = judged_windows(TEXTS, tokenizer, (WINDOW,), TOKENS)
+    cells.run("layers", lambda: kvprune.study_layers(source, text="wikitext2", tokens=4096, window=WINDOW))
     cells.run("dense", lambda: measure(model, texts, None))
+    layers = cells.cells["layers"]["layers"]
     for ratio in (0.25, 0.4, 0.1):
         for way, options in WAYS.items():
+            studied = {"layers": layers} if "layers" in options else {}
             for seed in SEEDS if "random" in way else SEEDS[:1]:
                 name = f"{ratio}, {way}" + (f", seed {seed}" if "random" in way else "")
-                chosen = {"ratio": ratio, "seed": seed, **options}
+                chosen = {"ratio": ratio, "seed": seed, **options, **studied}
                 cells.run(name, lambda chosen=chosen: measure(model, texts, chosen))
+    for name, text in kinds_of_text().items():
+        ids = token_ids(text, tokenizer, RATE_TOKENS)
+        assert len(ids) == RATE_TOKENS, name
+        for ratio in RATIOS:
+            for way in ("paper", "studied, dropped"):
+                chosen = {"ratio": ratio, **WAYS[way]} | ({"layers": layers} if "layers" in WAYS[way] else {})
+                cells.run(f"rate {ratio}, {way}, {name}", lambda ids=ids, o=chosen: rates(model, ids, o))
+
+
+def kinds_of_text() -> dict[str, str]:
+    """Prose, code (this library's), and a paragraph over and over."""
+    code = "\n".join(path.read_text() for path in sorted((HERE / "src" / "kvprune").rglob("*.py")))
+    prose = read_text("wikitext2", "test")
+    paragraph = next(line for line in prose.splitlines() if len(line) > 400)
+    return {"prose": prose, "code": code, "repeated": f"{paragraph}\n" * 200}
+
+
+@torch.no_grad()
+def rates(model, ids: torch.Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    with kvprune.TokenFilter(**options)(model) as f:
+        model(ids[None], logits_to_keep=1)
+    return {name: f.report[name] for name in ("ratio_asked", "ratio_achieved", "drop_ratio_achieved", "per_layer")}
 
 
 def table(cells: Cells) -> str:
     rows = [
-        "| ratio | tokens | K/V | WikiText-2 | / dense | PTB | / dense | achieved |",
-        "| ---: | --- | --- |" + " ---: |" * 5,
+        "| ratio | tokens | layers | K/V | WikiText-2 | / dense | PTB | / dense | achieved |",
+        "| ---: | --- | --- | --- |" + " ---: |" * 5,
     ]
     dense = {text: cells.cells["dense"][text]["perplexity"] for text in TEXTS}
     for ratio in RATIOS:
@@ -69,15 +105,33 @@ def table(cells: Cells) -> str:
                 continue
             values = {t: math.exp(statistics.fmean(math.log(c[t]["perplexity"]) for c in found)) for t in TEXTS}
             achieved = statistics.fmean(c[t]["ratio_achieved"] for c in found for t in TEXTS)
-            what = "paper's" if way == "paper" else "random" if "random" in way else "ours"
             columns = (
                 f"{ratio:g}",
-                what,
+                "the paper's" if way == "paper" else "random" if "random" in way else "ours",
+                "last half" if way == "paper" else "studied" if "studied" in way else "last",
                 "kept" if "kept" in way else "dropped",
                 *(entry for t in TEXTS for entry in (f"{values[t]:.2f}", f"{values[t] / dense[t]:.3f}")),
                 f"{achieved:.3f}",
             )
             rows.append("| " + " | ".join(columns) + " |")
+    return "\n".join(rows) + "\n" + rates_table(cells)
+
+
+def rates_table(cells: Cells) -> str:
+    """Ratio asked and achieved on kinds of text."""
+    found = {name: cell for name, cell in cells.cells.items() if name.startswith("rate ")}
+    if not found:
+        return ""
+    rows = [
+        "",
+        f"| {RATE_TOKENS:,} tokens of | filter | asked | achieved | difference |",
+        "| --- | --- |" + " ---: |" * 3,
+    ]
+    for name, cell in found.items():
+        way, text = name.split(", ", 1)[1].rsplit(", ", 1)
+        asked, achieved = cell["ratio_asked"], cell["ratio_achieved"]
+        who = "the paper's" if way == "paper" else "ours"
+        rows.append(f"| {text} | {who} | {asked:g} | {achieved:.4f} | {achieved - asked:+.4f} |")
     return "\n".join(rows) + "\n"
 
 
@@ -90,7 +144,7 @@ def main() -> None:
     cells = Cells(arguments.out, arguments.model, arguments.only)
     model = kvprune.load(arguments.model)
     tokenizer = kvprune.load_tokenizer(arguments.model)
-    run(cells, model, judged_windows(TEXTS, tokenizer, (WINDOW,), TOKENS))
+    run(cells, arguments.model, model, tokenizer)
     arguments.out.with_suffix(".md").write_text(table(cells))
     print(table(cells))
 

@@ -1,6 +1,6 @@
 """Which tokens of a paragraph are skipped in which layer: tokens along x, layers along y.
 
-    python benchmarks/token_picture.py MODEL [--skip 0.25] [--out docs/tokens.png]
+    python benchmarks/token_picture.py MODEL [--skip 0.25] [--layers 28 25 ...] [--out docs/tokens.png]
 
 The paragraph is a part of docs/tokens.md, prefilled at once.
 """
@@ -31,11 +31,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--skip", type=float, default=0.25)
+    parser.add_argument("--layers", type=int, nargs="*", help="those that may skip, best first")
     parser.add_argument("--out", type=Path, default=HERE / "docs" / "tokens.png")
     arguments = parser.parse_args()
     model, tokenizer = kvprune.load(arguments.model), kvprune.load_tokenizer(arguments.model)
     ids = tokenizer(paragraph(), return_tensors="pt")["input_ids"][:, :TOKENS]
-    token_filter = kvprune.TokenFilter(arguments.skip, warmup=WARMUP, record=True)
+    token_filter = kvprune.TokenFilter(arguments.skip, layers=arguments.layers, warmup=WARMUP, record=True)
     with torch.no_grad(), token_filter(model) as f:
         model(ids)
     words = [tokenizer.decode(i).replace("\n", "⏎") for i in ids[0]]

@@ -1,6 +1,6 @@
 """Speed of a token filter against the dense model, prefill and decode, in alternating runs.
 
-    python benchmarks/token_speed.py MODEL [--skip 0.25] [--rounds 5] [--out benchmarks/results/token_speed]
+    python benchmarks/token_speed.py MODEL [--skip 0.25] [--layers 28 25 ...] [--rounds 5] [--out OUT]
 
 Prefill: one prompt. Decode: both caches are filled once, then the two sides take turns, `STEPS` steps each, and grow
 alike. Ratios are medians of the pairs, with their spread. The limit is what the bytes would allow: (weights + KV
@@ -55,8 +55,8 @@ class Side:
             self.next = self.feed(self.next)
 
 
-def sides(model, skip: float) -> tuple[Side, Side]:
-    return Side(model, None), Side(model, kvprune.TokenFilter(skip))
+def sides(model, options: dict[str, Any]) -> tuple[Side, Side]:
+    return Side(model, None), Side(model, kvprune.TokenFilter(**options))
 
 
 def prompt(model, batch: int, tokens: int) -> torch.Tensor:
@@ -81,8 +81,8 @@ def summary(pairs: list[tuple[float, float]], limit: float, token_filter: kvprun
     }
 
 
-def prefill(model, skip: float, rounds: int) -> dict[str, Any]:
-    dense, ours = sides(model, skip)
+def prefill(model, options: dict[str, Any], rounds: int) -> dict[str, Any]:
+    dense, ours = sides(model, options)
     ids = prompt(model, 1, PREFILL)
     pairs = [(dense.timed(lambda: dense.feed(ids)), ours.timed(lambda: ours.feed(ids))) for _ in range(rounds + 1)][1:]
     assert ours.filter is not None
@@ -101,8 +101,8 @@ def prefill_limit(config, rates: list[float]) -> float:
     return dense / ours
 
 
-def decode(model, skip: float, rounds: int, context: int, batch: int) -> dict[str, Any]:
-    dense, ours = sides(model, skip)
+def decode(model, options: dict[str, Any], rounds: int, context: int, batch: int) -> dict[str, Any]:
+    dense, ours = sides(model, options)
     ids = prompt(model, batch, context)
     for side in (dense, ours):
         side.start(ids)
@@ -140,16 +140,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--skip", type=float, default=0.25)
+    parser.add_argument("--layers", type=int, nargs="*", help="those that may skip, best first")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[], metavar="PATTERN", help="names of cells; * matches anything")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/token_speed"))
     arguments = parser.parse_args()
     cells = Cells(arguments.out, arguments.model, arguments.only)
     model = kvprune.load(arguments.model)
+    options = {"ratio": arguments.skip, "layers": arguments.layers}
     for context, batch in DECODE:
         name = f"decode, context {context}, batch {batch}"
-        cells.run(name, lambda c=context, b=batch: decode(model, arguments.skip, arguments.rounds, c, b))
-    cells.run(f"prefill, {PREFILL} tokens", lambda: prefill(model, arguments.skip, arguments.rounds))
+        cells.run(name, lambda c=context, b=batch: decode(model, options, arguments.rounds, c, b))
+    cells.run(f"prefill, {PREFILL} tokens", lambda: prefill(model, options, arguments.rounds))
     arguments.out.with_suffix(".md").write_text(table(cells))
     print(table(cells))
 

@@ -68,7 +68,7 @@ def generate(
     for name, value in (("--skip-preset", skip_preset), ("--skip-layers", skip_layers)):
         if value is not None and skip is None:
             raise BadOption(f"{name} {value} needs --skip: the share of attention to skip")
-    options = {} if skip_layers is None else {"layers": _numbers(skip_layers)}
+    options: dict[str, Any] = {} if skip_layers is None else {"layers": _numbers(skip_layers)}
     token_filter = None if skip is None else TokenFilter(skip, preset=skip_preset, **options)
     resolved = sources.resolve(source, revision, trust_remote_code)
     model, tokenizer = sources.load_model(resolved, device, dtype), sources.load_tokenizer(resolved)
