@@ -6,6 +6,7 @@ from typing import Any
 from kvprune.channels.importance import IMPORTANCE
 from kvprune.channels.repair import REPAIRS
 from kvprune.errors import BadOption
+from kvprune.presets import preset_options
 from kvprune.text.corpus import text_names
 
 CHANNELS = ("split", "joint")
@@ -100,16 +101,11 @@ class Settings:
 def with_preset(preset: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """The options and what the preset adds to them. Raises BadOption for an unknown preset, and for an option that it,
     or a given plan, has decided."""
-    if preset is not None and preset not in PRESETS:
-        raise BadOption(f"unknown preset {preset!r}; choose {', '.join(PRESETS)}")
-    decided = PRESETS.get(preset or "", {})
-    names = ", ".join("--" + name for name in decided if options.get(name) is not None)
-    if names:
-        raise BadOption(f"--preset {preset} decides {names} itself; leave one of them out")
+    decided = preset_options(preset, PRESETS, options)
     names = ", ".join("--" + name for name in sorted(DECIDED_BY_A_PLAN & {*options, *decided}))
     if options.get("plan") is not None and names:
         raise BadOption(f"--plan has decided {names} already; leave one of them out")
-    return {**decided, **options}
+    return {**options, **decided}
 
 
 DECIDED_BY_A_PLAN = {

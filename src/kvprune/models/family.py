@@ -6,6 +6,8 @@ whatever the family (see attention.py), and has no branch on model_type. Adding 
 
 from dataclasses import dataclass
 
+from transformers import PreTrainedConfig
+
 from kvprune.errors import UnsupportedArchitecture
 from kvprune.runtime import PREFIX
 
@@ -51,6 +53,20 @@ def family_of(model_type: str) -> Family:
     if dense not in FAMILIES:
         raise UnsupportedArchitecture(f"architecture {dense!r} is not supported; {supported()}")
     return FAMILIES[dense]
+
+
+def dense_head_dim(config: PreTrainedConfig) -> int:
+    """Channels of a head in the dense model, from its own config or that of its pruned twin."""
+    for name in ("dense_head_dim", "head_dim"):
+        if getattr(config, name, None):
+            return getattr(config, name)
+    return config.hidden_size // config.num_attention_heads
+
+
+def check_rope(config: PreTrainedConfig) -> None:
+    """Raise UnsupportedArchitecture unless RoPE turns all channels of a head."""
+    if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedArchitecture("partial rotary embeddings are not supported for this family")
 
 
 def supported() -> str:

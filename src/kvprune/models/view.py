@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvprune.errors import BadOption, UnsupportedArchitecture
+from kvprune.errors import BadOption
 from kvprune.models.attention import Attention, AttentionShape, rope_pairs
-from kvprune.models.family import family_of
+from kvprune.models.family import check_rope, dense_head_dim, family_of
 from kvprune.runtime import PREFIX
 
 
@@ -27,12 +27,9 @@ class ModelView:
             hidden=config.hidden_size,
             kv_heads=kv_heads,
             groups=config.num_attention_heads // kv_heads,
-            head_dim=config.head_dim
-            if getattr(config, "head_dim", None)
-            else config.hidden_size // config.num_attention_heads,
+            head_dim=dense_head_dim(config),
         )
-        if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UnsupportedArchitecture("partial rotary embeddings are not supported for this family")
+        check_rope(config)
         base = lm.base_model
         self.blocks = cast(nn.ModuleList, base.get_submodule(self.family.layers))
         self.norm = base.get_submodule(self.family.norm)

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvprune.errors import BadOption
+from kvprune.presets import preset_options
 from kvprune.recovery.losses import LOSSES
 from kvprune.text.corpus import SELF, text_names
 
@@ -146,12 +147,5 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def from_options(folder: str, preset: str | None, options: dict[str, Any]) -> Settings:
     """Settings from what a user gave. Raises BadOption for an unknown preset, and for an option that it decides."""
-    if preset is None:
-        return Settings(folder=folder, **options)
-    if preset not in PRESETS:
-        raise BadOption(f"unknown preset {preset!r}; choose {', '.join(PRESETS)}")
-    decided = [name for name in (*PRESETS[preset], "steps") if options.get(name) is not None]
-    if decided:
-        names = ", ".join("--" + name for name in decided)
-        raise BadOption(f"--preset {preset} decides {names} itself; leave one of them out")
-    return Settings(folder=folder, **PRESETS[preset], **options)
+    decided = preset_options(preset, PRESETS, options, replaces=("steps",))
+    return Settings(folder=folder, **{**options, **decided})

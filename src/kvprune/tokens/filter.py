@@ -13,7 +13,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kvprune.errors import BadOption, CacheMismatch, FilterMisuse
-from kvprune.models.family import family_of
+from kvprune.models.family import check_rope, family_of
+from kvprune.presets import preset_options
 from kvprune.tokens.attention import FilteredAttention, Step
 from kvprune.tokens.cache import FilteredLayer
 from kvprune.tokens.report import bytes_of, no_bytes, report
@@ -36,18 +37,13 @@ class TokenFilter:
     """
 
     def __init__(self, ratio: float | None = None, *, preset: str | None = None, record: bool = False, **options: Any):
-        if preset is not None and preset not in PRESETS:
-            raise BadOption(f"unknown preset {preset!r}; choose {', '.join(PRESETS)}")
-        chosen = PRESETS.get(preset or "", {})
-        decided = ", ".join(name for name in options if name in chosen)
-        if decided:
-            raise BadOption(f"preset {preset} decides {decided} itself; leave one of them out")
+        chosen = preset_options(preset, PRESETS, options)
         if ratio is not None:
             options["ratio"] = ratio
         unknown = ", ".join(name for name in options if name not in Settings.__dataclass_fields__)
         if unknown:
             raise BadOption(f"unknown option {unknown}; choose among {', '.join(Settings.__dataclass_fields__)}")
-        self.settings = Settings(**chosen, **options)
+        self.settings = Settings(**{**options, **chosen})
         self.record = record
         self._model: PreTrainedModel | None = None
         self._layers: list[FilteredAttention] = []
@@ -68,8 +64,7 @@ class TokenFilter:
             )
         family = family_of(model.config.model_type)
         config = model.config
-        if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
-            raise FilterMisuse("partial rotary embeddings are not supported by TokenFilter")
+        check_rope(config)
         _check_attention(config)
         blocks = cast(nn.ModuleList, model.base_model.get_submodule(family.layers))
         modules = [getattr(block, family.attention) for block in blocks]

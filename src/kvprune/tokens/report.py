@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from kvprune.models.family import dense_head_dim
 from kvprune.tokens.attention import Counts
 from kvprune.tokens.cache import FilteredLayer
 from kvprune.tokens.settings import Settings
@@ -49,8 +50,7 @@ def bytes_of(model: Any, cache: Any) -> dict[str, int]:
     if not any(layer.is_initialized for layer in filtered):
         return no_bytes()
     config = model.config
-    width = getattr(config, "dense_head_dim", None) or getattr(config, "head_dim", None)
-    width = width or config.hidden_size // config.num_attention_heads
+    width = dense_head_dim(config)
     found = no_bytes()
     for layer in cache.layers:
         tokens = filtered[0].counts
