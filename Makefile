@@ -36,7 +36,7 @@ test-oldest: .venv-oldest/done
 
 # A real model: figures, memory, the demo's commands.
 test-models: .venv/done $(MODEL)
-	KVPRUNE_DATA=$(CACHE) KVPRUNE_TEST_MODEL=$(MODEL) .venv/bin/python -m pytest tests/real/test_smollm2.py -s
+	KVPRUNE_DATA=$(CACHE) KVPRUNE_TEST_MODEL=$(MODEL) .venv/bin/python -m pytest tests/real/test_smollm2.py tests/real/test_tokens.py -s
 
 # A new user: an empty environment, `pip install .`, and the README's example in a folder outside the repository.
 test-install: .venv/done $(MODEL)
