@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvprune.measure.evaluate import evaluate
     from kvprune.measure.perplexity import Perplexity, perplexity
     from kvprune.recovery.recover import Recovered, recover
+    from kvprune.runtime.cache import GrowingCache
     from kvprune.runtime.files import read_record
     from kvprune.studies.calibration import study_calibration
     from kvprune.studies.layers import study_layers
@@ -30,6 +31,7 @@ _HOMES = {
     "PruningPlan": "kvprune.channels.plan",
     "evaluate": "kvprune.measure.evaluate",
     "TokenFilter": "kvprune.tokens.filter",
+    "GrowingCache": "kvprune.runtime.cache",
     "perplexity": "kvprune.measure.perplexity",
     "Perplexity": "kvprune.measure.perplexity",
     "generate": "kvprune.api",
@@ -41,6 +43,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "GrowingCache",
     "Perplexity",
     "Pruned",
     "PruningPlan",

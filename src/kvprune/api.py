@@ -11,6 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvprune.errors import BadOption
 from kvprune.measure.memory import cache_bytes
 from kvprune.models import source as sources
+from kvprune.runtime.attention import pack_groups
+from kvprune.runtime.cache import GrowingCache
 from kvprune.tokens.filter import TokenFilter
 
 
@@ -24,10 +26,14 @@ def load(
 ) -> PreTrainedModel:
     """A hub id, checkpoint folder, pruned folder (checked against its checksums) or .gguf file, in eval mode.
 
+    On a CPU, decoding packs the query heads of a group: see runtime/attention.py.
     dtype: "auto" (the checkpoint's own; bfloat16 for GGUF), "float32", "bfloat16" or "float16". Raises a
     KVPruneError: UnknownSource, UnsupportedArchitecture, UnsafeWeights, BrokenCheckpoint or BadOption.
     """
-    return sources.load_model(sources.resolve(source, revision, trust_remote_code), device, dtype)
+    model = sources.load_model(sources.resolve(source, revision, trust_remote_code), device, dtype)
+    if model.device.type == "cpu":
+        pack_groups(model)
+    return model
 
 
 def load_tokenizer(
@@ -71,13 +77,18 @@ def generate(
     options: dict[str, Any] = {} if skip_layers is None else {"layers": _numbers(skip_layers)}
     token_filter = None if skip is None else TokenFilter(skip, preset=skip_preset, **options)
     resolved = sources.resolve(source, revision, trust_remote_code)
-    model, tokenizer = sources.load_model(resolved, device, dtype), sources.load_tokenizer(resolved)
+    model = load(source, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = sources.load_tokenizer(resolved)
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     how = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with nullcontext() if token_filter is None else token_filter(model):
         output: Any = model.generate(  # type: ignore[operator]
-            **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **how
+            **inputs,
+            past_key_values=GrowingCache(model.config),
+            max_new_tokens=max_new_tokens,
+            return_dict_in_generate=True,
+            **how,
         )
     new = output.sequences[0, inputs["input_ids"].shape[1] :]
     return {

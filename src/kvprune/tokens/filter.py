@@ -15,12 +15,13 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from kvprune.errors import BadOption, CacheMismatch, FilterMisuse
 from kvprune.models.family import check_rope, family_of
 from kvprune.presets import preset_options
+from kvprune.runtime.attention import NAME as PACKED
 from kvprune.tokens.attention import FilteredAttention, Step
 from kvprune.tokens.cache import FilteredLayer
 from kvprune.tokens.report import bytes_of, no_bytes, report
 from kvprune.tokens.settings import PRESETS, Settings
 
-ATTENTION = ("eager", "sdpa")
+ATTENTION = ("eager", "sdpa", PACKED)
 
 
 class TokenFilter:
@@ -211,7 +212,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 def _check_attention(config: Any) -> None:
     name = config._attn_implementation
     if name not in ATTENTION:
-        raise FilterMisuse(f"attention implementation {name!r} is not supported; load with {' or '.join(ATTENTION)}")
+        raise FilterMisuse(f"attention implementation {name!r} is not supported; load with eager or sdpa")
 
 
 def _check_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
