@@ -162,6 +162,7 @@ def run(bench: Bench) -> None:
         name = f"dense+, closed form {ratio}"  # trained on the text first, then pruned, then distilled from itself
         bench.prune(name, ratio, source=PLUS)
         bench.recover(f"{name}, distilled on wikitext2", name, **DISTIL)
+        bench.recover(f"{name}, distilled gently on wikitext2", name, **{**DISTIL, "lr": 5e-4})
     name = "closed form 0.5"
     bench.recover(f"{name}, distilled with attention on wikitext2", name, **{**DISTIL, "loss": "logits+attention"})
     bench.recover(f"{name}, recovered on wiki by next-token", name, **{**GENERAL, "loss": "next-token"})

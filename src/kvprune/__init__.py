@@ -12,9 +12,11 @@ from kvprune.runtime import register
 
 if TYPE_CHECKING:
     from kvprune.api import generate, load, load_tokenizer
+    from kvprune.benchmark import bench
     from kvprune.channels.plan import PruningPlan
     from kvprune.channels.prune import Pruned, prune
     from kvprune.measure.evaluate import evaluate
+    from kvprune.measure.fit import fit
     from kvprune.measure.perplexity import Perplexity, perplexity
     from kvprune.recovery.recover import Recovered, recover
     from kvprune.runtime.cache import GrowingCache
@@ -26,10 +28,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "load": "kvprune.api",
     "load_tokenizer": "kvprune.api",
+    "bench": "kvprune.benchmark",
     "prune": "kvprune.channels.prune",
     "Pruned": "kvprune.channels.prune",
     "PruningPlan": "kvprune.channels.plan",
     "evaluate": "kvprune.measure.evaluate",
+    "fit": "kvprune.measure.fit",
     "TokenFilter": "kvprune.tokens.filter",
     "GrowingCache": "kvprune.runtime.cache",
     "perplexity": "kvprune.measure.perplexity",
@@ -49,8 +53,10 @@ __all__ = [
     "PruningPlan",
     "Recovered",
     "TokenFilter",
+    "bench",
     "errors",
     "evaluate",
+    "fit",
     "generate",
     "load",
     "load_tokenizer",

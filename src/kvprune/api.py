@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvprune.errors import BadOption
 from kvprune.measure.memory import cache_bytes
 from kvprune.models import source as sources
+from kvprune.options import whole_numbers
 from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.cache import GrowingCache
 from kvprune.tokens.filter import TokenFilter
@@ -74,7 +75,7 @@ def generate(
     for name, value in (("--skip-preset", skip_preset), ("--skip-layers", skip_layers)):
         if value is not None and skip is None:
             raise BadOption(f"{name} {value} needs --skip: the share of attention to skip")
-    options: dict[str, Any] = {} if skip_layers is None else {"layers": _numbers(skip_layers)}
+    options: dict[str, Any] = {} if skip_layers is None else {"layers": whole_numbers("skip-layers", skip_layers)}
     token_filter = None if skip is None else TokenFilter(skip, preset=skip_preset, **options)
     resolved = sources.resolve(source, revision, trust_remote_code)
     model = load(source, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
@@ -99,10 +100,3 @@ def generate(
         "cache_bytes": cache_bytes(output.past_key_values),
         **({} if token_filter is None else {"filter": token_filter.report}),
     }
-
-
-def _numbers(layers: str | Sequence[int]) -> tuple[int, ...]:
-    try:
-        return tuple(int(layer) for layer in (layers.split(",") if isinstance(layers, str) else layers))
-    except ValueError:
-        raise BadOption(f"--skip-layers {layers!r} is no list of layer numbers; give some as 28,25,7") from None

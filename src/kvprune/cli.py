@@ -43,6 +43,9 @@ def prune(
     source: SourceArgument,
     out: Out,
     ratio: Annotated[float | None, typer.Option(help="fraction of the KV bytes to remove  [default: 0.5]")] = None,
+    fit: Annotated[str | None, typer.Option(help="a memory, as 24GiB: remove what makes --context fit in it")] = None,
+    context: Annotated[int | None, typer.Option(help="with --fit: tokens a sequence")] = None,
+    batch: Annotated[int | None, typer.Option(help="with --fit: sequences at once  [default: 1]")] = None,
     importance: Annotated[
         str | None, typer.Option(help="variance, energy, taylor, l1 or l2  [default: variance]")
     ] = None,
@@ -191,6 +194,61 @@ def generate(
         print(f"({result['cache_bytes']:,} bytes of cache for {result['cache_tokens']} tokens)", file=sys.stderr)
         if "filter" in result:
             print(_skipped(result["filter"]), file=sys.stderr)
+
+
+@app.command()
+def bench(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a model, or with --pruned-shape a known shape")],
+    against: Annotated[str | None, typer.Option(help="the model beside it, such as a pruned folder")] = None,
+    batch: Annotated[str, typer.Option(help="sequences at once, as 1,8,32")] = "1",
+    context: Annotated[str, typer.Option(help="tokens of the prompt, as 512,4096")] = "512",
+    new_tokens: Annotated[int, typer.Option(help="how many are decoded behind it")] = 64,
+    rounds: Annotated[int, typer.Option(help="how often both are timed")] = 5,
+    skip: Annotated[float | None, typer.Option(help="run the second under token filtering, at this share")] = None,
+    skip_layers: Annotated[str | None, typer.Option(help="layers that may skip, best first, as 28,25,7")] = None,
+    pruned_shape: Annotated[bool, typer.Option(help="random weights of the source's shape, dense and pruned")] = False,
+    ratio: Annotated[float, typer.Option(help="of --pruned-shape: fraction of the KV bytes that are gone")] = 0.5,
+    out: Annotated[
+        str | None, typer.Option(help="JSON file, written after every cell; and a picture beside it")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Speed and memory of one model or two, over a grid of batch x context."""
+    report = kvprune.bench(progress=Bars(), **_given(locals()))
+    if as_json:
+        print(json.dumps(report))
+        return
+    from kvprune.measure.table import bench_table, print_table
+
+    print_table(bench_table(report))
+
+
+@app.command()
+def fit(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a dense model, or llama-7b, llama-3-8b, mistral-7b")],
+    memory: Annotated[str, typer.Option(help="of the device, as 24GiB")],
+    context: Annotated[int, typer.Option(help="tokens a sequence")],
+    batch: Annotated[int, typer.Option(help="sequences at once")] = 1,
+    dtype: Dtype = "auto",
+    reserve: Annotated[float, typer.Option(help="share of the memory left to activations")] = 0.1,
+    align: Annotated[int, AsPrune] = 8,
+    min_width: Annotated[int, AsPrune] = 16,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Which ratio makes a context and a batch fit in a memory."""
+    report = kvprune.fit(**_given(locals()))
+    if as_json:
+        print(json.dumps(report))
+        return
+    from kvprune.measure.table import fit_table, print_table
+
+    print_table(fit_table(report))
 
 
 @app.command()

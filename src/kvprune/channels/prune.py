@@ -19,8 +19,9 @@ from kvprune.channels.repair.refit import Refitted, refit
 from kvprune.channels.settings import Settings, with_preset
 from kvprune.channels.surgery import cut
 from kvprune.channels.texts import prepare
-from kvprune.errors import BadOption, NotFinite, PlanMismatch
+from kvprune.errors import BadOption, NotFinite, PlanMismatch, UnreachableRatio
 from kvprune.measure import memory
+from kvprune.measure.fit import fit
 from kvprune.measure.perplexity import perplexity
 from kvprune.models.source import find_device, load_model, load_tokenizer, resolve
 from kvprune.models.view import ModelView
@@ -49,12 +50,36 @@ def prune(
 ) -> Pruned:
     """Prune the KV channels of `source` and, if `out` is given, save the result there.
 
-    options: the fields of Settings, and preset="kvpruner". Raises a KVPruneError for what the user can mend; nothing is
+    options: the fields of Settings, and preset="kvpruner"; or, in place of ratio, fit=, context=, batch= and reserve=:
+    the memory, and what is to fit in it (see `fit`). Raises a KVPruneError for what the user can mend; nothing is
     written then but the journal of an unfinished run, which `resume` continues.
     """
     preset = options.pop("preset", None)
+    options = _to_fit(source, options)
     settings = Settings(source=str(source), **with_preset(preset, options))
     return _Run(settings, None if out is None else Path(out), resume, progress or Progress()).run()
+
+
+def _to_fit(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The options with the ratio that is needed, where they ask for a memory to fit in."""
+    asked = {name: options.pop(name) for name in ("fit", "context", "batch", "reserve") if name in options}
+    if asked.get("fit") is None:
+        if asked:
+            raise BadOption(f"--{next(iter(asked))} needs --fit: the memory to fit in")
+        return options
+    if options.get("ratio") is not None or options.get("plan") is not None:
+        raise BadOption("--fit finds the ratio itself; leave out --ratio and --plan")
+    if "context" not in asked:
+        raise BadOption("--fit needs --context: how many tokens a sequence has")
+    shared = ("dtype", "min_width", "align", "revision", "trust_remote_code")
+    known = {name: options[name] for name in shared if name in options}
+    report = fit(source, memory=asked.pop("fit"), **asked, **known)
+    if report["ratio"] is None:
+        raise UnreachableRatio(
+            f"not even --ratio {report['largest_ratio']:.3g} makes this fit: at that, the memory takes a --batch of "
+            f"{report['largest_batch']['pruned']}, or a --context of {report['largest_context']['pruned']}"
+        )
+    return {**options, "ratio": report["ratio"]}
 
 
 class _Run:

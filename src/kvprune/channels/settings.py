@@ -6,7 +6,7 @@ from typing import Any
 from kvprune.channels.importance import IMPORTANCE
 from kvprune.channels.repair import REPAIRS
 from kvprune.errors import BadOption
-from kvprune.presets import preset_options
+from kvprune.options import preset_options
 from kvprune.text.corpus import text_names
 
 CHANNELS = ("split", "joint")

@@ -54,6 +54,24 @@ class PeakMemory:
         return _peak_resident() - self.baseline
 
 
+def free(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on the device; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def forget_peak() -> bool:
+    """Let the process's peak begin again from what it holds now (Linux); whether that was possible."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def release() -> None:
     """Give freed memory back: glibc keeps pages that a phase freed in between ones that live, and the next
     phase would come on top of them."""

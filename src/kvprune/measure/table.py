@@ -23,6 +23,57 @@ def pruned_table(record: dict[str, Any]) -> RenderableType:
     return Group(table, _widths(record), _costs(record))
 
 
+def bench_table(report: dict[str, Any]) -> RenderableType:
+    """A row per batch and context: speed of both, the ratio beside its limit, and bytes."""
+    where = report["environment"]
+    table = Table(title=f"{where['source']}, {where['dtype']}, {where['device']}, {where['threads']} threads")
+    for column in ("batch", "context", "prefill, s", "tokens/s", "ratio", "limit", "KV, MB"):
+        table.add_column(column, justify="right")
+    words = []
+    for cell in report["cells"]:
+        place = (str(cell["batch"]), str(cell["context"]))
+        if "error" in cell:
+            table.add_row(*place, *["-"] * 5)
+            words.append(cell["error"])
+            continue
+        prefill, speed, held = cell["prefill_seconds"], cell["decode_tokens_per_second"], cell["memory_bytes"]
+        low, high = cell["spread"]["decode"]
+        table.add_row(
+            *place,
+            f"{prefill['dense']:.2f} / {prefill['pruned']:.2f}",
+            f"{speed['dense']:.1f} / {speed['pruned']:.1f}",
+            f"{cell['decode_ratio']:.2f}\n{low:.2f} to {high:.2f}",
+            f"{cell['decode_limit']:.2f}",
+            f"{held['dense']['kv_cache'] / 1e6:.1f} / {held['pruned']['kv_cache'] / 1e6:.1f}",
+        )
+        slower = [what for what in ("prefill", "decode") if cell["spread"][what][1] < 1]
+        if slower:
+            words.append(f"batch {place[0]}, context {place[1]}: the second is slower in {' and '.join(slower)}")
+    return Group(table, "a / b: the first model, then the second; ratio: decoding, and its spread", *words)
+
+
+def fit_table(report: dict[str, Any]) -> RenderableType:
+    """What fits: dense, and pruned at the ratio that is needed."""
+    asked = f"{report['batch']} x {report['context']:,} tokens in {report['memory_bytes'] / 2**30:.4g} GiB"
+    table = Table(
+        title=f"{report['source']}, {report['dtype']}: {asked}, {report['reserve_bytes'] / 2**30:.3g} in reserve"
+    )
+    for column in ("", "dense", "pruned"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, label in (("weights", "weights, GiB"), ("kv_cache", "KV cache, GiB"), ("total", "together, GiB")):
+        pruned = report["pruned"]
+        table.add_row(label, f"{report['dense'][name] / 2**30:.2f}", f"{pruned[name] / 2**30:.2f}" if pruned else "-")
+    for name, label in (("largest_batch", "largest batch"), ("largest_context", "largest context")):
+        table.add_row(label, *(f"{report[name][side]:,}" for side in ("dense", "pruned")))
+    if report["ratio"] is None:
+        verdict = f"no ratio is enough; at the largest, {report['largest_ratio']:.3g}, what fits is in the right column"
+    elif report["ratio"] == 0:
+        verdict = "the dense model fits: ratio 0"
+    else:
+        verdict = f"--ratio {report['ratio']:.4g} is needed"
+    return Group(table, verdict)
+
+
 def evaluation_table(result: dict[str, Any]) -> RenderableType:
     """What `evaluate` returns, a column a source."""
     table = Table()

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvprune.errors import BadOption
-from kvprune.presets import preset_options
+from kvprune.options import preset_options
 from kvprune.recovery.losses import LOSSES
 from kvprune.text.corpus import SELF, text_names
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kvprune.errors import BadOption, CacheMismatch, FilterMisuse
 from kvprune.models.family import check_rope, family_of
-from kvprune.presets import preset_options
+from kvprune.options import preset_options
 from kvprune.runtime.attention import NAME as PACKED
 from kvprune.tokens.attention import FilteredAttention, Step
 from kvprune.tokens.cache import FilteredLayer

@@ -1,6 +1,6 @@
-"""Presets: named choices of several options at once, which leave the rest to the user."""
+"""What users give as options: presets (several choices at once), lists of numbers."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kvprune.errors import BadOption
@@ -25,3 +25,11 @@ def preset_options(
     if decided:
         raise BadOption(f"--preset {preset} decides {', '.join(decided)} itself; leave one of them out")
     return presets[preset]
+
+
+def whole_numbers(option: str, given: str | Sequence[int]) -> tuple[int, ...]:
+    """Numbers, or "28,25,7", as a tuple. Raises BadOption."""
+    try:
+        return tuple(int(number) for number in (given.split(",") if isinstance(given, str) else given))
+    except ValueError:
+        raise BadOption(f"--{option} {given!r} is no list of whole numbers; give some as 28,25,7") from None

@@ -1,0 +1,81 @@
+"""Shapes of known models, for speed where no weights are at hand: random numbers are as fast as trained ones.
+
+Source: the models' own config.json on the hub.
+"""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from kvprune.errors import BadOption, UnreachableRatio
+from kvprune.models.family import dense_head_dim
+from kvprune.runtime import modeling
+
+_LLAMA_7B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-7b": _LLAMA_7B,
+    "llama-3-8b": _LLAMA_7B
+    | {
+        "vocab_size": 128256,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
+    "mistral-7b": _LLAMA_7B
+    | {
+        "model_type": "mistral",
+        "vocab_size": 32768,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "sliding_window": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    },
+}
+
+
+def dense_config(shape: str) -> PreTrainedConfig:
+    """The config of a known shape. Raises BadOption."""
+    if shape not in SHAPES:
+        raise BadOption(f"unknown shape {shape!r}; choose {', '.join(SHAPES)}, or give a checkpoint")
+    options = dict(SHAPES[shape])
+    return AutoConfig.for_model(options.pop("model_type"), **options)
+
+
+def pruned_config(dense: PreTrainedConfig, ratio: float, align: int = 8) -> PreTrainedConfig:
+    """A pruned twin with one width for all layers, 1 - ratio of the dense head_dim. Raises UnreachableRatio."""
+    head_dim = dense_head_dim(dense)
+    width = round(head_dim * (1 - ratio) / align) * align
+    if not 0 < width <= head_dim or abs(1 - width / head_dim - ratio) > 0.5 / head_dim:
+        raise UnreachableRatio(
+            f"ratio {ratio:g} of head_dim {head_dim} is no multiple of {align} channels; the nearest is "
+            f"{1 - min(max(width, align), head_dim) / head_dim:g}"
+        )
+    options = dense.to_dict()
+    for name in ("model_type", "architectures", "per_layer_config", "transformers_version"):
+        options.pop(name, None)
+    options["head_dim"] = options["dense_head_dim"] = head_dim
+    config = modeling.config_class(dense.model_type)(**options)
+    config.per_layer_config = {i: {"head_dim": width} for i in range(dense.num_hidden_layers)}
+    return config
+
+
+def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of that shape with random weights, in eval mode, made on `device`."""
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()

@@ -1,0 +1,140 @@
+"""`fit` against real models and real caches."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvprune
+from kvprune import cli, errors
+from kvprune.channels.surgery import cut
+from kvprune.measure import fit as fitting
+from kvprune.measure import shapes
+from kvprune.measure.memory import cache_bytes, weight_bytes
+from kvprune.models.view import ModelView
+from tiny import make_plan, random_layers, tiny_model
+
+ALL = {"dtype": "float32", "reserve": 0.0, "align": 2, "min_width": 2}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a tiny model, head_dim 16, and the model."""
+
+    def make(family):
+        model = tiny_model(family, kv_heads=2, groups=2, layers=3)
+        model.save_pretrained(tmp_path / family)
+        return tmp_path / family, model
+
+    return make
+
+
+def real_bytes(model, batch, context):
+    with torch.no_grad():
+        cache = model(torch.zeros(batch, context, dtype=torch.long)).past_key_values
+    return weight_bytes(model), cache_bytes(cache)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_it_is_what_a_real_run_holds(saved, family):
+    folder, model = saved(family)
+    weights, kv = real_bytes(model, 3, 40)
+    report = kvprune.fit(folder, memory=weights + kv, context=40, batch=3, **ALL)
+    assert report["ratio"] == 0
+    assert report["dense"] == {"weights": weights, "kv_cache": kv, "total": weights + kv, "fits": True}
+    half = cut(ModelView(model), make_plan(model, random_layers(model, [8, 8, 8])))
+    index = sum(buffer.nbytes for name, buffer in half.named_buffers() if name.endswith("rope_index"))
+    lighter, smaller = real_bytes(half, 3, 40)
+    report = kvprune.fit(folder, memory=lighter + smaller, context=40, batch=3, **ALL)
+    assert report["ratio"] == pytest.approx(0.5, abs=0.01)
+    assert report["pruned"]["total"] == pytest.approx(lighter + smaller, rel=0.01)
+    assert report["pruned"]["kv_cache"] == pytest.approx(smaller, rel=0.01)
+    assert index < 0.01 * lighter or index  # buffers are not weights
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 16), st.integers(1, 4096), st.floats(0.3, 3.0))
+def test_what_is_said_to_fit_fits_and_one_more_does_not(batch, context, share):
+    dense = fitting.fit("llama-7b", memory=1, context=context, batch=batch)["dense"]
+    report = fitting.fit("llama-7b", memory=int(share * dense["total"]), context=context, batch=batch)
+    usable, per_token = report["memory_bytes"] - report["reserve_bytes"], report["kv_bytes_per_token"]
+    assert report["dense"]["fits"] == (dense["total"] <= usable) == (report["ratio"] == 0)
+    if report["pruned"] is not None:
+        assert report["pruned"]["fits"]
+    for removed, name in (
+        (0.0, "dense"),
+        (report["ratio"] if report["ratio"] is not None else report["largest_ratio"], "pruned"),
+    ):
+        for largest, beside in (("largest_batch", context), ("largest_context", batch)):
+            most = report[largest][name]
+            weights = dense["weights"] - removed * 4 * 32 * 4096 * 4096 * 2
+            assert most == 0 or weights + (1 - removed) * per_token * beside * most <= usable * (1 + 1e-9)
+            assert weights + (1 - removed) * per_token * beside * (most + 1) > usable
+
+
+def test_published_sizes():
+    report = fitting.fit("llama-7b", memory="80GiB", context=4096, batch=1, reserve=0.0)
+    assert report["kv_bytes_per_token"] == 512 * 1024
+    assert report["dense"]["weights"] == 2 * 6_738_415_616
+    assert fitting.fit("llama-3-8b", memory="80GB", context=4096)["kv_bytes_per_token"] == 128 * 1024
+
+
+def test_prune_to_fit(checkpoint, texts, tmp_path):
+    report = kvprune.fit(checkpoint, memory="1MB", context=64, batch=1, **ALL)
+    memory = report["dense"]["weights"] + report["dense"]["kv_cache"] * 3
+    options = {"context": 64, "batch": 6, "reserve": 0.0}
+    quick = {
+        "calibration_tokens": 512,
+        "eval_tokens": 512,
+        "windows": (64,),
+        "align": 2,
+        "min_width": 4,
+        "repair": "none",
+    }
+    result = kvprune.prune(checkpoint, tmp_path / "out", fit=memory, **options, **quick)
+    weights, kv = real_bytes(result.model, 6, 64)
+    assert weights + kv <= memory
+    assert result.record["ratio_achieved"] < 0.6  # no more than is needed, but for the widths' grid
+    with pytest.raises(errors.UnreachableRatio, match="batch"):
+        kvprune.prune(checkpoint, tmp_path / "no", fit=report["dense"]["weights"] // 2, **options, **quick)
+    with pytest.raises(errors.BadOption, match="--ratio"):
+        kvprune.prune(checkpoint, tmp_path / "no", fit=memory, ratio=0.5, **options, **quick)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"memory": "lots"}, "24GiB"),
+        ({"context": 10**9}, "the model takes"),
+        ({"context": 0}, "at least 1"),
+        ({"reserve": 1.0}, "reserve"),
+        ({"dtype": "int4"}, "bfloat16"),
+    ],
+    ids=str,
+)
+def test_bad_options(options, says):
+    with pytest.raises(errors.BadOption, match=says):
+        fitting.fit("llama-7b", **{"memory": "24GiB", "context": 512, **options})
+
+
+def test_the_command_line(monkeypatch, capsys):
+    words = ["fit", "llama-3-8b", "--memory", "24GiB", "--context", "8192", "--batch", "8"]
+    for more in ([], ["--json"]):
+        monkeypatch.setattr("sys.argv", ["kvprune", *words, *more])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 0
+        found = capsys.readouterr().out
+        if more:
+            assert json.loads(found) == kvprune.fit("llama-3-8b", memory="24GiB", context=8192, batch=8)
+        else:
+            assert "ratio" in found
+
+
+def test_shapes_are_named_in_the_error():
+    with pytest.raises(errors.KVPruneError):
+        fitting.fit("no-such-shape", memory="24GiB", context=512)
+    assert "llama-7b" in shapes.SHAPES

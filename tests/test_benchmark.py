@@ -1,0 +1,151 @@
+"""`bench` on tiny models: its figures against what can be counted, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+
+import kvprune
+from kvprune import benchmark, cli, errors
+from kvprune.measure import shapes, speed
+from kvprune.measure.memory import cache_bytes
+
+QUICK = {"new_tokens": 4, "rounds": 2, "device": "cpu"}
+
+
+@pytest.fixture
+def halved(checkpoint, texts, tmp_path):
+    quick = {"calibration_tokens": 512, "eval_tokens": 512, "windows": (64,), "align": 2, "min_width": 4}
+    kvprune.prune(checkpoint, tmp_path / "half", ratio=0.5, **quick)
+    return tmp_path / "half"
+
+
+def test_a_grid(checkpoint, halved, tmp_path):
+    out = tmp_path / "bench.json"
+    report = kvprune.bench(checkpoint, halved, batch="1,3", context=[8, 16], out=out, **QUICK)
+    assert report == json.loads(out.read_text())
+    assert out.with_suffix(".png").stat().st_size > 1000
+    assert [(cell["batch"], cell["context"]) for cell in report["cells"]] == [(1, 8), (3, 8), (1, 16), (3, 16)]
+    dense = kvprune.load(checkpoint)
+    weights = sum(p.nbytes for p in dense.parameters())
+    for cell in report["cells"]:
+        b, c, held = cell["batch"], cell["context"], cell["memory_bytes"]
+        with torch.no_grad():
+            cache = dense(torch.zeros(b, c, dtype=torch.long)).past_key_values
+        assert held["dense"]["kv_cache"] == cache_bytes(cache) == 2 * held["pruned"]["kv_cache"]
+        assert held["dense"]["weights"] == weights > held["pruned"]["weights"]
+        for name in ("dense", "pruned"):
+            parts = held[name]
+            assert parts["peak"] is None or parts["peak"] == sum(
+                parts[k] for k in ("weights", "kv_cache", "activations")
+            )
+            prefill, decode = cell["prefill_seconds"][name], b * 4 / cell["decode_tokens_per_second"][name]
+            assert cell["latency_seconds"][name] == pytest.approx(prefill + decode)
+        for name in ("prefill", "decode"):
+            low, high = cell["spread"][name]
+            assert 0 < low <= cell[f"{name}_ratio"] <= high
+        assert cell["decode_ratio_over_limit"] == pytest.approx(cell["decode_ratio"] / cell["decode_limit"])
+        # the limit, from the bytes: the cache as it is half way through the steps
+        read = [held[name]["kv_cache"] * (c + 2) / c for name in ("dense", "pruned")]
+        saved = held["dense"]["weights"] - held["pruned"]["weights"]
+        embedding = dense.get_input_embeddings().weight
+        tied = embedding.data_ptr() == dense.get_output_embeddings().weight.data_ptr()
+        all_read = weights - (0 if tied else embedding.nbytes)
+        assert cell["decode_limit"] == pytest.approx((all_read + read[0]) / (all_read - saved + read[1]))
+
+
+def test_a_model_against_itself_has_no_limit_to_reach(checkpoint):
+    (cell,) = kvprune.bench(checkpoint, **QUICK, context=[8])["cells"]
+    assert cell["decode_limit"] == 1
+    assert cell["memory_bytes"]["dense"]["kv_cache"] == cell["memory_bytes"]["pruned"]["kv_cache"]
+
+
+def test_under_a_filter(checkpoint):
+    (cell,) = kvprune.bench(checkpoint, skip=0.25, skip_layers="1,0", context=[96], batch=[2], **QUICK)["cells"]
+    held = cell["memory_bytes"]
+    with torch.no_grad(), kvprune.TokenFilter(0.25, layers=(1, 0))(model := kvprune.load(checkpoint)) as f:
+        ids = torch.randint(0, model.config.vocab_size, (2, 96), generator=torch.Generator().manual_seed(0))
+        model(ids)
+    assert held["pruned"]["kv_cache"] == pytest.approx(f.report["kv_bytes"], abs=2)
+    assert cell["decode_limit"] > 1
+
+
+@pytest.mark.parametrize("shape", list(shapes.SHAPES))
+def test_shapes_have_the_published_sizes(shape):
+    config = shapes.dense_config(shape)
+    with torch.device("meta"):
+        model = shapes.random_model(config, torch.device("meta"), torch.bfloat16)
+    published = {"llama-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "mistral-7b": 7_248_023_552}
+    assert sum(p.numel() for p in model.parameters()) == published[shape]
+    half = shapes.random_model(shapes.pruned_config(config, 0.5), torch.device("meta"), torch.bfloat16)
+    assert {layer.self_attn.head_dim for layer in half.model.layers} == {64}
+    q = half.model.layers[0].self_attn.q_proj.weight
+    assert q.shape == (config.num_attention_heads * 64, config.hidden_size)
+
+
+def test_a_pruned_shape_is_timed(monkeypatch):
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 16}
+    small |= {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
+    monkeypatch.setitem(shapes.SHAPES, "tiny", small)
+    (cell,) = kvprune.bench("tiny", pruned_shape=True, ratio=0.5, context=[8], dtype="float32", **QUICK)["cells"]
+    held = cell["memory_bytes"]
+    assert held["dense"]["kv_cache"] == 2 * held["pruned"]["kv_cache"] == 8 * 2 * 2 * 2 * 16 * 4
+
+
+def test_a_cell_that_does_not_fit_says_so_and_the_grid_goes_on(checkpoint, monkeypatch):
+    real = speed.Side.prefill
+
+    def prefill(side, ids):
+        if len(ids) == 3:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+        real(side, ids)
+
+    monkeypatch.setattr(speed.Side, "prefill", prefill)
+    cells = kvprune.bench(checkpoint, batch=(3, 1), context=[8], **QUICK)["cells"]
+    assert "out of memory: batch 3" in cells[0]["error"]
+    assert cells[1]["decode_ratio"] > 0
+    monkeypatch.setattr(benchmark.memory, "free", lambda device: 1000)
+    assert "error" in kvprune.bench(checkpoint, context=[8], **QUICK)["cells"][0]
+
+
+def test_other_errors_are_not_taken_for_it(checkpoint, monkeypatch):
+    def prefill(side, ids):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(speed.Side, "prefill", prefill)
+    with pytest.raises(RuntimeError, match="a fault"):
+        kvprune.bench(checkpoint, context=[8], **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"context": [100_000]}, "the model takes"),
+        ({"batch": "1,x"}, "whole numbers"),
+        ({"batch": (0,)}, "at least 1"),
+        ({"rounds": 0}, "at least 1"),
+        ({"skip_layers": "1"}, "needs --skip"),
+        ({"pruned_shape": True, "skip": 0.25}, "leave out"),
+        ({"pruned_shape": True, "ratio": 0.3}, "multiple of 8"),
+        ({"skip": 0.99, "context": [8]}, "at most"),
+    ],
+    ids=str,
+)
+def test_bad_options(checkpoint, options, says):
+    with pytest.raises(errors.KVPruneError, match=says):
+        kvprune.bench(checkpoint, **{**QUICK, **options})
+
+
+def test_the_command_line(checkpoint, monkeypatch, capsys):
+    words = ["bench", checkpoint, "--against", checkpoint, "--context", "8", "--batch", "1,2", "--new-tokens", "2"]
+    for more in ([], ["--json"]):
+        monkeypatch.setattr("sys.argv", ["kvprune", *map(str, words), "--rounds", "1", *more])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 0
+        found = capsys.readouterr().out
+        if more:
+            assert len(json.loads(found)["cells"]) == 2
+        else:
+            assert "tokens/s" in found
+            assert "limit" in found
