@@ -23,7 +23,8 @@ def preset_options(
         raise BadOption(f"unknown preset {preset!r}; choose {', '.join(presets)}")
     decided = [name for name in (*presets[preset], *replaces) if given.get(name) is not None]
     if decided:
-        raise BadOption(f"--preset {preset} decides {', '.join(decided)} itself; leave one of them out")
+        names = ", ".join("--" + name.replace("_", "-") for name in decided)
+        raise BadOption(f"--preset {preset} decides {names} itself; leave one of them out")
     return presets[preset]
 
 
