@@ -166,13 +166,14 @@ def _measure(sides: tuple[Side, Side], batch: int, context: int, new_tokens: int
     _refuse_what_cannot_fit(sides, batch * (context + new_tokens))
     memory_bytes = {name: _memory(side, ids) for name, side in zip(NAMES, sides, strict=True)}
     prefill = alternate(sides, lambda side: side.prefill(ids), rounds)
-    growth = (context + new_tokens / 2) / context  # a step reads the cache as it is half way
+    cut_back = all(side.token_filter is None for side in sides)  # otherwise both grow from round to round
+    growth = 1 + new_tokens * (1 if cut_back else rounds + 1) / 2 / context  # a step reads the cache as it is half way
     read = [side.weight_bytes_read + growth * side.kv_bytes_read() for side in sides]
     decode = alternate(
         sides,
         lambda side: side.decode(ids[:, -1:], new_tokens),
         rounds,
-        after=lambda side: side.rewind(new_tokens),
+        after=lambda side: side.cache.crop(-new_tokens) if cut_back else None,
     )
     pairs = list(zip(NAMES, prefill.seconds, decode.seconds, strict=True))
     limit = read[0] / read[1]

@@ -48,11 +48,6 @@ class Side:
         """Next tokens (B, 1) behind ids (B, T)."""
         return self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
-    def rewind(self, tokens: int) -> None:
-        """Forget the last tokens, where the cache can."""
-        if self.token_filter is None:
-            self.cache.crop(-tokens)
-
     @property
     def weight_bytes_read(self) -> int:
         """Bytes of weights that a step of decoding reads: all but an input embedding of its own."""

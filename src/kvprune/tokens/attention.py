@@ -219,6 +219,9 @@ class FilteredAttention:
             return
         if layer.output_anchor is None:
             layer.output_anchor = output.new_zeros(output.shape[0], output.shape[2], dtype=torch.float32)
+        if active.shape[1] == 1:
+            self._write_step(layer, output, computed, active[:, 0], skipped[:, 0])
+            return
         row, anchors = 0, []
         for b, flags in enumerate(active):
             n = int(np.count_nonzero(flags))
@@ -235,6 +238,25 @@ class FilteredAttention:
                 output[b, torch.from_numpy(tokens).to(output.device)] = averages[met].to(output.dtype)
             anchors.append(averages[n])
         layer.output_anchor = torch.stack(anchors)
+
+    def _write_step(
+        self,
+        layer: FilteredLayer,
+        output: torch.Tensor,
+        computed: torch.Tensor | None,
+        active: np.ndarray,
+        skipped: np.ndarray,
+    ) -> None:
+        """The anchors' part of `_write` for one token a sequence, without a loop over them."""
+        assert layer.output_anchor is not None
+        if skipped.any():
+            rows = torch.from_numpy(np.flatnonzero(skipped)).to(output.device)
+            output[rows, 0] = layer.output_anchor[rows].to(output.dtype)
+        if computed is not None:
+            rows = torch.from_numpy(np.flatnonzero(active)).to(output.device)
+            mine, new = computed.float(), torch.from_numpy(layer.counts[active] == 0).to(output.device)
+            moved = torch.lerp(mine, layer.output_anchor[rows], self.settings.output_gamma)
+            layer.output_anchor = layer.output_anchor.index_copy(0, rows, torch.where(new[:, None], mine, moved))
 
     def _decide(self, layer: FilteredLayer, k: torch.Tensor, v: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Which tokens are skipped, and which are not cached: (B, T) bool each. Moves anchors and thresholds on."""
