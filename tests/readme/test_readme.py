@@ -12,6 +12,8 @@ SMALLER = {
     "prune": "--calibration-tokens 512 --eval-tokens 512 --window 64 --align 2 --min-width 4",
     "recover": "--tokens 2048 --window 64 --steps 2 --batch 2 --held-out 256 --eval-tokens 512 --eval-window 64",
     "eval": "--tokens 512",
+    "bench": "--batch 1,2 --context 8,16 --new-tokens 2 --rounds 1",
+    "fit": "--context 64",
 }
 
 
@@ -21,7 +23,7 @@ def blocks(language: str) -> list[str]:
 
 def test_console_commands(checkpoint, texts, tmp_path):
     commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ kvprune")]
-    assert {shlex.split(c)[1] for c in commands} >= {"prune", "recover", "eval", "generate", "show"}
+    assert {shlex.split(c)[1] for c in commands} >= {"prune", "recover", "eval", "bench", "fit", "generate", "show"}
     for command in commands:
         words = shlex.split(command.replace(HUB_ID, str(checkpoint)))
         words += SMALLER.get(words[1], "").split()
