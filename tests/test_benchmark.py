@@ -9,6 +9,7 @@ import kvprune
 from kvprune import benchmark, cli, errors
 from kvprune.measure import shapes, speed
 from kvprune.measure.memory import cache_bytes
+from tiny import tiny_model
 
 QUICK = {"new_tokens": 4, "rounds": 2, "device": "cpu"}
 
@@ -58,6 +59,24 @@ def test_a_model_against_itself_has_no_limit_to_reach(checkpoint):
     (cell,) = kvprune.bench(checkpoint, **QUICK, context=[8])["cells"]
     assert cell["decode_limit"] == 1
     assert cell["memory_bytes"]["dense"]["kv_cache"] == cell["memory_bytes"]["pruned"]["kv_cache"]
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2-sliding"])
+@pytest.mark.parametrize("skip", [None, 0.25])
+def test_every_round_begins_behind_the_prompt(family, skip, tmp_path, monkeypatch):
+    """Also where a cache cannot be cut back: windows that are full, and filters."""
+    tiny_model(family, kv_heads=2, groups=2, layers=4).save_pretrained(tmp_path)
+    lengths = []
+    real = speed.Side.decode
+
+    def decode(side, ids, steps):
+        lengths.append(side.cache.get_seq_length())
+        real(side, ids, steps)
+
+    monkeypatch.setattr(speed.Side, "decode", decode)
+    (cell,) = kvprune.bench(tmp_path, context=[90], batch=[2], skip=skip, **QUICK)["cells"]
+    assert lengths == [90] * (2 + 2 * 3)  # the limit's, then one round to warm up and two
+    assert cell["rounds"] == {"prefill": 2, "decode": 2}
 
 
 def test_under_a_filter(checkpoint):
@@ -127,6 +146,11 @@ def test_other_errors_are_not_taken_for_it(checkpoint, monkeypatch):
         ({"skip_layers": "1"}, "needs --skip"),
         ({"pruned_shape": True, "skip": 0.25}, "leave out"),
         ({"pruned_shape": True, "ratio": 0.3}, "multiple of 8"),
+        ({"pruned_shape": True, "ratio": float("nan")}, "between 0 and 1"),
+        ({"pruned_shape": True, "dtype": "int8"}, "unknown dtype"),
+        ({"ratio": 0.5}, "--pruned-shape"),
+        ({"out": "nowhere/bench.json"}, "nowhere"),
+        ({"out": "bench.png"}, ".json"),
         ({"skip": 0.99, "context": [8]}, "at most"),
     ],
     ids=str,
@@ -134,6 +158,37 @@ def test_other_errors_are_not_taken_for_it(checkpoint, monkeypatch):
 def test_bad_options(checkpoint, options, says):
     with pytest.raises(errors.KVPruneError, match=says):
         kvprune.bench(checkpoint, **{**QUICK, **options})
+
+
+def test_two_that_cannot_be_compared(checkpoint, tmp_path):
+    model = kvprune.load(checkpoint, dtype="bfloat16")
+    model.save_pretrained(tmp_path / "other")
+    for file in checkpoint.glob("tokenizer*"):
+        (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(errors.BadOption, match="--dtype"):
+        kvprune.bench(checkpoint, tmp_path / "other", context=[8], **QUICK)
+    kvprune.bench(checkpoint, tmp_path / "other", context=[8], dtype="float32", **QUICK)
+    words = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    words["model"]["vocab"]["another-word"] = len(words["model"]["vocab"])
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(errors.BadOption, match="tokenizers"):
+        kvprune.bench(checkpoint, tmp_path / "other", context=[8], **QUICK)
+
+
+def test_the_file_has_what_was_measured_before_a_fault(checkpoint, tmp_path, monkeypatch):
+    real, out = speed.Side.prefill, tmp_path / "bench.json"
+
+    def prefill(side, ids):
+        if ids.shape[1] == 16:
+            raise RuntimeError("a fault")
+        real(side, ids)
+
+    monkeypatch.setattr(speed.Side, "prefill", prefill)
+    with pytest.raises(RuntimeError, match="a fault"):
+        kvprune.bench(checkpoint, context=(8, 16), out=out, **QUICK)
+    assert [cell["context"] for cell in json.loads(out.read_text())["cells"]] == [8]
+    with pytest.raises(errors.BadOption, match="exists"):
+        kvprune.bench(checkpoint, context=[8], out=out, **QUICK)
 
 
 def test_the_command_line(checkpoint, monkeypatch, capsys):

@@ -63,8 +63,8 @@ def generate(
 
     skip: share of all attention to skip online, by a TokenFilter, whose report is added as "filter"; skip_preset:
     "paper" for the paper's choices; skip_layers: the layers that may skip, best first, as numbers or "28,25,7" (see
-    study_layers). Returns {"prompt", "text" (the continuation), "new_tokens", "cache_tokens",
-    "cache_bytes"}; the bytes are those of the cache's real tensors after the last step.
+    study_layers). Returns {"prompt", "text" (the continuation), "new_tokens", "cache_tokens", "cache_bytes"}; the bytes
+    are those of the keys and values in it after the last step, without the room that GrowingCache keeps free.
     """
     if max_new_tokens < 1:
         raise BadOption("--max-new-tokens must be at least 1")

@@ -2,24 +2,29 @@
 
 import gc
 import json
+import math
+import os
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvprune.channels.record import versions
-from kvprune.errors import BadOption
+from kvprune.errors import BadOption, NoSpace
 from kvprune.measure import memory, plot
+from kvprune.measure.context import held_tokens
 from kvprune.measure.evaluate import bytes_per_token
-from kvprune.measure.shapes import SHAPES, dense_config, pruned_config, random_model
-from kvprune.measure.speed import Side, alternate, layer_bytes
-from kvprune.models.source import DTYPES, find_device, load_config, load_model, resolve
+from kvprune.measure.shapes import dense_config, is_shape, pruned_config, random_model
+from kvprune.measure.speed import Side, alternate
+from kvprune.models.source import Source, find_device, find_dtype, load_config, load_model, load_tokenizer, resolve
 from kvprune.options import whole_numbers
 from kvprune.progress import Progress
 from kvprune.runtime.attention import pack_groups
+from kvprune.runtime.files import writing_to
 from kvprune.tokens.filter import TokenFilter
 
 NAMES = ("dense", "pruned")
@@ -29,14 +34,14 @@ def bench(
     source: str | Path,
     against: str | Path | None = None,
     *,
-    batch: str | Sequence[int] = (1,),
-    context: str | Sequence[int] = (512,),
+    batch: str | int | Sequence[int] = (1,),
+    context: str | int | Sequence[int] = (512,),
     new_tokens: int = 64,
     rounds: int = 5,
     skip: float | None = None,
     skip_layers: str | Sequence[int] | None = None,
     pruned_shape: bool = False,
-    ratio: float = 0.5,
+    ratio: float | None = None,
     out: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -48,89 +53,139 @@ def bench(
 
     The second is `against`; with `skip`, `against` or else the source itself under a TokenFilter(skip, layers=
     skip_layers); with `pruned_shape`, random weights of the source's shape, a name in SHAPES or a checkpoint, with
-    `ratio` of its KV bytes removed, beside random weights of the shape itself. The source alone is timed against
+    `ratio` (0.5) of its KV bytes removed, beside random weights of the shape itself. The source alone is timed against
     itself, which shows the noise. A cell: `rounds` prefills of batch x context random tokens, then `rounds` times
-    new_tokens steps, medians and spreads, and the limit (weights + KV bytes read) dense / pruned.
-    out: a JSON file, written after every cell, and a picture beside it. Returns {"environment", "cells": [{"batch",
+    new_tokens steps behind them, medians and spreads, and the limit (weights + KV bytes read) dense / pruned.
+    out: a .json file, written after every cell, and a picture beside it. Returns {"environment", "cells": [{"batch",
     "context", "prefill_seconds", "decode_tokens_per_second", "latency_seconds" (of new_tokens behind a prompt),
     "decode_ratio", "prefill_ratio", "decode_limit", "decode_ratio_over_limit", "spread" ({"decode", "prefill"}: least
-    and largest ratio), "memory_bytes"}]}; a cell that does not fit in memory has "error" instead. Raises a
-    KVPruneError for what can be known before.
+    and largest ratio), "rounds" (that were timed), "memory_bytes"}]}; a cell that does not fit in memory has "error"
+    instead. Raises a KVPruneError for what can be known before.
     """
-    progress = progress or Progress()
-    batches, contexts = whole_numbers("batch", batch), whole_numbers("context", context)
-    _check(batches, contexts, new_tokens, rounds)
+    grid = Grid(whole_numbers("batch", batch), whole_numbers("context", context), new_tokens, rounds)
     if pruned_shape and (against is not None or skip is not None):
         raise BadOption("--pruned-shape makes both models itself; leave out --against and --skip")
+    if ratio is not None and not pruned_shape:
+        raise BadOption("--ratio is what --pruned-shape removes; a checkpoint has its own")
     if skip_layers is not None and skip is None:
         raise BadOption("--skip-layers needs --skip: the share of attention to skip")
-    if out is not None:
-        plot.check()
     target = find_device(device)
+    if target.type not in ("cpu", "cuda"):
+        raise BadOption(f"--device {device}: only cpu and cuda are timed")
+    kept = None if out is None else _Output(Path(out))
+    progress = progress or Progress()
     with progress.phase("load"):
         if pruned_shape:
-            models = _shapes(source, ratio, target, dtype, revision, trust_remote_code)
+            models = _shapes(source, 0.5 if ratio is None else ratio, target, dtype, revision, trust_remote_code, grid)
         else:
             names = [source] if against is None else [source, against]
-            models = [load_model(resolve(s, revision, trust_remote_code), device, dtype) for s in names]
-    first, second = models[0], models[-1]
-    _check_models(first, second, max(contexts) + new_tokens)
+            models = _checkpoints([resolve(s, revision, trust_remote_code) for s in names], device, dtype, grid)
     for model in models:
         if target.type == "cpu":
             pack_groups(model)
     layers = None if skip_layers is None else whole_numbers("skip-layers", skip_layers)
     token_filter = None if skip is None else TokenFilter(skip, layers=layers)
-    sides = (Side(first), Side(second, token_filter))
     if token_filter is not None:
-        token_filter(second)  # what it refuses, it refuses before anything is timed
-    kept = Path(out) if out is not None else None
-    report: dict[str, Any] = {
-        "environment": _environment(source, against, first, skip, ratio if pruned_shape else None, new_tokens, rounds),
-        "cells": [],
-    }
-    grid = [(b, c) for c in contexts for b in batches]
-    with progress.phase("bench", len(grid)) as advance:
-        for b, c in grid:
-            report["cells"].append({"batch": b, "context": c, **_cell(sides, b, c, new_tokens, rounds)})
+        token_filter(models[-1])  # what it refuses, it refuses before anything is timed
+    sides = (Side(models[0]), Side(models[-1], token_filter))
+    asked: dict[str, Any] = {"source": str(source), "against": None if against is None else str(against), "skip": skip}
+    asked |= {"skip_layers": layers and list(layers), "pruned_shape_ratio": (ratio or 0.5) if pruned_shape else None}
+    report: dict[str, Any] = {"environment": asked | _environment(models[0], grid), "cells": []}
+    with progress.phase("bench", len(grid.cells)) as advance:
+        for b, c in grid.cells:
+            report["cells"].append({"batch": b, "context": c, **_cell(sides, b, c, grid)})
             if kept is not None:
-                kept.write_text(json.dumps(report, indent=1) + "\n")
-                plot.draw(report, kept.with_suffix(".png"))
+                kept.write(report)
             advance(1, f"batch {b}, context {c}")
     return report
 
 
-def _check(batch: Sequence[int], context: Sequence[int], new_tokens: int, rounds: int) -> None:
-    for name, values in (("batch", batch), ("context", context), ("new-tokens", [new_tokens]), ("rounds", [rounds])):
-        if not values or min(values) < 1:
-            raise BadOption(f"--{name} needs whole numbers, at least 1")
+@dataclass(frozen=True)
+class Grid:
+    """What is measured: every batch with every context, and how."""
 
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    new_tokens: int
+    rounds: int
 
-def _check_models(first: PreTrainedModel, second: PreTrainedModel, tokens: int) -> None:
-    for model in (first, second):
-        limit = model.config.max_position_embeddings
+    def __post_init__(self) -> None:
+        given = {"batch": self.batches, "context": self.contexts}
+        given |= {"new-tokens": (self.new_tokens,), "rounds": (self.rounds,)}
+        for name, values in given.items():
+            if not values or min(values) < 1:
+                raise BadOption(f"--{name} needs whole numbers, at least 1")
+
+    @property
+    def cells(self) -> list[tuple[int, int]]:
+        return [(b, c) for c in self.contexts for b in self.batches]
+
+    def check(self, config: PreTrainedConfig) -> None:
+        """Raise BadOption for more tokens than the model takes."""
+        tokens, limit = max(self.contexts) + self.new_tokens, config.max_position_embeddings
         if tokens > limit:
             raise BadOption(f"context and new tokens are {tokens} together, the model takes {limit}; ask for fewer")
-    if first.config.vocab_size != second.config.vocab_size:
-        raise BadOption("the two models have different vocabularies; compare models with one tokenizer")
 
 
-def _shapes(source, ratio: float, device: torch.device, dtype: str, revision, trust) -> list[PreTrainedModel]:
+class _Output:
+    """OUT.json and OUT.png, never half-written. Raises BadOption and NoSpace before anything is timed."""
+
+    def __init__(self, path: Path):
+        plot.check()
+        if path.suffix != ".json":
+            raise BadOption(f"--out {path} is no .json file; the picture goes beside it as .png")
+        if path.exists():
+            raise BadOption(f"--out {path} exists; remove it or choose another one")
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise NoSpace(f"--out {path}: {path.parent} is no folder that can be written to; choose another one")
+        self.path = path
+
+    def write(self, report: dict[str, Any]) -> None:
+        partial = self.path.with_suffix(".partial")
+        with writing_to(self.path.parent):
+            partial.write_text(json.dumps(report, indent=1) + "\n")
+            partial.replace(self.path)
+            plot.draw(report, self.path.with_suffix(".png"))
+
+
+def _checkpoints(sources: list[Source], device: str, dtype: str, grid: Grid) -> list[PreTrainedModel]:
+    for source in sources:
+        grid.check(load_config(source))
+    if len(sources) == 2 and load_tokenizer(sources[0]).get_vocab() != load_tokenizer(sources[1]).get_vocab():
+        raise BadOption(f"{sources[0].name} and {sources[1].name} have different tokenizers; compare them apart")
+    models = [load_model(source, device, dtype) for source in sources]
+    first, last = models[0].dtype, models[-1].dtype
+    if first != last:
+        raise BadOption(f"one model is {first}, the other {last}; give both one --dtype")
+    return models
+
+
+def _shapes(source, ratio: float, device, dtype: str, revision, trust, grid: Grid) -> list[PreTrainedModel]:
     """Random weights: the shape, and the shape pruned."""
-    known = str(source) in SHAPES
-    config = dense_config(str(source)) if known else load_config(resolve(source, revision, trust))
-    kind = torch.bfloat16 if dtype == "auto" else DTYPES[dtype]
-    return [random_model(c, device, kind) for c in (config, pruned_config(config, ratio))]
+    if is_shape(source):
+        dense = dense_config(str(source))
+    else:
+        found = resolve(source, revision, trust)
+        if found.is_pruned:
+            raise BadOption(f"{found.name} is pruned already; give the dense model it came from")
+        dense = load_config(found)
+    grid.check(dense)
+    kind = torch.bfloat16 if dtype == "auto" else find_dtype(dtype)
+    pruned = pruned_config(dense, ratio)
+    try:
+        second = random_model(pruned, device, kind)  # which takes most memory on the way, so it goes first
+        return [random_model(dense, device, kind), second]
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise BadOption(f"two models of the shape {source} do not fit in the memory of {device}") from None
 
 
-def _environment(source, against, model: PreTrainedModel, skip, ratio, new_tokens: int, rounds: int) -> dict[str, Any]:
+def _environment(model: PreTrainedModel, grid: Grid) -> dict[str, Any]:
     device = model.device
     return {
-        "source": str(source),
-        "against": None if against is None else str(against),
-        "skip": skip,
-        "pruned_shape_ratio": ratio,
-        "new_tokens": new_tokens,
-        "rounds": rounds,
+        "new_tokens": grid.new_tokens,
+        "rounds": grid.rounds,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -140,76 +195,91 @@ def _environment(source, against, model: PreTrainedModel, skip, ratio, new_token
     }
 
 
-def _cell(sides: tuple[Side, Side], batch: int, context: int, new_tokens: int, rounds: int) -> dict[str, Any]:
+def _cell(sides: tuple[Side, Side], batch: int, context: int, grid: Grid) -> dict[str, Any]:
     try:
-        return _measure(sides, batch, context, new_tokens, rounds)
+        return _measure(sides, batch, context, grid)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
         return {"error": f"out of memory: batch {batch} with context {context} does not fit"}
     finally:
         for side in sides:
-            side.cache = None
+            side.forget()
         gc.collect()
         memory.release()
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or "not enough memory" in str(error) or "can't allocate memory" in str(error)
-
-
-def _measure(sides: tuple[Side, Side], batch: int, context: int, new_tokens: int, rounds: int) -> dict[str, Any]:
-    device = sides[0].model.device
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, sides[0].model.config.vocab_size, (batch, context), generator=generator).to(device)
-    _refuse_what_cannot_fit(sides, batch * (context + new_tokens))
-    memory_bytes = {name: _memory(side, ids) for name, side in zip(NAMES, sides, strict=True)}
-    prefill = alternate(sides, lambda side: side.prefill(ids), rounds)
-    cut_back = all(side.token_filter is None for side in sides)  # otherwise both grow from round to round
-    growth = 1 + new_tokens * (1 if cut_back else rounds + 1) / 2 / context  # a step reads the cache as it is half way
-    read = [side.weight_bytes_read + growth * side.kv_bytes_read() for side in sides]
-    decode = alternate(
-        sides,
-        lambda side: side.decode(ids[:, -1:], new_tokens),
-        rounds,
-        after=lambda side: side.cache.crop(-new_tokens) if cut_back else None,
+    """What PyTorch, the CUDA driver and its libraries say."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(
+        words in str(error) for words in ("out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED")
     )
+
+
+def _measure(sides: tuple[Side, Side], batch: int, context: int, grid: Grid) -> dict[str, Any]:
+    device, new = sides[0].model.device, grid.new_tokens
+    vocabulary = min(side.model.config.vocab_size for side in sides)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (batch, context), generator=generator).to(device)
+    _refuse_what_cannot_fit(sides, batch, context, new)
+    memory_bytes = {name: _memory(side, ids) for name, side in zip(NAMES, sides, strict=True)}
+    prefill = alternate(sides, lambda side: side.prefill(ids), grid.rounds)
+    read = []
+    for side in sides:  # the cache as it is half way
+        side.rewind(context)
+        with side.running():
+            side.decode(ids[:, -1:], math.ceil(new / 2))
+        read.append(side.bytes_read())
+    steps, back = (lambda side: side.decode(ids[:, -1:], new)), (lambda side: side.rewind(context))
+    decode = alternate(sides, steps, grid.rounds, before=back)
     pairs = list(zip(NAMES, prefill.seconds, decode.seconds, strict=True))
     limit = read[0] / read[1]
+    both = {"prefill": prefill, "decode": decode}
     return {
         "prefill_seconds": {name: p for name, p, _ in pairs},
-        "decode_tokens_per_second": {name: batch * new_tokens / d for name, _, d in pairs},
+        "decode_tokens_per_second": {name: batch * new / d for name, _, d in pairs},
         "latency_seconds": {name: p + d for name, p, d in pairs},
         "prefill_ratio": prefill.ratio,
         "decode_ratio": decode.ratio,
         "decode_limit": limit,
         "decode_ratio_over_limit": decode.ratio / limit,
-        "spread": {name: [t.ratios[0], t.ratios[-1]] for name, t in (("prefill", prefill), ("decode", decode))},
+        "spread": {name: [timing.ratios[0], timing.ratios[-1]] for name, timing in both.items()},
+        "rounds": {name: len(timing.rounds) for name, timing in both.items()},
         "memory_bytes": memory_bytes,
     }
 
 
-def _refuse_what_cannot_fit(sides: tuple[Side, Side], tokens: int) -> None:
-    """Raise MemoryError where both caches would not fit: an operating system may kill rather than refuse."""
-    needed = sum(bytes_per_token(side.model) for side in sides) * tokens
+def _refuse_what_cannot_fit(sides: tuple[Side, Side], batch: int, context: int, new: int) -> None:
+    """Raise MemoryError where both caches and a prefill's widest layer would not fit: an operating system may kill
+    rather than refuse."""
     available = memory.free(sides[0].model.device)
-    if available is not None and needed > available:
+    if available is None:
+        return
+    config, item = sides[0].model.config, sides[0].model.dtype.itemsize
+    a_token = sum(bytes_per_token(side.model) for side in sides) / config.num_hidden_layers  # of one layer
+    caches = batch * held_tokens(config, context + new) * a_token
+    layer = batch * context * (2 * config.intermediate_size + 6 * config.hidden_size) * item
+    if caches + layer > available:
         raise MemoryError
 
 
 def _memory(side: Side, ids: torch.Tensor) -> dict[str, int | None]:
-    """Bytes of the weights, of the cache with the prompt in it, of what a prefill needs beside them, and their sum."""
+    """Bytes of the weights, of keys and values with the prompt in the cache, of the room that the cache keeps free, of
+    what a prefill needs beside them, and their sum."""
     device = side.model.device
     with side.running():
-        side.prefill(ids[:1, :1])  # weights that are still on the disk come in
-        side.cache = None
+        for weights in side.model.parameters():
+            weights.sum()  # what is still on the disk comes in
+        side.forget()
         memory.release()
         known = device.type == "cuda" or memory.forget_peak()
         peak = memory.PeakMemory(device)
         side.prefill(ids)
         highest = peak.bytes()
-    weights, cache = memory.weight_bytes(side.model), sum(layer_bytes(layer) for layer in side.cache.layers)
-    beside = max(highest - cache, 0) if known else None
-    total = None if beside is None else weights + cache + beside
-    return {"weights": weights, "kv_cache": cache, "activations": beside, "peak": total}
+    layers = side.cache.layers
+    cache, held = sum(map(memory.kv_bytes, layers)), sum(map(memory.held_bytes, layers))
+    parts = {"weights": memory.weight_bytes(side.model), "kv_cache": cache, "kv_room": held - cache}
+    beside = max(highest - held, 0) if known else None
+    return {**parts, "activations": beside, "peak": None if beside is None else sum(parts.values()) + beside}

@@ -46,6 +46,7 @@ def prune(
     fit: Annotated[str | None, typer.Option(help="a memory, as 24GiB: remove what makes --context fit in it")] = None,
     context: Annotated[int | None, typer.Option(help="with --fit: tokens a sequence")] = None,
     batch: Annotated[int | None, typer.Option(help="with --fit: sequences at once  [default: 1]")] = None,
+    reserve: Annotated[float | None, typer.Option(help="with --fit: as for fit  [default: 0.1]")] = None,
     importance: Annotated[
         str | None, typer.Option(help="variance, energy, taylor, l1 or l2  [default: variance]")
     ] = None,
@@ -207,7 +208,9 @@ def bench(
     skip: Annotated[float | None, typer.Option(help="run the second under token filtering, at this share")] = None,
     skip_layers: Annotated[str | None, typer.Option(help="layers that may skip, best first, as 28,25,7")] = None,
     pruned_shape: Annotated[bool, typer.Option(help="random weights of the source's shape, dense and pruned")] = False,
-    ratio: Annotated[float, typer.Option(help="of --pruned-shape: fraction of the KV bytes that are gone")] = 0.5,
+    ratio: Annotated[
+        float | None, typer.Option(help="of --pruned-shape: fraction of the KV bytes that are gone  [default: 0.5]")
+    ] = None,
     out: Annotated[
         str | None, typer.Option(help="JSON file, written after every cell; and a picture beside it")
     ] = None,
@@ -235,6 +238,7 @@ def fit(
     batch: Annotated[int, typer.Option(help="sequences at once")] = 1,
     dtype: Dtype = "auto",
     reserve: Annotated[float, typer.Option(help="share of the memory left to activations")] = 0.1,
+    layout: Annotated[str, AsPrune] = "per-layer",
     align: Annotated[int, AsPrune] = 8,
     min_width: Annotated[int, AsPrune] = 16,
     revision: Revision = None,

@@ -28,9 +28,10 @@ def preset_options(
     return presets[preset]
 
 
-def whole_numbers(option: str, given: str | Sequence[int]) -> tuple[int, ...]:
-    """Numbers, or "28,25,7", as a tuple. Raises BadOption."""
+def whole_numbers(option: str, given: str | int | Sequence[int]) -> tuple[int, ...]:
+    """Numbers, one number, or "28,25,7", as a tuple. Raises BadOption."""
+    parts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given
     try:
-        return tuple(int(number) for number in (given.split(",") if isinstance(given, str) else given))
+        return tuple(int(str(part)) for part in parts)
     except ValueError:
         raise BadOption(f"--{option} {given!r} is no list of whole numbers; give some as 28,25,7") from None

@@ -11,7 +11,6 @@ import kvprune
 from kvprune import cli, errors
 from kvprune.channels.surgery import cut
 from kvprune.measure import fit as fitting
-from kvprune.measure import shapes
 from kvprune.measure.memory import cache_bytes, weight_bytes
 from kvprune.models.view import ModelView
 from tiny import make_plan, random_layers, tiny_model
@@ -37,7 +36,7 @@ def real_bytes(model, batch, context):
     return weight_bytes(model), cache_bytes(cache)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "qwen2-sliding"])  # the last two with windows
 def test_it_is_what_a_real_run_holds(saved, family):
     folder, model = saved(family)
     weights, kv = real_bytes(model, 3, 40)
@@ -45,13 +44,11 @@ def test_it_is_what_a_real_run_holds(saved, family):
     assert report["ratio"] == 0
     assert report["dense"] == {"weights": weights, "kv_cache": kv, "total": weights + kv, "fits": True}
     half = cut(ModelView(model), make_plan(model, random_layers(model, [8, 8, 8])))
-    index = sum(buffer.nbytes for name, buffer in half.named_buffers() if name.endswith("rope_index"))
     lighter, smaller = real_bytes(half, 3, 40)
     report = kvprune.fit(folder, memory=lighter + smaller, context=40, batch=3, **ALL)
     assert report["ratio"] == pytest.approx(0.5, abs=0.01)
     assert report["pruned"]["total"] == pytest.approx(lighter + smaller, rel=0.01)
     assert report["pruned"]["kv_cache"] == pytest.approx(smaller, rel=0.01)
-    assert index < 0.01 * lighter or index  # buffers are not weights
 
 
 @settings(deadline=None, max_examples=40)
@@ -71,7 +68,38 @@ def test_what_is_said_to_fit_fits_and_one_more_does_not(batch, context, share):
             most = report[largest][name]
             weights = dense["weights"] - removed * 4 * 32 * 4096 * 4096 * 2
             assert most == 0 or weights + (1 - removed) * per_token * beside * most <= usable * (1 + 1e-9)
-            assert weights + (1 - removed) * per_token * beside * (most + 1) > usable
+            over = weights + (1 - removed) * per_token * beside * (most + 1) > usable * (1 - 1e-9)
+            assert over or (largest, most) == ("largest_context", 4096)  # what the model takes
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2-sliding"])
+def test_the_largest_context_fits_and_one_more_does_not(saved, family):
+    folder, model = saved(family)
+    for budget in (25, 60, 100):
+        _, kv = real_bytes(model, 2, budget)
+        report = kvprune.fit(folder, memory=weight_bytes(model) + kv, context=8, batch=2, **ALL)
+        longest = report["largest_context"]["dense"]
+        assert real_bytes(model, 2, longest)[1] <= kv
+        assert longest == 128 or real_bytes(model, 2, longest + 1)[1] > kv
+
+
+def test_one_width_for_all_layers_is_rounded_up():
+    options = {"memory": "20GiB", "context": 4096, "batch": 8}
+    free = fitting.fit("llama-7b", **options)["ratio"]
+    for layout in ("uniform", "portable"):
+        ratio = fitting.fit("llama-7b", layout=layout, **options)["ratio"]
+        assert ratio >= free
+        assert (128 * (1 - ratio)) % 8 == pytest.approx(0)
+        assert ratio - free < 8 / 128
+
+
+def test_a_config_that_does_not_say_its_dtype(saved):
+    folder, _ = saved("llama")
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(errors.BadOption, match="--dtype"):
+        kvprune.fit(folder, memory="1MB", context=8)
 
 
 def test_published_sizes():
@@ -112,6 +140,8 @@ def test_prune_to_fit(checkpoint, texts, tmp_path):
         ({"context": 0}, "at least 1"),
         ({"reserve": 1.0}, "reserve"),
         ({"dtype": "int4"}, "bfloat16"),
+        ({"align": 0}, "align"),
+        ({"min_width": 0}, "min-width"),
     ],
     ids=str,
 )
@@ -132,9 +162,3 @@ def test_the_command_line(monkeypatch, capsys):
             assert json.loads(found) == kvprune.fit("llama-3-8b", memory="24GiB", context=8192, batch=8)
         else:
             assert "ratio" in found
-
-
-def test_shapes_are_named_in_the_error():
-    with pytest.raises(errors.KVPruneError):
-        fitting.fit("no-such-shape", memory="24GiB", context=512)
-    assert "llama-7b" in shapes.SHAPES

@@ -71,7 +71,7 @@ def _to_fit(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
         raise BadOption("--fit finds the ratio itself; leave out --ratio and --plan")
     if "context" not in asked:
         raise BadOption("--fit needs --context: how many tokens a sequence has")
-    shared = ("dtype", "min_width", "align", "revision", "trust_remote_code")
+    shared = ("dtype", "layout", "min_width", "align", "revision", "trust_remote_code")
     known = {name: options[name] for name in shared if name in options}
     report = fit(source, memory=asked.pop("fit"), **asked, **known)
     if report["ratio"] is None:

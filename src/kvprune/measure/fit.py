@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvprune.errors import BadOption
-from kvprune.measure.shapes import SHAPES, dense_config
+from kvprune.measure.context import bytes_per_layer_token, held_tokens, longest
+from kvprune.measure.shapes import dense_config, is_shape
 from kvprune.models.family import dense_head_dim, family_of
-from kvprune.models.source import DTYPES, load_config, resolve
+from kvprune.models.source import find_dtype, load_config, resolve
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -29,6 +30,7 @@ def fit(
     batch: int = 1,
     dtype: str = "auto",
     reserve: float = 0.1,
+    layout: str = "per-layer",
     min_width: int = 16,
     align: int = 8,
     revision: str | None = None,
@@ -37,43 +39,38 @@ def fit(
     """Which fraction of the KV bytes must go so that `batch` sequences of `context` tokens fit in `memory`.
 
     source: a dense model, or a name in shapes.SHAPES. memory: bytes, or "24GiB", "80GB". reserve: share of it that is
-    left to activations and fragments. align, min_width: of the widths, as in `prune`. Returns {"source", "dtype",
-    "memory_bytes", "reserve_bytes", "context", "batch", "kv_bytes_per_token" (dense), "dense" and "pruned" ({"weights",
-    "kv_cache", "total", "fits"}; pruned is None where no ratio is enough), "ratio" (0 where dense fits, None where none
-    is enough), "largest_ratio", and "largest_batch", "largest_context" ({"dense", "pruned"}: with the other as asked;
-    pruned at the ratio, or the largest)}. Raises a KVPruneError.
+    left to activations, fragments, and room that a cache keeps free (GrowingCache: up to an eighth of its tokens).
+    layout, align, min_width: of the widths, as in `prune`. Returns {"source", "dtype", "memory_bytes",
+    "reserve_bytes", "context", "batch", "kv_bytes_per_token" (dense), "dense" and "pruned" ({"weights", "kv_cache",
+    "total", "fits"}; pruned is None where no ratio is enough), "ratio" (0 where dense fits, None where none is
+    enough), "largest_ratio", and "largest_batch", "largest_context" ({"dense", "pruned"}: with the other as asked, no
+    longer than the model takes; pruned at the ratio, or the largest)}. Raises a KVPruneError.
     """
-    if context < 1 or batch < 1:
-        raise BadOption("--context and --batch must be at least 1")
-    if not 0 <= reserve < 1:
-        raise BadOption(f"--reserve {reserve:g} must lie from 0 to below 1")
+    _check(context, batch, reserve, align, min_width)
     room = _bytes(memory)
-    config, own = _config(source, revision, trust_remote_code)
+    usable = int(room * (1 - reserve))
+    config, kind = _model(source, dtype, revision, trust_remote_code)
     if context > config.max_position_embeddings:
         raise BadOption(f"--context {context} is more than the {config.max_position_embeddings} that the model takes")
-    kind = own if dtype == "auto" else _dtype(dtype)
     weights, shrinking = (count * kind.itemsize for count in _parameters(config))
-    head_dim = dense_head_dim(config)
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * kind.itemsize
-    kv, usable = per_token * context * batch, int(room * (1 - reserve))
-    first = math.ceil(min_width / align) * align
-    largest = max(1 - first / head_dim, 0.0)
-    channels = config.num_hidden_layers * head_dim  # of a KV head, all layers
-    needed = max((weights + kv - usable) / (shrinking + kv), 0.0)
-    left = math.floor((1 - needed) * channels / align + 1e-9) * align
-    ratio = 1 - left / channels if needed else 0.0
-    enough = ratio <= largest
-    at = ratio if enough else largest
+    per_layer = bytes_per_layer_token(config, kind.itemsize)
+    head_dim, layers = dense_head_dim(config), config.num_hidden_layers
+    largest = max(1 - math.ceil(min_width / align) * align / head_dim, 0.0)
+    kv = batch * held_tokens(config, context) * per_layer
+    ratio = _round_up((weights + kv - usable) / (shrinking + kv), head_dim * layers, align, layers, layout)
+    enough = ratio <= largest + 1e-9
 
     def parts(removed: float) -> dict[str, Any]:
         lighter, held = weights - removed * shrinking, (1 - removed) * kv
         total = math.ceil(lighter + held)
         return {"weights": round(lighter), "kv_cache": round(held), "total": total, "fits": total <= usable}
 
-    def most(removed: float, beside: int) -> int:
-        """How many times `beside` tokens fit."""
-        left = usable - (weights - removed * shrinking)
-        return max(int(left / ((1 - removed) * per_token * beside)), 0)
+    def left(removed: float) -> float:
+        """Bytes of the dense cache for which there is room once so much of it is removed."""
+        return max(usable - (weights - removed * shrinking), 0) / (1 - removed)
+
+    def both(of: Any) -> dict[str, int]:
+        return {"dense": of(left(0.0)), "pruned": of(left(ratio if enough else largest))}
 
     return {
         "source": str(source),
@@ -82,14 +79,33 @@ def fit(
         "reserve_bytes": room - usable,
         "context": context,
         "batch": batch,
-        "kv_bytes_per_token": per_token,
+        "kv_bytes_per_token": layers * per_layer,
         "ratio": ratio if enough else None,
         "largest_ratio": largest,
         "dense": parts(0.0),
         "pruned": parts(ratio) if enough else None,
-        "largest_batch": {"dense": most(0.0, context), "pruned": most(at, context)},
-        "largest_context": {"dense": most(0.0, batch), "pruned": most(at, batch)},
+        "largest_batch": both(lambda n: int(n / (held_tokens(config, context) * per_layer))),
+        "largest_context": both(
+            lambda n: longest(config, lambda tokens: batch * held_tokens(config, tokens) * per_layer <= n)
+        ),
     }
+
+
+def _check(context: int, batch: int, reserve: float, align: int, min_width: int) -> None:
+    least = {"context": context, "batch": batch, "align": align, "min-width": min_width}
+    for name, value in least.items():
+        if value < 1:
+            raise BadOption(f"--{name} must be at least 1, not {value}")
+    if not 0 <= reserve < 1:
+        raise BadOption(f"--reserve {reserve:g} must lie from 0 to below 1")
+
+
+def _round_up(needed: float, channels: int, align: int, layers: int, layout: str) -> float:
+    """The ratio that widths on the grid reach: as needed, or a little more. channels: of a KV head, all layers."""
+    if needed <= 0:
+        return 0.0
+    step = align if layout == "per-layer" else align * layers  # otherwise all layers have one width
+    return 1 - math.floor((1 - needed) * channels / step + 1e-9) * step / channels
 
 
 def _bytes(given: str | int) -> int:
@@ -100,22 +116,19 @@ def _bytes(given: str | int) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def _config(source: str | Path, revision: str | None, trust_remote_code: bool) -> tuple[PreTrainedConfig, torch.dtype]:
-    """The config, and the dtype that `load` would give the model."""
-    if str(source) in SHAPES:
-        return dense_config(str(source)), torch.bfloat16
-    found = resolve(source, revision, trust_remote_code)
+def _model(source: str | Path, dtype: str, revision: str | None, trust: bool) -> tuple[PreTrainedConfig, torch.dtype]:
+    """The config, and the dtype that the model will have. Raises BadOption where nobody says."""
+    asked = None if dtype == "auto" else find_dtype(dtype)
+    if is_shape(source):
+        return dense_config(str(source)), asked or torch.bfloat16
+    found = resolve(source, revision, trust)
     if found.is_pruned:
         raise BadOption(f"{found.name} is pruned already; give the dense model it came from")
     config = load_config(found)
-    own = getattr(config, "dtype", None)
-    return config, own if isinstance(own, torch.dtype) and not found.gguf_file else torch.bfloat16
-
-
-def _dtype(name: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise BadOption(f"unknown dtype {name!r}; choose auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+    kind = asked or (torch.bfloat16 if found.gguf_file else getattr(config, "dtype", None))  # as `load` has it
+    if not isinstance(kind, torch.dtype):
+        raise BadOption(f"{found.name} does not say which dtype its weights have; give --dtype")
+    return config, kind
 
 
 def _parameters(config: PreTrainedConfig) -> tuple[int, int]:

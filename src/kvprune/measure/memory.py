@@ -5,6 +5,7 @@ import ctypes
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,22 @@ def cache_bytes(cache: Cache) -> int:
     """Bytes of all key and value tensors that a cache holds, tensor by tensor."""
     tensors = [t for layer in cache.layers for name in ("keys", "values") if (t := getattr(layer, name)) is not None]
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def kv_bytes(layer: Any) -> int:
+    """Bytes of the keys and values of the tokens in a layer of a cache, without room that is kept free."""
+    lengths = getattr(layer, "lengths", None)  # of a token filter's layer, whose sequences differ
+    if lengths is None:
+        return layer.keys.nbytes + layer.values.nbytes
+    return int(lengths.sum()) * 2 * layer.keys.shape[1] * layer.keys.shape[3] * layer.keys.element_size()
+
+
+def held_bytes(layer: Any) -> int:
+    """Bytes of the tensors of a layer of a cache, room included."""
+    keys, values = getattr(layer, "key_room", None), getattr(layer, "value_room", None)
+    if keys is None or values is None:
+        keys, values = layer.keys, layer.values
+    return keys.nbytes + values.nbytes
 
 
 def kv_bytes_per_token(widths: list[int], kv_heads: int, dtype: torch.dtype) -> int:

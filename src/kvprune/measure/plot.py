@@ -39,7 +39,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("batch x context")
     axes.set_ylabel("times as fast as dense")
     where = report["environment"]
-    second = where["against"] or ("random weights, pruned" if where["pruned_shape_ratio"] else "the same, filtered")
-    axes.set_title(f"{Path(where['source']).name} against {Path(second).name}, {where['device']}", fontsize=10)
+    second = Path(where["against"] or where["source"]).name
+    if where["pruned_shape_ratio"] is not None:
+        second = f"the shape with {where['pruned_shape_ratio']:.0%} of its KV bytes removed"
+    if where["skip"] is not None:
+        second += f", skipping {where['skip']:.0%}"
+    axes.set_title(f"{Path(where['source']).name} against {second}\n{where['device']}", fontsize=10)
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower right")
     figure.savefig(path, dpi=150)

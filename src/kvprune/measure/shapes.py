@@ -3,6 +3,7 @@
 Source: the models' own config.json on the hub.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,10 +49,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def is_shape(source: str | Path) -> bool:
+    """Whether a source is a known shape's name, and no folder of that name."""
+    return str(source) in SHAPES and not Path(source).exists()
+
+
 def dense_config(shape: str) -> PreTrainedConfig:
-    """The config of a known shape. Raises BadOption."""
-    if shape not in SHAPES:
-        raise BadOption(f"unknown shape {shape!r}; choose {', '.join(SHAPES)}, or give a checkpoint")
+    """The config of a known shape."""
     options = dict(SHAPES[shape])
     return AutoConfig.for_model(options.pop("model_type"), **options)
 
@@ -59,6 +63,8 @@ def dense_config(shape: str) -> PreTrainedConfig:
 def pruned_config(dense: PreTrainedConfig, ratio: float, align: int = 8) -> PreTrainedConfig:
     """A pruned twin with one width for all layers, 1 - ratio of the dense head_dim. Raises UnreachableRatio."""
     head_dim = dense_head_dim(dense)
+    if not 0 < ratio < 1:
+        raise BadOption(f"--ratio {ratio:g} must lie between 0 and 1")
     width = round(head_dim * (1 - ratio) / align) * align
     if not 0 < width <= head_dim or abs(1 - width / head_dim - ratio) > 0.5 / head_dim:
         raise UnreachableRatio(

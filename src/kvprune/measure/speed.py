@@ -1,9 +1,10 @@
 """Speed of two models side by side: prefill and decoding, in alternating runs [ours].
 
 A ratio is the median over rounds of first / second seconds, each round timing both, one after the other and in turns
-as to who begins; what a machine does beside it then hits both. Warm-up rounds are not counted.
+as to who begins; what a machine does beside it then hits both. One round before is not counted.
 """
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvprune.measure import memory
-from kvprune.runtime.cache import GrowingCache
+from kvprune.runtime.cache import GrowingCache, GrowingLayer
 
 ENOUGH = 20.0  # seconds: a run that takes longer is timed three times, however many rounds were asked for
 
@@ -28,6 +29,7 @@ class Side:
     model: PreTrainedModel
     token_filter: Any = None
     cache: Any = None
+    filled: Any = None  # the cache with the prompt in it, where it cannot be cut back to that
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -36,7 +38,7 @@ class Side:
 
     def prefill(self, ids: torch.Tensor) -> None:
         """ids (B, T) into a fresh cache."""
-        self.cache = GrowingCache(self.model.config)
+        self.cache, self.filled = GrowingCache(self.model.config), None
         self.feed(ids)
 
     def decode(self, ids: torch.Tensor, steps: int) -> None:
@@ -48,28 +50,30 @@ class Side:
         """Next tokens (B, 1) behind ids (B, T)."""
         return self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
-    @property
-    def weight_bytes_read(self) -> int:
-        """Bytes of weights that a step of decoding reads: all but an input embedding of its own."""
+    def rewind(self, context: int) -> None:
+        """Back to the cache with `context` tokens of prompt in it; windows and filters forget, so theirs is copied."""
+        if all(type(layer) is GrowingLayer for layer in self.cache.layers):
+            surplus = self.cache.get_seq_length() - context
+            if surplus:
+                self.cache.crop(-surplus)
+            return
+        self.filled = self.cache if self.filled is None else self.filled
+        self.cache = copy.deepcopy(self.filled)
+
+    def forget(self) -> None:
+        self.cache = self.filled = None
+
+    def bytes_read(self) -> float:
+        """Bytes that a step of decoding reads, with the cache as it is: weights, but not an input embedding of its own,
+        and keys and values; under a filter those of the share of tokens that do not skip."""
         embedding = cast(torch.Tensor, self.model.get_input_embeddings().weight)
         head = cast(torch.Tensor, self.model.get_output_embeddings().weight)
         own = embedding.nbytes if embedding.data_ptr() != head.data_ptr() else 0
-        return memory.weight_bytes(self.model) - own
-
-    def kv_bytes_read(self) -> float:
-        """Bytes of keys and values that a step reads, as full as the cache is now."""
-        rates = self.token_filter.report["per_layer"] if self.token_filter else [0.0] * len(self.cache.layers)
-        return sum((1 - rate) * layer_bytes(layer) for rate, layer in zip(rates, self.cache.layers, strict=True))
-
-
-def layer_bytes(layer: Any) -> int:
-    """Bytes of the keys and values that a layer of a cache holds; of a filtered one without the room it keeps free."""
-    held = layer.keys.nbytes + layer.values.nbytes
-    lengths = getattr(layer, "lengths", None)
-    if lengths is None:
-        return held
-    room = layer.keys.shape[0] * layer.keys.shape[2]
-    return int(held * lengths.sum() / room) if room else 0
+        layers = self.cache.layers
+        f = self.token_filter
+        rates = {} if f is None else f.settings.rates(f.settings.ratio, len(layers))
+        kv = sum((1 - rates.get(i, 0.0)) * memory.kv_bytes(layer) for i, layer in enumerate(layers))
+        return memory.weight_bytes(self.model) - own + kv
 
 
 @dataclass(frozen=True)
@@ -98,16 +102,15 @@ def alternate(
     sides: tuple[Side, Side],
     work: Callable[[Side], Any],
     rounds: int,
-    after: Callable[[Side], Any] = lambda side: None,
+    before: Callable[[Side], Any] = lambda side: None,
 ) -> Timing:
-    """Time work(side) for both in every round, and undo it with after(side); one round before is not counted."""
+    """Time work(side) for both in every round, behind an untimed before(side); one round more is not counted."""
     found: list[tuple[float, float]] = []
     for i in range(rounds + 1):
         taken = [0.0, 0.0]
         for j in (0, 1) if i % 2 else (1, 0):
+            before(sides[j])
             taken[j] = seconds_of(sides[j], partial(work, sides[j]))
-        for side in sides:
-            after(side)
         if i:
             found.append((taken[0], taken[1]))
         if i >= 3 and sum(taken) > 2 * ENOUGH:

@@ -27,29 +27,40 @@ def bench_table(report: dict[str, Any]) -> RenderableType:
     """A row per batch and context: speed of both, the ratio beside its limit, and bytes."""
     where = report["environment"]
     table = Table(title=f"{where['source']}, {where['dtype']}, {where['device']}, {where['threads']} threads")
-    for column in ("batch", "context", "prefill, s", "tokens/s", "ratio", "limit", "KV, MB"):
+    for column in ("batch", "context", "prefill, s", "ratio", "tokens/s", "ratio", "of the limit"):
         table.add_column(column, justify="right")
+    held = Table(title="memory, MB")
+    for column in ("batch", "context", "weights", "KV cache", "activations", "peak", "latency, s"):
+        held.add_column(column, justify="right")
     words = []
     for cell in report["cells"]:
         place = (str(cell["batch"]), str(cell["context"]))
         if "error" in cell:
-            table.add_row(*place, *["-"] * 5)
             words.append(cell["error"])
             continue
-        prefill, speed, held = cell["prefill_seconds"], cell["decode_tokens_per_second"], cell["memory_bytes"]
+        prefill, speed, latency = (_pair(cell[n]) for n in _TIMES)
         low, high = cell["spread"]["decode"]
         table.add_row(
-            *place,
-            f"{prefill['dense']:.2f} / {prefill['pruned']:.2f}",
-            f"{speed['dense']:.1f} / {speed['pruned']:.1f}",
+            *(*place, prefill, f"{cell['prefill_ratio']:.2f}", speed),
             f"{cell['decode_ratio']:.2f}\n{low:.2f} to {high:.2f}",
-            f"{cell['decode_limit']:.2f}",
-            f"{held['dense']['kv_cache'] / 1e6:.1f} / {held['pruned']['kv_cache'] / 1e6:.1f}",
+            f"{cell['decode_ratio_over_limit']:.0%} of {cell['decode_limit']:.2f}",
+        )
+        sides = cell["memory_bytes"].values()
+        sizes = ([side[name] for side in sides] for name in ("weights", "kv_cache", "activations", "peak"))
+        held.add_row(
+            *place, *(" / ".join("-" if n is None else f"{n / 1e6:,.0f}" for n in pair) for pair in sizes), latency
         )
         slower = [what for what in ("prefill", "decode") if cell["spread"][what][1] < 1]
         if slower:
             words.append(f"batch {place[0]}, context {place[1]}: the second is slower in {' and '.join(slower)}")
-    return Group(table, "a / b: the first model, then the second; ratio: decoding, and its spread", *words)
+    return Group(table, "a / b: the first model, then the second; ratio: how many times as fast", held, *words)
+
+
+_TIMES = ("prefill_seconds", "decode_tokens_per_second", "latency_seconds")
+
+
+def _pair(values: dict[str, float]) -> str:
+    return " / ".join(f"{value:.2f}" if value < 100 else f"{value:.0f}" for value in values.values())
 
 
 def fit_table(report: dict[str, Any]) -> RenderableType:

@@ -119,11 +119,11 @@ def load_model(source: Source, device: str = "auto", dtype: str = "auto") -> Pre
     _check_architecture(source)
     arguments = source.arguments()
     if source.gguf_file:
-        arguments["dtype"] = torch.bfloat16 if dtype == "auto" else _dtype(dtype)
+        arguments["dtype"] = torch.bfloat16 if dtype == "auto" else find_dtype(dtype)
         if hasattr(transformers, "GgufConfig"):  # newer transformers would keep the packed weights
             arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     else:
-        arguments["dtype"] = dtype if dtype == "auto" else _dtype(dtype)
+        arguments["dtype"] = dtype if dtype == "auto" else find_dtype(dtype)
         arguments["use_safetensors"] = True
     with _as_user_error(source):
         loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **arguments)
@@ -180,7 +180,7 @@ def find_device(name: str) -> torch.device:
         raise BadOption(f"device {name!r} cannot be used: {_first_line(error)}") from None
 
 
-def _dtype(name: str) -> torch.dtype:
+def find_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise BadOption(f"unknown dtype {name!r}; choose auto, {', '.join(DTYPES)}")
     return DTYPES[name]

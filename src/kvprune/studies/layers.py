@@ -4,10 +4,11 @@ Token Filtering (arXiv 2512.07090) takes the last layers. Some of those lose muc
 one dense pass over a page tells them apart.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
-from kvprune.errors import BadOption
+from kvprune.errors import BadOption, NotFinite
 from kvprune.models import source as sources
 from kvprune.progress import Progress
 from kvprune.text.corpus import read_text
@@ -36,7 +37,12 @@ def study_layers(
     least = Settings().first + 1
     if window < least:
         raise BadOption(f"--window {window} is too short: the first {least - 1} tokens never skip; give more")
+    if tokens < window:
+        raise BadOption(f"--tokens {tokens} is less than one --window of {window}; give more")
     resolved = sources.resolve(source, revision, trust_remote_code)
+    limit = sources.load_config(resolved).max_position_embeddings
+    if window > limit:
+        raise BadOption(f"--window {window} is more than the {limit} tokens that the model takes")
     tokenizer = sources.load_tokenizer(resolved)
     pages = windows(read_text(str(text), "valid"), tokenizer, window, tokens, f"the text {text}")
     model = sources.load_model(resolved, device, dtype)
@@ -46,6 +52,8 @@ def study_layers(
             found.append(anchor_errors(model, page[None]))
             advance(1)
     errors = [sum(column) / len(found) for column in zip(*found, strict=True)]
+    if not all(map(math.isfinite, errors)):
+        raise NotFinite("a layer's output is not finite on this text; try --dtype float32")
     return {
         "source": str(source),
         "text": str(text),

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from kvprune.measure.memory import held_bytes
 from kvprune.models.family import dense_head_dim
 from kvprune.tokens.attention import Counts
 from kvprune.tokens.cache import FilteredLayer
@@ -66,5 +67,5 @@ def bytes_of(model: Any, cache: Any) -> dict[str, int]:
             found["anchor_bytes"] += sum(t.nbytes for t in (layer.anchor, layer.output_anchor) if t is not None)
         own = kept * 2 * layer.keys.shape[1] * layer.keys.shape[3] * a_number
         found["kv_bytes"] += own
-        found["padding_bytes"] += layer.keys.nbytes + layer.values.nbytes - own
+        found["padding_bytes"] += held_bytes(layer) - own
     return found

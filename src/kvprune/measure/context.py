@@ -1,0 +1,31 @@
+"""How many tokens each layer of a model holds at some context: all of them, or those of its sliding window."""
+
+import bisect
+from collections.abc import Callable
+from typing import Any
+
+from transformers import DynamicCache, PreTrainedConfig
+
+from kvprune.models.family import dense_head_dim
+
+
+def windows_of(config: PreTrainedConfig) -> list[int | None]:
+    """Each layer's most tokens: what stays of a sliding window between two steps, or None for all."""
+    layers: list[Any] = list(DynamicCache(config=config).layers)
+    found = [layer.sliding_window - 1 if layer.is_sliding else None for layer in layers]
+    return found or [None] * config.num_hidden_layers  # older transformers make plain layers as they go
+
+
+def held_tokens(config: PreTrainedConfig, context: int) -> int:
+    """Tokens in the cache of one sequence, summed over layers."""
+    return sum(context if most is None else min(context, most) for most in windows_of(config))
+
+
+def bytes_per_layer_token(config: PreTrainedConfig, item: int) -> int:
+    """Bytes that a token leaves in one layer of the dense model, at `item` bytes a number."""
+    return 2 * config.num_key_value_heads * dense_head_dim(config) * item
+
+
+def longest(config: PreTrainedConfig, fits: Callable[[int], bool]) -> int:
+    """The longest context that the model takes and that fits; 0 for none."""
+    return bisect.bisect_left(range(1, config.max_position_embeddings + 1), True, key=lambda n: not fits(n))
