@@ -163,6 +163,7 @@ def run(bench: Bench) -> None:
         bench.prune(name, ratio, source=PLUS)
         bench.recover(f"{name}, distilled on wikitext2", name, **DISTIL)
         bench.recover(f"{name}, distilled gently on wikitext2", name, **{**DISTIL, "lr": 5e-4})
+        bench.recover(f"{name}, distilled for long on wikitext2", name, **{**DISTIL, "steps": 200})
     name = "closed form 0.5"
     bench.recover(f"{name}, distilled with attention on wikitext2", name, **{**DISTIL, "loss": "logits+attention"})
     bench.recover(f"{name}, recovered on wiki by next-token", name, **{**GENERAL, "loss": "next-token"})
