@@ -78,9 +78,9 @@ class _Run:
         self.progress = progress if self.main else Progress()
 
     def run(self) -> Recovered:
-        s = self.settings
         self.peak = memory.PeakMemory(self.device)
-        old = read_record(Path(s.folder))
+        old = read_record(Path(self.settings.folder))
+        s = self.settings = self.settings.for_cut(old["ratio_achieved"])
         with self._phase("load"):
             lm = load_model(self.source, str(self.device), s.dtype)
             tokenizer = load_tokenizer(self.source)
