@@ -22,10 +22,10 @@ class Settings:
     text: a named text (its valid split), a text file, an Alpaca file (.json, .jsonl), or "self": sampled from the dense
     model. tokens: how much of it, 0 for all (of "self": SAMPLED). window, held_out and eval_tokens in tokens; batch in
     windows, of all processes together. steps or epochs, not both. alpha None is twice the rank; lr None is what the
-    loss wants: TEXT_LR, DISTIL_LR, or GENTLE_LR where little is cut. targets: last parts of module names, or "all-linear". warmup in steps, then a
-    cosine down to 0. temperature is for distillation, attention_weight for the loss "logits+attention". teacher None is
-    the record's source. Every `checkpoint_every` steps the held-out slice is evaluated and the state written; after
-    `patience` evaluations in a row without a new best the run stops (0: never).
+    loss wants: TEXT_LR, DISTIL_LR, or GENTLE_LR where little is cut. targets: last parts of module names, or
+    "all-linear". warmup in steps, then a cosine down to 0. temperature is for distillation, attention_weight for the
+    loss "logits+attention". teacher None is the record's source. Every `checkpoint_every` steps the held-out slice is
+    evaluated and the state written; after `patience` evaluations in a row without a new best the run stops (0: never).
     """
 
     folder: str
