@@ -13,6 +13,7 @@ picture are drawn from OUT.json.
 
 import argparse
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,30 @@ def ratio_of(value: float | None, base: float | None) -> str:
     return "" if value is None or base is None else f"{value / base:.3f}"
 
 
+LINES = {  # label -> (cells whose names match, the best of each ratio; style)
+    "closed form": ("closed form {}", "o-"),
+    "distilled": ("closed form {}, distilled on wikitext2", "s-"),
+    "distilled, then trained": ("closed form {}, distilled and recovered on wikitext2", "^-"),
+    "trained, then pruned, then distilled": ("dense+, closed form {}, distilled*", "D-"),
+    "the paper's preset": ("paper {}", "x--"),
+    "the paper's preset, recovered": ("paper {}, recovered", "+--"),
+}
+
+
+def points(bench: Bench, pattern: str, text: str) -> list[tuple[float, float]]:
+    """(share of the KV bytes left, perplexity over that of dense, or of dense+ where the text is what was learnt)."""
+    found = []
+    for ratio in RATIOS:
+        names = [name for name in bench.cells.cells if fnmatch(name, pattern.format(ratio))]
+        values = [(bench.perplexity(name, text, 512), name) for name in names]
+        for value, name in sorted((v, n) for v, n in values if v is not None)[:1]:
+            plus = PAPER_PLUS if "paper" in name else PLUS
+            base = bench.perplexity(plus if is_adapted(name) and text == "wikitext2" else "dense", text, 512)
+            if base is not None:
+                found.append((1 - ratio, value / base))
+    return found
+
+
 def draw(bench: Bench, picture: Path) -> None:
     """Perplexity over dense against the KV bytes that are left, one panel a text."""
     import matplotlib
@@ -228,35 +253,27 @@ def draw(bench: Bench, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = {
-        "closed form": ("closed form {}", "o-"),
-        "distilled": ("closed form {}, distilled on wikitext2", "s-"),
-        "distilled, then trained": ("closed form {}, distilled and recovered on wikitext2", "^-"),
-        "the paper's preset": ("paper {}", "x--"),
-        "the paper's preset, recovered": ("paper {}, recovered", "+--"),
-    }
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    for panel, (text, title) in zip(panels, (("wikitext2", "WikiText-2"), ("ptb", "PTB, never seen")), strict=True):
-        dense = bench.perplexity("dense", text, 512)
-        for label, (pattern, style) in lines.items():
-            points = [] if "trained" in label or "recovered" in label else [(1.0, 1.0)]
-            for ratio in RATIOS:
-                value = bench.perplexity(pattern.format(ratio), text, 512)
-                if value is not None and dense is not None:
-                    points.append((1 - ratio, value / dense))
-            if len(points) > 1:
-                panel.plot(*zip(*sorted(points), strict=True), style, label=label)
+    titles = {
+        "wikitext2": "WikiText-2 (trained models: over dense trained alike)",
+        "ptb": "PTB, never seen (all: over dense)",
+    }
+    for panel, (text, title) in zip(panels, titles.items(), strict=True):
+        for label, (pattern, style) in LINES.items():
+            line = points(bench, pattern, text)
+            if line:
+                panel.plot(*zip(*sorted(line), strict=True), style, label=label)
         panel.axhline(1, color="grey", linewidth=0.8)
         panel.set_yscale("log")
-        ticks = (0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8)
+        ticks = (0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16)
         panel.set_yticks(ticks, [f"{t:g}" for t in ticks])
         panel.minorticks_off()
-        panel.set_xlim(0.2, 1.02)
-        panel.set_xticks([0.25, 0.5, 0.75, 1.0], ["25 %", "50 %", "75 %", "100 %"])
+        panel.set_xlim(0.2, 0.8)
+        panel.set_xticks([0.25, 0.5, 0.75], ["25 %", "50 %", "75 %"])
         panel.set_xlabel("KV bytes per token that are left")
-        panel.set_title(f"{title}, windows of 512")
+        panel.set_title(title, fontsize=10)
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("perplexity / dense perplexity")
+    panels[0].set_ylabel("perplexity / dense perplexity, windows of 512")
     panels[1].legend(fontsize=8)
     figure.suptitle(f"{bench.cells.results['environment']['model']}: quality against KV bytes")
     figure.tight_layout()
