@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvprune.measure.evaluate import evaluate
     from kvprune.measure.fit import fit
     from kvprune.measure.perplexity import Perplexity, perplexity
+    from kvprune.pages.report import report
     from kvprune.recovery.recover import Recovered, recover
     from kvprune.runtime.cache import GrowingCache
     from kvprune.runtime.files import read_record
@@ -40,6 +41,7 @@ _HOMES = {
     "Perplexity": "kvprune.measure.perplexity",
     "generate": "kvprune.api",
     "recover": "kvprune.recovery.recover",
+    "report": "kvprune.pages.report",
     "Recovered": "kvprune.recovery.recover",
     "read_record": "kvprune.runtime.files",
     "study_calibration": "kvprune.studies.calibration",
@@ -64,6 +66,7 @@ __all__ = [
     "prune",
     "read_record",
     "recover",
+    "report",
     "study_calibration",
     "study_layers",
 ]

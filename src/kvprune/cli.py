@@ -263,6 +263,21 @@ def show(
     _show(kvprune.read_record(Path(directory)), as_json)
 
 
+@app.command()
+def report(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="a pruned folder")],
+    others: Annotated[
+        list[str] | None, typer.Option("--with", help="another pruned folder for the quality figure, repeatable")
+    ] = None,
+    bench: Annotated[str | None, typer.Option(help="what bench --out wrote")] = None,
+    out: Annotated[str | None, typer.Option(help=".html file to write  [default: DIR/report.html]")] = None,
+    as_json: Json = False,
+) -> None:
+    """One HTML file: plan, quality, speed, memory, provenance and warnings; and its figures as PNG."""
+    page = kvprune.report(directory, others=others or (), bench=bench, out=out)
+    print(json.dumps({"report": str(page)}) if as_json else page)
+
+
 @study.command(name="calibration")
 def study_calibration(
     source: SourceArgument,

@@ -2,9 +2,12 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvprune.errors import BadOption
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _DECODE, _PREFILL, _LIMIT = "#0072B2", "#56B4E9", "#D55E00"  # Okabe and Ito
 
@@ -16,12 +19,17 @@ def check() -> None:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Write a bench's report as PNG: a pair of bars per cell, spread and limit on them."""
+    """Write a bench's picture as PNG."""
+    figure(report).savefig(path, dpi=150)
+
+
+def figure(report: dict[str, Any]) -> "Figure":
+    """A pair of bars per cell, spread and limit on them."""
     from matplotlib.figure import Figure
 
     cells = [cell for cell in report["cells"] if "error" not in cell]
-    figure = Figure(figsize=(max(5.0, 1.1 * len(report["cells"]) + 2), 4), layout="constrained")
-    axes = figure.subplots()
+    drawn = Figure(figsize=(max(5.0, 1.1 * len(report["cells"]) + 2), 4), layout="constrained")
+    axes = drawn.subplots()
     for shift, name, colour in ((-0.2, "decode", _DECODE), (0.2, "prefill", _PREFILL)):
         places = [i + shift for i in range(len(cells))]
         ratios = [cell[f"{name}_ratio"] for cell in cells]
@@ -46,4 +54,4 @@ def draw(report: dict[str, Any], path: Path) -> None:
         second += f", skipping {where['skip']:.0%}"
     axes.set_title(f"{Path(where['source']).name} against {second}\n{where['device']}", fontsize=10)
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower right")
-    figure.savefig(path, dpi=150)
+    return drawn

@@ -1,0 +1,122 @@
+"""The report as a file: it stands alone, says what the records say, and refuses what it cannot show."""
+
+import base64
+import json
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+import kvprune
+from kvprune import cli, errors
+from kvprune.pages import report as page
+
+QUICK = {"calibration_tokens": 512, "eval_tokens": 512, "windows": (64,), "align": 2, "min_width": 4}
+
+
+@pytest.fixture
+def pruned(checkpoint, texts, tmp_path):
+    kvprune.prune(checkpoint, tmp_path / "half", ratio=0.5, **QUICK)
+    return tmp_path / "half"
+
+
+class Page(HTMLParser):
+    """Addresses, words and the names of what was opened and not closed."""
+
+    VOID = ("meta", "source", "img", "link", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.addresses, self.words, self.open, self.tags = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_it_stands_alone_and_says_what_was_measured(checkpoint, pruned, tmp_path):
+    bench = tmp_path / "bench.json"
+    kvprune.bench(checkpoint, pruned, context=[8], new_tokens=2, rounds=1, out=bench, device="cpu")
+    path = kvprune.report(pruned, bench=bench)
+    assert path == pruned / "report.html"
+    found = Page(path.read_text())
+    assert not found.open
+    assert not {"script", "link", "iframe"} & set(found.tags)
+    assert len(found.addresses) == 8  # four figures, light and dark
+    for address in found.addresses:
+        kind, data = address.split(",", 1)
+        assert kind == "data:image/svg+xml;base64"
+        assert ElementTree.fromstring(base64.b64decode(data)).tag.endswith("svg")
+    words = " ".join(" ".join(found.words).split())
+    record = kvprune.read_record(pruned)
+    for row in record["perplexity"]:
+        assert f"{row['dense']:.2f}" in words
+        assert f"{row['pruned'] / row['dense']:.3f}" in words
+    assert f"{record['kv_bytes_per_token']['pruned']:,} in this one" in words
+    assert "variance" in words
+    cell = json.loads(bench.read_text())["cells"][0]
+    assert f"{cell['decode_tokens_per_second']['pruned']:.1f}" in words
+    for name in ("plan", "quality", "speed", "memory"):
+        assert (pruned / f"report-{name}.png").read_bytes().startswith(b"\x89PNG")
+    kvprune.load(pruned)  # whose checksums do not mind
+
+
+def test_the_quality_figure_has_every_folder(pruned):
+    record = kvprune.read_record(pruned)
+    less = json.loads(json.dumps(record))
+    less["kv_bytes_per_token"]["pruned"] //= 2
+    rows = page.quality_rows({"a": record, "b": less})
+    assert [row["name"] for row in rows] == ["a"] * len(record["perplexity"]) + ["b"] * len(record["perplexity"])
+    assert [row["share"] for row in rows] == [0.5] * len(record["perplexity"]) + [0.25] * len(record["perplexity"])
+    for row, judged in zip(rows, record["perplexity"], strict=False):
+        assert row["ratio"] == judged["pruned"] / judged["dense"]
+
+
+def test_names_are_escaped(pruned, tmp_path):
+    record = json.loads((pruned / "kvprune.json").read_text())
+    record["source"] = "<script>alert(1)</script>"
+    (pruned / "kvprune.json").write_text(json.dumps(record))
+    text = kvprune.report(pruned, out=tmp_path / "page.html").read_text()
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_warnings():
+    row = {"text": "a", "window": 64, "tokens": 10000, "dense": 10.0, "pruned": 11.0}
+    record = {"calibration": {"text": "b"}, "perplexity": [row]}
+    assert page.warnings(record, None) == []
+    assert "calibrated" in page.warnings({**record, "calibration": {"text": "a"}}, None)[0]
+    assert "rough" in page.warnings({**record, "perplexity": [{**row, "tokens": 100}]}, None)[0]
+    assert "one and a half" in page.warnings({**record, "perplexity": [{**row, "pruned": 16.0}]}, None)[0]
+    assert "adapts" in page.warnings({**record, "recovered": {"text": "b", "loss": "next-token"}}, None)[0]
+    slow = {"batch": 1, "context": 8, "spread": {"decode": [0.8, 0.9]}}
+    found = page.warnings(record, {"cells": [slow, {"error": "out of memory"}]})
+    assert "slower at batch 1" in found[0]
+    assert "out of memory" in found[1]
+
+
+def test_what_it_refuses(pruned, tmp_path, monkeypatch, capsys):
+    (tmp_path / "wrong.json").write_text("{}")
+    for options, error in (
+        ({"bench": tmp_path / "none.json"}, errors.BadOption),
+        ({"bench": tmp_path / "wrong.json"}, errors.BrokenCheckpoint),
+        ({"out": tmp_path / "page.txt"}, errors.BadOption),
+        ({"others": [tmp_path]}, errors.BrokenCheckpoint),
+    ):
+        with pytest.raises(error):
+            kvprune.report(pruned, **options)
+    assert not (pruned / "report.html").exists()
+    monkeypatch.setattr("sys.argv", ["kvprune", "report", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "kvprune.json" in capsys.readouterr().err
