@@ -9,7 +9,7 @@ SOURCES := $(shell find src -name "*.py")
 PIP := -m pip install --quiet --disable-pip-version-check
 PROMPT := The Eiffel Tower is a famous landmark in
 
-.PHONY: demo test lint test-oldest test-models test-install test-vllm clean
+.PHONY: demo test lint test-oldest test-models test-install test-report test-vllm clean
 
 demo: .venv/done $(MODEL)
 	! test -f build/demo/config.json || rm -rf build/demo
@@ -42,6 +42,13 @@ test-models: .venv/done $(MODEL)
 test-install: .venv/done $(MODEL)
 	KVPRUNE_DATA=$(CURDIR)/$(CACHE) KVPRUNE_TEST_MODEL=$(CURDIR)/$(MODEL) TORCH="$(TORCH)" \
 		.venv/bin/python -m pytest tests/real/test_install.py -s
+
+# The report in a headless Chromium, which is installed where there is none (Debian; as root, or with sudo).
+test-report: .venv/done
+	command -v chromedriver || (SUDO=$$(command -v sudo || true); $$SUDO apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive $$SUDO apt-get install -y -qq chromium chromium-driver)
+	.venv/bin/python $(PIP) 'selenium>=4.20'
+	.venv/bin/python -m pytest tests/real/test_browser.py
 
 # vLLM's CPU build serves a folder with mixed widths.
 test-vllm: .venv-vllm/done $(CACHE)/vllm/pruned/config.json
