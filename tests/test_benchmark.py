@@ -37,9 +37,8 @@ def test_a_grid(checkpoint, halved, tmp_path):
         assert held["dense"]["weights"] == weights > held["pruned"]["weights"]
         for name in ("dense", "pruned"):
             parts = held[name]
-            assert parts["peak"] is None or parts["peak"] == sum(
-                parts[k] for k in ("weights", "kv_cache", "activations")
-            )
+            assert set(parts) == {"weights", "kv_cache", "kv_room", "activations", "peak"}
+            assert parts["peak"] is None or parts["peak"] == sum(parts.values()) - parts["peak"]
             prefill, decode = cell["prefill_seconds"][name], b * 4 / cell["decode_tokens_per_second"][name]
             assert cell["latency_seconds"][name] == pytest.approx(prefill + decode)
         for name in ("prefill", "decode"):
@@ -75,7 +74,7 @@ def test_every_round_begins_behind_the_prompt(family, skip, tmp_path, monkeypatc
 
     monkeypatch.setattr(speed.Side, "decode", decode)
     (cell,) = kvprune.bench(tmp_path, context=[90], batch=[2], skip=skip, **QUICK)["cells"]
-    assert lengths == [90] * (2 + 2 * 3)  # the limit's, then one round to warm up and two
+    assert lengths == [90] * (2 + 2 * 2)  # the limit's, which warm up, and two rounds
     assert cell["rounds"] == {"prefill": 2, "decode": 2}
 
 
@@ -145,9 +144,9 @@ def test_other_errors_are_not_taken_for_it(checkpoint, monkeypatch):
         ({"rounds": 0}, "at least 1"),
         ({"skip_layers": "1"}, "needs --skip"),
         ({"pruned_shape": True, "skip": 0.25}, "leave out"),
-        ({"pruned_shape": True, "ratio": 0.3}, "multiple of 8"),
-        ({"pruned_shape": True, "ratio": float("nan")}, "between 0 and 1"),
-        ({"pruned_shape": True, "dtype": "int8"}, "unknown dtype"),
+        ({"pruned_shape": True, "ratio": 0.3, "context": [8]}, "multiple of 8"),
+        ({"pruned_shape": True, "ratio": float("nan"), "context": [8]}, "between 0 and 1"),
+        ({"pruned_shape": True, "dtype": "int8", "context": [8]}, "unknown dtype"),
         ({"ratio": 0.5}, "--pruned-shape"),
         ({"out": "nowhere/bench.json"}, "nowhere"),
         ({"out": "bench.png"}, ".json"),
@@ -204,3 +203,22 @@ def test_the_command_line(checkpoint, monkeypatch, capsys):
         else:
             assert "tokens/s" in found
             assert "limit" in found
+
+
+def test_rounds_are_paired_and_take_turns(checkpoint, monkeypatch):
+    clock, order = [0.0], []
+    sides = (speed.Side(kvprune.load(checkpoint)), speed.Side(kvprune.load(checkpoint)))
+    costs = {id(sides[0]): iter([9, 2, 4, 6]), id(sides[1]): iter([9, 1, 1, 2])}
+
+    def work(side):
+        order.append(sides.index(side) if side is sides[0] else 1)
+        clock[0] += next(costs[id(side)])
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
+    timing = speed.alternate(sides, work, 3)
+    assert timing.rounds == [(2, 1), (4, 1), (6, 2)]  # the first round, of 9 each, is not counted
+    assert order == [1, 0, 0, 1, 1, 0, 0, 1]
+    assert timing.seconds == (4, 1)
+    assert (timing.ratios, timing.ratio) == ([2, 3, 4], 3)
+    costs = {id(side): iter([70.0] * 4) for side in sides}
+    assert len(speed.alternate(sides, work, 3, warm=True).rounds) == 1  # two minutes are over

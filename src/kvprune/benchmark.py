@@ -225,7 +225,7 @@ def _measure(sides: tuple[Side, Side], batch: int, context: int, grid: Grid) -> 
     ids = torch.randint(0, vocabulary, (batch, context), generator=generator).to(device)
     _refuse_what_cannot_fit(sides, batch, context, new)
     memory_bytes = {name: _memory(side, ids) for name, side in zip(NAMES, sides, strict=True)}
-    prefill = alternate(sides, lambda side: side.prefill(ids), grid.rounds)
+    prefill = alternate(sides, lambda side: side.prefill(ids), grid.rounds, warm=True)
     read = []
     for side in sides:  # the cache as it is half way
         side.rewind(context)
@@ -233,7 +233,7 @@ def _measure(sides: tuple[Side, Side], batch: int, context: int, grid: Grid) -> 
             side.decode(ids[:, -1:], math.ceil(new / 2))
         read.append(side.bytes_read())
     steps, back = (lambda side: side.decode(ids[:, -1:], new)), (lambda side: side.rewind(context))
-    decode = alternate(sides, steps, grid.rounds, before=back)
+    decode = alternate(sides, steps, grid.rounds, before=back, warm=True)
     pairs = list(zip(NAMES, prefill.seconds, decode.seconds, strict=True))
     limit = read[0] / read[1]
     both = {"prefill": prefill, "decode": decode}

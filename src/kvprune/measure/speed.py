@@ -1,7 +1,7 @@
 """Speed of two models side by side: prefill and decoding, in alternating runs [ours].
 
 A ratio is the median over rounds of first / second seconds, each round timing both, one after the other and in turns
-as to who begins; what a machine does beside it then hits both. One round before is not counted.
+as to who begins; what a machine does beside it then hits both. What comes first, to warm up, is not counted.
 """
 
 import copy
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from kvprune.measure import memory
 from kvprune.runtime.cache import GrowingCache, GrowingLayer
 
-ENOUGH = 20.0  # seconds: a run that takes longer is timed three times, however many rounds were asked for
+ENOUGH = 120.0  # seconds of timing, behind which no further round begins
 
 
 @dataclass
@@ -103,18 +103,21 @@ def alternate(
     work: Callable[[Side], Any],
     rounds: int,
     before: Callable[[Side], Any] = lambda side: None,
+    warm: bool = False,
 ) -> Timing:
-    """Time work(side) for both in every round, behind an untimed before(side); one round more is not counted."""
+    """Time work(side) for both in every round, behind an untimed before(side). One round more is not counted, unless
+    both are warm: they have done such work already. Long work gets fewer rounds, at least one: see ENOUGH."""
     found: list[tuple[float, float]] = []
-    for i in range(rounds + 1):
+    begin, uncounted = time.perf_counter(), 0 if warm else 1
+    for i in range(rounds + uncounted):
         taken = [0.0, 0.0]
         for j in (0, 1) if i % 2 else (1, 0):
             before(sides[j])
             taken[j] = seconds_of(sides[j], partial(work, sides[j]))
-        if i:
+        if i >= uncounted:
             found.append((taken[0], taken[1]))
-        if i >= 3 and sum(taken) > 2 * ENOUGH:
-            break
+            if time.perf_counter() - begin > ENOUGH:
+                break
     return Timing(found)
 
 
