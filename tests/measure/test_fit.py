@@ -127,6 +127,8 @@ def test_prune_to_fit(checkpoint, texts, tmp_path):
     assert result.record["ratio_achieved"] < 0.6  # no more than is needed, but for the widths' grid
     with pytest.raises(errors.UnreachableRatio, match="batch"):
         kvprune.prune(checkpoint, tmp_path / "no", fit=report["dense"]["weights"] // 2, **options, **quick)
+    with pytest.raises(errors.BadOption, match="fits as it is"):
+        kvprune.prune(checkpoint, tmp_path / "no", fit="1GiB", **options, **quick)
     with pytest.raises(errors.BadOption, match="--ratio"):
         kvprune.prune(checkpoint, tmp_path / "no", fit=memory, ratio=0.5, **options, **quick)
     assert not (tmp_path / "no").exists()

@@ -79,6 +79,8 @@ def _to_fit(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
             f"not even --ratio {report['largest_ratio']:.3g} makes this fit: at that, the memory takes a --batch of "
             f"{report['largest_batch']['pruned']}, or a --context of {report['largest_context']['pruned']}"
         )
+    if report["ratio"] == 0:
+        raise BadOption("--fit: the dense model fits as it is; there is nothing to remove")
     return {**options, "ratio": report["ratio"]}
 
 
