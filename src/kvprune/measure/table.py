@@ -27,10 +27,10 @@ def bench_table(report: dict[str, Any]) -> RenderableType:
     """A row per batch and context: speed of both, the ratio beside its limit, and bytes."""
     where = report["environment"]
     table = Table(title=f"{where['source']}, {where['dtype']}, {where['device']}, {where['threads']} threads")
-    for column in ("batch", "context", "prefill, s", "ratio", "tokens/s", "ratio", "of the limit"):
+    for column in ("batch", "context", "prefill, s", "ratio", "tokens/s", "ratio", "of limit"):
         table.add_column(column, justify="right")
-    held = Table(title="memory, MB")
-    for column in ("batch", "context", "weights", "KV cache", "activations", "peak", "latency, s"):
+    held = Table(title="memory, MB (beside: what a prefill needs beyond weights and cache)")
+    for column in ("batch", "context", "weights", "KV cache", "beside", "peak", "latency, s"):
         held.add_column(column, justify="right")
     words = []
     for cell in report["cells"]:
@@ -48,19 +48,21 @@ def bench_table(report: dict[str, Any]) -> RenderableType:
         sides = cell["memory_bytes"].values()
         sizes = ([side[name] for side in sides] for name in ("weights", "kv_cache", "activations", "peak"))
         held.add_row(
-            *place, *(" / ".join("-" if n is None else f"{n / 1e6:,.0f}" for n in pair) for pair in sizes), latency
+            *place, *("\n".join("-" if n is None else f"{n / 1e6:,.0f}" for n in pair) for pair in sizes), latency
         )
         slower = [what for what in ("prefill", "decode") if cell["spread"][what][1] < 1]
         if slower:
             words.append(f"batch {place[0]}, context {place[1]}: the second is slower in {' and '.join(slower)}")
-    return Group(table, "a / b: the first model, then the second; ratio: how many times as fast", held, *words)
+    return Group(
+        table, "upper line: the first model, lower line: the second; ratio: how many times as fast", held, *words
+    )
 
 
 _TIMES = ("prefill_seconds", "decode_tokens_per_second", "latency_seconds")
 
 
 def _pair(values: dict[str, float]) -> str:
-    return " / ".join(f"{value:.2f}" if value < 100 else f"{value:.0f}" for value in values.values())
+    return "\n".join(f"{value:.2f}" if value < 100 else f"{value:.0f}" for value in values.values())
 
 
 def fit_table(report: dict[str, Any]) -> RenderableType:
