@@ -39,6 +39,15 @@ class Cells:
         print(f"--- {name}", flush=True)
         started = time.monotonic()
         found = work()
-        self.cells[name] = {**found, "total_seconds": round(time.monotonic() - started, 1)}
+        self.cells[name] = {**names_only(found), "total_seconds": round(time.monotonic() - started, 1)}
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.with_suffix(".json").write_text(json.dumps(self.results, indent=1) + "\n")
+
+
+def names_only(found: Any) -> Any:
+    """The same with the last part of every absolute path: folders of one machine say nothing on another."""
+    if isinstance(found, dict):
+        return {key: names_only(value) for key, value in found.items()}
+    if isinstance(found, list):
+        return [names_only(value) for value in found]
+    return Path(found).name if isinstance(found, str) and Path(found).is_absolute() else found
