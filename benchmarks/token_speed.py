@@ -10,53 +10,22 @@ is drawn from it.
 """
 
 import argparse
-import statistics
-import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from cells import Cells
-from transformers import DynamicCache
 
 import kvprune
+from kvprune.measure.speed import Side, Timing, alternate
 
 STEPS = 16
 PREFILL = 2048
 DECODE = ((512, 1), (512, 8), (4096, 1), (4096, 8))  # context, batch
 
 
-class Side:
-    """One of the two, with its own cache. token_filter None: dense."""
-
-    def __init__(self, model, token_filter: kvprune.TokenFilter | None):
-        self.model, self.filter = model, token_filter
-        self.cache: Any = None
-
-    @torch.no_grad()
-    def feed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Next tokens (B, 1) behind ids (B, T)."""
-        logits = self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits
-        return logits[:, -1:].argmax(-1)
-
-    def timed(self, work) -> float:
-        with nullcontext() if self.filter is None else self.filter(self.model):
-            start = time.perf_counter()
-            work()
-            return time.perf_counter() - start
-
-    def start(self, ids: torch.Tensor) -> None:
-        self.cache = DynamicCache(config=self.model.config)
-        self.timed(lambda: setattr(self, "next", self.feed(ids)))
-
-    def decode(self) -> None:
-        for _ in range(STEPS):
-            self.next = self.feed(self.next)
-
-
 def sides(model, options: dict[str, Any]) -> tuple[Side, Side]:
-    return Side(model, None), Side(model, kvprune.TokenFilter(**options))
+    return Side(model), Side(model, kvprune.TokenFilter(**options))
 
 
 def prompt(model, batch: int, tokens: int) -> torch.Tensor:
@@ -64,19 +33,15 @@ def prompt(model, batch: int, tokens: int) -> torch.Tensor:
     return torch.randint(3, model.config.vocab_size, (batch, tokens), generator=generator)
 
 
-def summary(pairs: list[tuple[float, float]], limit: float, token_filter: kvprune.TokenFilter) -> dict[str, Any]:
-    """Seconds (dense, filtered) of every round -> the cell."""
-    ratios = sorted(dense / ours for dense, ours in pairs)
+def summary(timing: Timing, limit: float, token_filter: kvprune.TokenFilter) -> dict[str, Any]:
+    """The cell."""
     report = token_filter.report
     return {
-        "seconds": {
-            "dense": statistics.median(d for d, _ in pairs),
-            "filtered": statistics.median(f for _, f in pairs),
-        },
-        "ratio": statistics.median(ratios),
-        "spread": [ratios[0], ratios[-1]],
+        "seconds": dict(zip(("dense", "filtered"), timing.seconds, strict=True)),
+        "ratio": timing.ratio,
+        "spread": [timing.ratios[0], timing.ratios[-1]],
         "limit": limit,
-        "deciding_share": report["deciding_seconds"] / pairs[-1][1],
+        "deciding_share": report["deciding_seconds"] / timing.rounds[-1][1],
         "ratio_achieved": report["ratio_achieved"],
     }
 
@@ -84,10 +49,9 @@ def summary(pairs: list[tuple[float, float]], limit: float, token_filter: kvprun
 def prefill(model, options: dict[str, Any], rounds: int) -> dict[str, Any]:
     dense, ours = sides(model, options)
     ids = prompt(model, 1, PREFILL)
-    pairs = [(dense.timed(lambda: dense.feed(ids)), ours.timed(lambda: ours.feed(ids))) for _ in range(rounds + 1)][1:]
-    assert ours.filter is not None
-    rates = ours.filter.report["per_layer"]
-    return summary(pairs, prefill_limit(model.config, rates), ours.filter)
+    timing = alternate((dense, ours), lambda side: side.prefill(ids), rounds)
+    rates = ours.token_filter.report["per_layer"]
+    return summary(timing, prefill_limit(model.config, rates), ours.token_filter)
 
 
 def prefill_limit(config, rates: list[float]) -> float:
@@ -105,18 +69,18 @@ def decode(model, options: dict[str, Any], rounds: int, context: int, batch: int
     dense, ours = sides(model, options)
     ids = prompt(model, batch, context)
     for side in (dense, ours):
-        side.start(ids)
-    pairs = [(dense.timed(dense.decode), ours.timed(ours.decode)) for _ in range(rounds + 1)][1:]
-    assert ours.filter is not None
+        with side.running():
+            side.prefill(ids)
+    timing = alternate((dense, ours), lambda side: side.decode(ids[:, -1:], STEPS), rounds)
     weights = sum(p.nbytes for p in model.parameters())
     read = 2 * dense.cache.layers[0].keys.nbytes
     layers = model.config.num_hidden_layers
     kept = [getattr(layer, "lengths", None) for layer in ours.cache.layers]
     shares = [1.0 if n is None else n.mean() / ours.cache.get_seq_length() for n in kept]
-    active = [1 - rate for rate in ours.filter.report["per_layer"]]
+    active = [1 - rate for rate in ours.token_filter.report["per_layer"]]
     filtered = sum(share * a for share, a in zip(shares, active, strict=True))
     limit = (weights + layers * read) / (weights + filtered * read)
-    return summary(pairs, limit, ours.filter)
+    return summary(timing, limit, ours.token_filter)
 
 
 def table(cells: Cells) -> str:

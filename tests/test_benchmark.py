@@ -90,7 +90,7 @@ def test_under_a_filter(checkpoint):
 
 @pytest.mark.parametrize("shape", list(shapes.SHAPES))
 def test_shapes_have_the_published_sizes(shape):
-    config = shapes.dense_config(shape)
+    config, _ = shapes.dense_config(shape)
     with torch.device("meta"):
         model = shapes.random_model(config, torch.device("meta"), torch.bfloat16)
     published = {"llama-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "mistral-7b": 7_248_023_552}

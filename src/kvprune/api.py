@@ -11,10 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvprune.errors import BadOption
 from kvprune.measure.memory import cache_bytes
 from kvprune.models import source as sources
-from kvprune.options import whole_numbers
 from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.cache import GrowingCache
-from kvprune.tokens.filter import TokenFilter
+from kvprune.tokens.filter import asked_filter
 
 
 def load(
@@ -31,9 +30,12 @@ def load(
     dtype: "auto" (the checkpoint's own; bfloat16 for GGUF), "float32", "bfloat16" or "float16". Raises a
     KVPruneError: UnknownSource, UnsupportedArchitecture, UnsafeWeights, BrokenCheckpoint or BadOption.
     """
-    model = sources.load_model(sources.resolve(source, revision, trust_remote_code), device, dtype)
-    if model.device.type == "cpu":
-        pack_groups(model)
+    return _ready(sources.resolve(source, revision, trust_remote_code), device, dtype)
+
+
+def _ready(source: sources.Source, device: str, dtype: str) -> PreTrainedModel:
+    model = sources.load_model(source, device, dtype)
+    pack_groups(model)
     return model
 
 
@@ -72,14 +74,9 @@ def generate(
         raise BadOption("the prompt is empty")
     if not temperature >= 0:
         raise BadOption("--temperature must not be negative")
-    for name, value in (("--skip-preset", skip_preset), ("--skip-layers", skip_layers)):
-        if value is not None and skip is None:
-            raise BadOption(f"{name} {value} needs --skip: the share of attention to skip")
-    options: dict[str, Any] = {} if skip_layers is None else {"layers": whole_numbers("skip-layers", skip_layers)}
-    token_filter = None if skip is None else TokenFilter(skip, preset=skip_preset, **options)
+    token_filter = asked_filter(skip, skip_preset, skip_layers)
     resolved = sources.resolve(source, revision, trust_remote_code)
-    model = load(source, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
-    tokenizer = sources.load_tokenizer(resolved)
+    model, tokenizer = _ready(resolved, device, dtype), sources.load_tokenizer(resolved)
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     how = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

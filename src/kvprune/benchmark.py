@@ -18,14 +18,14 @@ from kvprune.errors import BadOption, NoSpace
 from kvprune.measure import memory, plot
 from kvprune.measure.context import held_tokens
 from kvprune.measure.evaluate import bytes_per_token
-from kvprune.measure.shapes import dense_config, is_shape, pruned_config, random_model
+from kvprune.measure.shapes import dense_config, pruned_config, random_model
 from kvprune.measure.speed import Side, alternate
-from kvprune.models.source import Source, find_device, find_dtype, load_config, load_model, load_tokenizer, resolve
+from kvprune.models.source import Source, find_device, find_dtype, load_config, load_model, one_tokenizer, resolve
 from kvprune.options import whole_numbers
 from kvprune.progress import Progress
 from kvprune.runtime.attention import pack_groups
-from kvprune.runtime.files import writing_to
-from kvprune.tokens.filter import TokenFilter
+from kvprune.runtime.files import write_whole, writing_to
+from kvprune.tokens.filter import asked_filter
 
 NAMES = ("dense", "pruned")
 
@@ -67,8 +67,7 @@ def bench(
         raise BadOption("--pruned-shape makes both models itself; leave out --against and --skip")
     if ratio is not None and not pruned_shape:
         raise BadOption("--ratio is what --pruned-shape removes; a checkpoint has its own")
-    if skip_layers is not None and skip is None:
-        raise BadOption("--skip-layers needs --skip: the share of attention to skip")
+    token_filter = asked_filter(skip, layers=skip_layers)
     target = find_device(device)
     if target.type not in ("cpu", "cuda"):
         raise BadOption(f"--device {device}: only cpu and cuda are timed")
@@ -76,20 +75,19 @@ def bench(
     progress = progress or Progress()
     with progress.phase("load"):
         if pruned_shape:
-            models = _shapes(source, 0.5 if ratio is None else ratio, target, dtype, revision, trust_remote_code, grid)
+            ratio = 0.5 if ratio is None else ratio
+            models = _shapes(source, ratio, target, dtype, revision, trust_remote_code, grid)
         else:
             names = [source] if against is None else [source, against]
             models = _checkpoints([resolve(s, revision, trust_remote_code) for s in names], device, dtype, grid)
     for model in models:
-        if target.type == "cpu":
-            pack_groups(model)
-    layers = None if skip_layers is None else whole_numbers("skip-layers", skip_layers)
-    token_filter = None if skip is None else TokenFilter(skip, layers=layers)
+        pack_groups(model)
     if token_filter is not None:
         token_filter(models[-1])  # what it refuses, it refuses before anything is timed
     sides = (Side(models[0]), Side(models[-1], token_filter))
     asked: dict[str, Any] = {"source": str(source), "against": None if against is None else str(against), "skip": skip}
-    asked |= {"skip_layers": layers and list(layers), "pruned_shape_ratio": (ratio or 0.5) if pruned_shape else None}
+    layers = None if token_filter is None else token_filter.settings.layers
+    asked |= {"skip_layers": layers and list(layers), "pruned_shape_ratio": ratio}
     report: dict[str, Any] = {"environment": asked | _environment(models[0], grid), "cells": []}
     with progress.phase("bench", len(grid.cells)) as advance:
         for b, c in grid.cells:
@@ -141,18 +139,16 @@ class _Output:
         self.path = path
 
     def write(self, report: dict[str, Any]) -> None:
-        partial = self.path.with_suffix(".partial")
         with writing_to(self.path.parent):
-            partial.write_text(json.dumps(report, indent=1) + "\n")
-            partial.replace(self.path)
+            write_whole(self.path, json.dumps(report, indent=1) + "\n")
             plot.draw(report, self.path.with_suffix(".png"))
 
 
 def _checkpoints(sources: list[Source], device: str, dtype: str, grid: Grid) -> list[PreTrainedModel]:
     for source in sources:
         grid.check(load_config(source))
-    if len(sources) == 2 and load_tokenizer(sources[0]).get_vocab() != load_tokenizer(sources[1]).get_vocab():
-        raise BadOption(f"{sources[0].name} and {sources[1].name} have different tokenizers; compare them apart")
+    if len(sources) == 2:
+        one_tokenizer(sources)
     models = [load_model(source, device, dtype) for source in sources]
     first, last = models[0].dtype, models[-1].dtype
     if first != last:
@@ -162,13 +158,7 @@ def _checkpoints(sources: list[Source], device: str, dtype: str, grid: Grid) -> 
 
 def _shapes(source, ratio: float, device, dtype: str, revision, trust, grid: Grid) -> list[PreTrainedModel]:
     """Random weights: the shape, and the shape pruned."""
-    if is_shape(source):
-        dense = dense_config(str(source))
-    else:
-        found = resolve(source, revision, trust)
-        if found.is_pruned:
-            raise BadOption(f"{found.name} is pruned already; give the dense model it came from")
-        dense = load_config(found)
+    dense, _ = dense_config(source, revision, trust)
     grid.check(dense)
     kind = torch.bfloat16 if dtype == "auto" else find_dtype(dtype)
     pruned = pruned_config(dense, ratio)

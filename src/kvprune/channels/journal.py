@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from kvprune.channels.importance.base import Scores
 from kvprune.channels.repair.rotate import Rotation
 from kvprune.errors import OutputExists
-from kvprune.runtime.files import RESUME, writing_to
+from kvprune.runtime.files import RESUME, write_whole, writing_to
 
 _SETTINGS, _SCORES, _LOSSES = "settings.json", "scores.safetensors", "losses.jsonl"
 _REFIT = "refit-{:04}.safetensors"
@@ -71,7 +71,7 @@ class Journal:
         with writing_to(out):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
-            _write_atomically(folder / _SETTINGS, json.dumps(settings, indent=2).encode())
+            write_whole(folder / _SETTINGS, json.dumps(settings, indent=2).encode())
         return cls(folder)
 
     def add(self, batch: int, probe: int, loss: float) -> None:
@@ -150,9 +150,3 @@ def check_same(found: dict[str, Any], settings: dict[str, Any], what: str) -> No
             raise OutputExists(
                 f"{what} with {name}={found.get(name)!r}, not {value!r}; repeat its settings, or choose another --out"
             )
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)

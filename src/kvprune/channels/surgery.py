@@ -15,6 +15,7 @@ from kvprune.errors import PlanMismatch
 from kvprune.models.attention import AttentionWeights
 from kvprune.models.view import ModelView
 from kvprune.runtime import modeling
+from kvprune.runtime.twin import twin_config
 
 
 @torch.no_grad()
@@ -63,13 +64,8 @@ def cut(view: ModelView, plan: PruningPlan, rotations: Sequence[Rotation] | None
 
 
 def _config(view: ModelView, plan: PruningPlan):
-    """The dense config with a head_dim per layer, of the family's pruned class."""
-    settings = view.lm.config.to_dict()
-    for name in ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version"):
-        settings.pop(name, None)
-    settings["head_dim"] = settings["dense_head_dim"] = view.shape.head_dim
-    config = modeling.config_class(view.family.model_type)(**settings)
-    config.per_layer_config = {i: {"head_dim": width} for i, width in enumerate(plan.widths)}
+    """The pruned twin's config, as a checkpoint has it."""
+    config = twin_config(view.lm.config, view.shape.head_dim, plan.widths)
     config.auto_map = modeling.auto_map(view.family.model_type)
     config._attn_implementation = view.lm.config._attn_implementation
     return config

@@ -6,8 +6,6 @@ from typing import Any
 
 from transformers import DynamicCache, PreTrainedConfig
 
-from kvprune.models.family import dense_head_dim
-
 
 def windows_of(config: PreTrainedConfig) -> list[int | None]:
     """Each layer's most tokens: what stays of a sliding window between two steps, or None for all."""
@@ -19,11 +17,6 @@ def windows_of(config: PreTrainedConfig) -> list[int | None]:
 def held_tokens(config: PreTrainedConfig, context: int) -> int:
     """Tokens in the cache of one sequence, summed over layers."""
     return sum(context if most is None else min(context, most) for most in windows_of(config))
-
-
-def bytes_per_layer_token(config: PreTrainedConfig, item: int) -> int:
-    """Bytes that a token leaves in one layer of the dense model, at `item` bytes a number."""
-    return 2 * config.num_key_value_heads * dense_head_dim(config) * item
 
 
 def longest(config: PreTrainedConfig, fits: Callable[[int], bool]) -> int:

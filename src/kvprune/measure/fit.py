@@ -13,10 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvprune.errors import BadOption
-from kvprune.measure.context import bytes_per_layer_token, held_tokens, longest
-from kvprune.measure.shapes import dense_config, is_shape
+from kvprune.measure.context import held_tokens, longest
+from kvprune.measure.memory import kv_bytes_per_token
+from kvprune.measure.shapes import dense_config
 from kvprune.models.family import dense_head_dim, family_of
-from kvprune.models.source import find_dtype, load_config, resolve
+from kvprune.models.source import find_dtype
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -49,12 +50,16 @@ def fit(
     _check(context, batch, reserve, align, min_width)
     room = _bytes(memory)
     usable = int(room * (1 - reserve))
-    config, kind = _model(source, dtype, revision, trust_remote_code)
+    asked = None if dtype == "auto" else find_dtype(dtype)
+    config, own = dense_config(source, revision, trust_remote_code)
+    kind = asked or own
+    if kind is None:
+        raise BadOption(f"{source} does not say which dtype its weights have; give --dtype")
     if context > config.max_position_embeddings:
         raise BadOption(f"--context {context} is more than the {config.max_position_embeddings} that the model takes")
     weights, shrinking = (count * kind.itemsize for count in _parameters(config))
-    per_layer = bytes_per_layer_token(config, kind.itemsize)
     head_dim, layers = dense_head_dim(config), config.num_hidden_layers
+    per_layer = kv_bytes_per_token([head_dim], config.num_key_value_heads, kind)
     largest = max(1 - math.ceil(min_width / align) * align / head_dim, 0.0)
     kv = batch * held_tokens(config, context) * per_layer
     ratio = _round_up((weights + kv - usable) / (shrinking + kv), head_dim * layers, align, layers, layout)
@@ -116,29 +121,13 @@ def _bytes(given: str | int) -> int:
     return int(float(found[1]) * UNITS[found[2].upper()])
 
 
-def _model(source: str | Path, dtype: str, revision: str | None, trust: bool) -> tuple[PreTrainedConfig, torch.dtype]:
-    """The config, and the dtype that the model will have. Raises BadOption where nobody says."""
-    asked = None if dtype == "auto" else find_dtype(dtype)
-    if is_shape(source):
-        return dense_config(str(source)), asked or torch.bfloat16
-    found = resolve(source, revision, trust)
-    if found.is_pruned:
-        raise BadOption(f"{found.name} is pruned already; give the dense model it came from")
-    config = load_config(found)
-    kind = asked or (torch.bfloat16 if found.gguf_file else getattr(config, "dtype", None))  # as `load` has it
-    if not isinstance(kind, torch.dtype):
-        raise BadOption(f"{found.name} does not say which dtype its weights have; give --dtype")
-    return config, kind
-
-
 def _parameters(config: PreTrainedConfig) -> tuple[int, int]:
     """How many numbers the model has, and how many of them are Q, K, V and O, counted on a model without memory."""
     family = family_of(config.model_type)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    blocks: Any = model.base_model.get_submodule(family.layers)
     shrinking = 0
-    for block in blocks:
+    for block in family.blocks(model):
         attention = getattr(block, family.attention)
         projections = [getattr(attention, name) for name in (family.q, family.k, family.v, family.o)]
         shrinking += sum(p.weight.numel() for p in projections)

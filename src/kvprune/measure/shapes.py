@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from kvprune.errors import BadOption, UnreachableRatio
 from kvprune.models.family import dense_head_dim
-from kvprune.runtime import modeling
+from kvprune.models.source import load_config, resolve
+from kvprune.runtime.twin import twin_config
 
 _LLAMA_7B = {
     "model_type": "llama",
@@ -49,15 +50,20 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def is_shape(source: str | Path) -> bool:
-    """Whether a source is a known shape's name, and no folder of that name."""
-    return str(source) in SHAPES and not Path(source).exists()
-
-
-def dense_config(shape: str) -> PreTrainedConfig:
-    """The config of a known shape."""
-    options = dict(SHAPES[shape])
-    return AutoConfig.for_model(options.pop("model_type"), **options)
+def dense_config(
+    source: str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedConfig, torch.dtype | None]:
+    """The config of a name in SHAPES or of a dense checkpoint, and the dtype that `load` gives its weights, or None
+    where the config does not say. A folder of a shape's name is a checkpoint. Raises a KVPruneError."""
+    if str(source) in SHAPES and not Path(source).exists():
+        options = dict(SHAPES[str(source)])
+        return AutoConfig.for_model(options.pop("model_type"), **options), torch.bfloat16
+    found = resolve(source, revision, trust_remote_code)
+    if found.is_pruned:
+        raise BadOption(f"{found.name} is pruned already; give the dense model it came from")
+    config = load_config(found)
+    own = torch.bfloat16 if found.gguf_file else getattr(config, "dtype", None)
+    return config, own if isinstance(own, torch.dtype) else None
 
 
 def pruned_config(dense: PreTrainedConfig, ratio: float, align: int = 8) -> PreTrainedConfig:
@@ -71,13 +77,7 @@ def pruned_config(dense: PreTrainedConfig, ratio: float, align: int = 8) -> PreT
             f"ratio {ratio:g} of head_dim {head_dim} is no multiple of {align} channels; the nearest is "
             f"{1 - min(max(width, align), head_dim) / head_dim:g}"
         )
-    options = dense.to_dict()
-    for name in ("model_type", "architectures", "per_layer_config", "transformers_version"):
-        options.pop(name, None)
-    options["head_dim"] = options["dense_head_dim"] = head_dim
-    config = modeling.config_class(dense.model_type)(**options)
-    config.per_layer_config = {i: {"head_dim": width} for i in range(dense.num_hidden_layers)}
-    return config
+    return twin_config(dense, head_dim, [width] * dense.num_hidden_layers)
 
 
 def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -5,8 +5,10 @@ whatever the family (see attention.py), and has no branch on model_type. Adding 
 """
 
 from dataclasses import dataclass
+from typing import cast
 
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvprune.errors import UnsupportedArchitecture
 from kvprune.runtime import PREFIX
@@ -35,6 +37,10 @@ class Family:
     down: str = "down_proj"
     rope: str = "half"
     portable_as: str = "llama"
+
+    def blocks(self, lm: PreTrainedModel) -> nn.ModuleList:
+        """The decoder blocks of a model, dense or pruned."""
+        return cast(nn.ModuleList, lm.base_model.get_submodule(self.layers))
 
 
 FAMILIES = {

@@ -1,6 +1,7 @@
 """SOURCE -> model and tokenizer. A source is a hub id, a checkpoint folder, a pruned folder or a .gguf file."""
 
 import struct
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,15 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source.folder, **source.arguments())
 
 
+def one_tokenizer(found: Sequence[Source]) -> PreTrainedTokenizerBase:
+    """The tokenizer of all these sources. Raises BadOption where theirs differ: figures could not be compared."""
+    first, *others = [load_tokenizer(source) for source in found]
+    for source, tokenizer in zip(found[1:], others, strict=True):
+        if tokenizer.get_vocab() != first.get_vocab():
+            raise BadOption(f"{found[0].name} and {source.name} have different tokenizers; compare them apart")
+    return first
+
+
 def _check_architecture(source: Source) -> None:
     """Raise UnsupportedArchitecture, or BadOption for quantised weights, before anything large is read."""
     with _as_user_error(source):
@@ -181,6 +191,7 @@ def find_device(name: str) -> torch.device:
 
 
 def find_dtype(name: str) -> torch.dtype:
+    """The dtype that an option names, other than "auto". Raises BadOption."""
     if name not in DTYPES:
         raise BadOption(f"unknown dtype {name!r}; choose auto, {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -31,7 +31,7 @@ class ModelView:
         )
         check_rope(config)
         base = lm.base_model
-        self.blocks = cast(nn.ModuleList, base.get_submodule(self.family.layers))
+        self.blocks = self.family.blocks(lm)
         self.norm = base.get_submodule(self.family.norm)
         self.attention = [Attention(getattr(b, self.family.attention), self.family, self.shape) for b in self.blocks]
 

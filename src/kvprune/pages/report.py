@@ -11,7 +11,7 @@ import jinja2
 
 from kvprune.errors import BadOption, BrokenCheckpoint
 from kvprune.measure import plot
-from kvprune.runtime.files import read_record, writing_to
+from kvprune.runtime.files import read_record, write_whole, writing_to
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,9 +51,7 @@ def report(
     with writing_to(target.parent):
         for name, draw in drawings.items():
             _draw(draw, "light", target.with_name(f"{target.stem}-{name}.png"), dpi=150, facecolor="white")
-        partial = target.with_suffix(".partial")
-        partial.write_text(page, encoding="utf-8")
-        partial.replace(target)
+        write_whole(target, page)
     return target
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from kvprune.channels.journal import Journal
 from kvprune.errors import BrokenCheckpoint
 from kvprune.runtime.checkpoint import flush
-from kvprune.runtime.files import RESUME, writing_to
+from kvprune.runtime.files import RESUME, write_whole, writing_to
 
 _SETTINGS, _BEFORE, _STOPPED, _STATE, _PARTIAL = (
     "settings.json",
@@ -142,10 +142,8 @@ class Checkpoints:
     def _write(self, name: str, value: Any) -> None:
         if self.out is None or self.folder is None:
             return
-        partial = self.folder / (name + ".partial")
         with writing_to(self.out):
-            partial.write_text(json.dumps(value))
-            os.replace(partial, self.folder / name)
+            write_whole(self.folder / name, json.dumps(value))
 
     def close(self) -> None:
         """The run is finished: forget it."""

@@ -39,8 +39,8 @@ def packed_attention(
 
 
 def pack_groups(model: PreTrainedModel) -> None:
-    """Let a model that uses "sdpa" decode with packed groups."""
-    if model.config._attn_implementation != "sdpa":
+    """Let a model on a CPU that uses "sdpa" decode with packed groups."""
+    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
         return
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)

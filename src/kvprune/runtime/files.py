@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,13 @@ def writing_to(folder: Path) -> Iterator[None]:
         if code not in _DISK_ERRORS:
             raise
         raise NoSpace(f"cannot write to {folder}: {error}; free some space or choose another --out") from error
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a file, text as UTF-8, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data.encode() if isinstance(data, str) else data)
+    os.replace(partial, path)
 
 
 def checksum(path: Path) -> str:

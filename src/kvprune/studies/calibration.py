@@ -24,6 +24,7 @@ from kvprune.channels.record import versions
 from kvprune.channels.settings import Settings, with_preset
 from kvprune.errors import BadOption, KVPruneError
 from kvprune.measure import memory
+from kvprune.measure.plot import check as check_matplotlib
 from kvprune.models.source import DTYPES, Source, find_device, load_config, load_tokenizer, resolve
 from kvprune.models.view import ModelView
 from kvprune.progress import Progress
@@ -67,7 +68,7 @@ class _Study:
     """The checks, then the cells, then the report."""
 
     def __init__(self, source, out, texts, tokens, seeds, eval, eval_tokens, window, resume, progress, options) -> None:
-        plot.check()
+        check_matplotlib()
         self.texts = list(dict.fromkeys(text_names(texts)))
         self.sizes = sorted(set(tokens))
         self.seeds = seeds

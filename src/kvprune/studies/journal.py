@@ -7,7 +7,7 @@ from typing import Any
 
 from kvprune.channels.journal import check_same
 from kvprune.errors import OutputExists
-from kvprune.runtime.files import writing_to
+from kvprune.runtime.files import write_whole, writing_to
 
 CELLS, REPORT = "study.jsonl", "study.json"
 
@@ -66,10 +66,8 @@ class StudyJournal:
 
     def finish(self, report: dict[str, Any]) -> None:
         """Write study.json, whole or not at all."""
-        partial = self.out / (REPORT + ".partial")
         with writing_to(self.out):
-            partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, self.out / REPORT)
+            write_whole(self.out / REPORT, json.dumps(report, indent=1) + "\n")
 
     def discard_if_empty(self) -> None:
         """Leave nothing behind of a study without a finished cell."""

@@ -1,22 +1,13 @@
 """The picture of a calibration study: a panel per evaluation text, a line with a min-max band per calibration text."""
 
-import importlib.util
 import math
 from pathlib import Path
 from typing import Any
-
-from kvprune.errors import BadOption
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito
 _MARKERS = "osD^vPX"
 _MARGIN = 1.35  # the axis goes on by this factor at both ends
 _LOG_FROM = 6.0  # a ratio above this makes the axis logarithmic
-
-
-def check() -> None:
-    """Raise BadOption if there is nothing to draw with."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise BadOption("the study draws a picture with matplotlib, which is missing: pip install matplotlib")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -1,7 +1,7 @@
 """`TokenFilter`: a context in which a model skips the attention of tokens that look like what it has just seen."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kvprune.errors import BadOption, CacheMismatch, FilterMisuse
 from kvprune.models.family import check_rope, family_of
-from kvprune.options import preset_options
+from kvprune.options import preset_options, whole_numbers
 from kvprune.runtime.attention import NAME as PACKED
 from kvprune.tokens.attention import FilteredAttention, Step
 from kvprune.tokens.cache import FilteredLayer
@@ -67,8 +67,7 @@ class TokenFilter:
         config = model.config
         check_rope(config)
         _check_attention(config)
-        blocks = cast(nn.ModuleList, model.base_model.get_submodule(family.layers))
-        modules = [getattr(block, family.attention) for block in blocks]
+        modules = [getattr(block, family.attention) for block in family.blocks(model)]
         if any(isinstance(getattr(vars(m).get(_forward(m)), "__self__", None), FilteredAttention) for m in modules):
             raise FilterMisuse("the model has a TokenFilter already; leave its context first")
         s = self.settings
@@ -203,6 +202,18 @@ class TokenFilter:
         if len({cast(CacheLayerMixin, layer).get_seq_length() for layer in cache.layers}) > 1:
             raise CacheMismatch("this cache has been used without its TokenFilter; start with an empty one")
         return found
+
+
+def asked_filter(
+    skip: float | None, preset: str | None = None, layers: str | Sequence[int] | None = None
+) -> TokenFilter | None:
+    """The filter of the options --skip, --skip-preset and --skip-layers; None without --skip. Raises BadOption."""
+    for name, value in (("--skip-preset", preset), ("--skip-layers", layers)):
+        if value is not None and skip is None:
+            raise BadOption(f"{name} {value} needs --skip: the share of attention to skip")
+    if skip is None:
+        return None
+    return TokenFilter(skip, preset=preset, layers=None if layers is None else whole_numbers("skip-layers", layers))
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

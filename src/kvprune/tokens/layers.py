@@ -1,6 +1,6 @@
 """How much each layer would lose by skipping: the error of its output anchor, from one dense pass [ours]."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +21,6 @@ def anchor_errors(model: PreTrainedModel, ids: torch.Tensor, settings: Settings 
     """
     s = settings or Settings()
     family = family_of(model.config.model_type)
-    blocks = cast(nn.ModuleList, model.base_model.get_submodule(family.layers))
     residual: list[torch.Tensor] = []
     errors: list[float] = []
 
@@ -35,7 +34,7 @@ def anchor_errors(model: PreTrainedModel, ids: torch.Tensor, settings: Settings 
         errors.append(float(shares[:, s.first :].mean()))
 
     handles = []
-    for block in blocks:
+    for block in family.blocks(model):
         handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(getattr(block, family.attention).register_forward_hook(after))
     try:

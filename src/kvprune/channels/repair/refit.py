@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import cast
 
 import torch
 from torch import nn
@@ -89,7 +88,7 @@ def refit(
     fitted, held = split(batches)
     dense, calls = enter(view, [*fitted, *held])
     ours = list(dense)
-    blocks = cast(nn.ModuleList, pruned.base_model.get_submodule(view.family.layers))
+    blocks = view.family.blocks(pruned)
     own_calls = learn_calls(pruned, blocks, batches)  # a stock model's rotary table is its own
     report: list[Refitted] = []
     for index, (dense_block, block) in enumerate(zip(view.blocks, blocks, strict=True)):

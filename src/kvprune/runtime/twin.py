@@ -1,0 +1,19 @@
+"""A dense config -> that of its pruned twin."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from kvprune.runtime import modeling
+
+
+def twin_config(dense: PreTrainedConfig, head_dim: int, widths: Sequence[int]) -> Any:
+    """The dense config with a head_dim per layer, of the family's pruned class; head_dim: the dense one."""
+    settings = dense.to_dict()
+    for name in ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version"):
+        settings.pop(name, None)
+    settings["head_dim"] = settings["dense_head_dim"] = head_dim
+    config = modeling.config_class(dense.model_type)(**settings)
+    config.per_layer_config = {i: {"head_dim": width} for i, width in enumerate(widths)}
+    return config
