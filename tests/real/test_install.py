@@ -14,6 +14,7 @@ FEWER = {
     "prune": "--calibration-tokens 1024 --repair-tokens 2048 --eval-tokens 1024 --window 512",
     "recover": "--tokens 8192 --steps 2 --held-out 1024 --eval-tokens 1024 --eval-window 512",
     "eval": "--tokens 1024",
+    "bench": "--batch 1 --context 512 --new-tokens 8",
 }
 
 
@@ -42,6 +43,6 @@ def test_install_and_first_example(tmp_path):
         verbs.add(words[0])
         words += FEWER.get(words[0], "").split()
         subprocess.run([binaries / program, *words], check=True, cwd=tmp_path, env=environment)
-    assert verbs == {"prune", "recover", "show", "eval", "generate"}
+    assert verbs == {"prune", "recover", "show", "eval", "bench", "report", "fit", "generate"}
     size = (tmp_path / "pruned" / "model.safetensors").stat().st_size
     assert 0.8 * 269e6 < size < 0.95 * 269e6  # bfloat16: a tenth of the parameters is gone
