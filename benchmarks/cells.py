@@ -24,7 +24,6 @@ class Cells:
             "model": Path(model).name,
             "versions": versions(),
             "machine": platform.machine(),
-            "threads": torch.get_num_threads(),
         }
 
     @property
@@ -39,7 +38,8 @@ class Cells:
         print(f"--- {name}", flush=True)
         started = time.monotonic()
         found = work()
-        self.cells[name] = {**names_only(found), "total_seconds": round(time.monotonic() - started, 1)}
+        cost = {"total_seconds": round(time.monotonic() - started, 1), "threads": torch.get_num_threads()}
+        self.cells[name] = {**names_only(found), **cost}
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.with_suffix(".json").write_text(json.dumps(self.results, indent=1) + "\n")
 
