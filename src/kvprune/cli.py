@@ -146,19 +146,22 @@ def evaluate(
     source: SourceArgument,
     against: Annotated[str | None, typer.Option(metavar="SOURCE2", help="a second source, on the same tokens")] = None,
     texts: Annotated[
-        list[str] | None, typer.Option("--text", help="text name or file, repeatable  [default: wikitext2]")
+        list[str] | None,
+        typer.Option("--text", help="text name or file, repeatable  [default: wikitext2, or none with --tasks]"),
     ] = None,
     window_lengths: Annotated[
         list[int] | None, typer.Option("--window", help="tokens, repeatable  [default: 2048]")
     ] = None,
     tokens: Annotated[int, typer.Option(help="how much of each text; 0 for all")] = 16384,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval's, as piqa,boolq, or its .yaml files")] = None,
+    task_limit: Annotated[int | None, typer.Option(help="the first so many samples of each task")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Perplexity of a source, or of two side by side."""
+    """Perplexity and tasks of a source, or of two side by side."""
     result = kvprune.evaluate(progress=Bars(), **_given(locals()))
     if as_json:
         print(json.dumps(result))

@@ -1,4 +1,4 @@
-"""`evaluate`: perplexity of one source, or of two on the very same tokens."""
+"""`evaluate`: perplexity and tasks of one source, or of two on the very same tokens."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from kvprune.errors import BadOption
 from kvprune.measure import memory
 from kvprune.measure.perplexity import perplexity
-from kvprune.models.source import load_model, load_tokenizer, resolve
+from kvprune.measure.tasks import load_tasks, run_tasks
+from kvprune.models.source import load_model, one_tokenizer, resolve
 from kvprune.progress import Progress
 from kvprune.text.corpus import read_text
 from kvprune.text.windows import windows
@@ -20,33 +21,42 @@ def evaluate(
     source: str | Path,
     against: str | Path | None = None,
     *,
-    texts: Sequence[str] = ("wikitext2",),
+    texts: Sequence[str] | None = None,
     window_lengths: Sequence[int] = (2048,),
     tokens: int = 16384,
+    tasks: str | Sequence[str] = (),
+    task_limit: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Perplexity on the test split of each text (or on a file), in windows of each length.
+    """Perplexity on the test split of each text (or on a file), in windows of each length, and lm-eval's tasks.
 
-    A window longer than the model's context becomes that long. tokens: how many of each text, 0 for all. Returns
-    {"sources": [{"source", "kv_bytes_per_token", "parameters"}], "perplexity": [{"text", "window", "tokens",
-    "values"}]} with one value per source. Raises BadOption when two sources tokenise differently: their figures could
-    not be compared.
+    texts: names or files; None is wikitext2, or none where tasks are asked for. A window longer than the model's
+    context becomes that long. tokens: how many of each text, 0 for all. tasks: names that lm-evaluation-harness knows
+    or its .yaml files, also as "piqa,boolq"; task_limit: the first so many samples of each. Returns {"sources":
+    [{"source", "kv_bytes_per_token", "parameters", "dtype"}], "perplexity": [{"text", "window", "tokens", "values"}],
+    "tasks": [{"task", "metric", "samples", "values", "stderr"}]} with one value per source. Raises BadOption, also
+    when two sources tokenise differently: their figures could not be compared.
     """
     progress = progress or Progress()
     if min(window_lengths, default=0) < 2:
         raise BadOption("a window must have at least 2 tokens")
     if tokens and tokens < 2:
         raise BadOption(f"--tokens {tokens} is too few: give at least 2, or 0 for the whole text")
+    if task_limit is not None and task_limit < 2:
+        raise BadOption(f"--task-limit {task_limit} is too few: give at least 2, for a standard error")
+    names = [name.strip() for name in tasks.split(",")] if isinstance(tasks, str) else list(tasks)
+    if texts is None:
+        texts = () if names else ("wikitext2",)
     sources = [resolve(s, revision, trust_remote_code) for s in (source, against) if s is not None]
-    tokenizers = [load_tokenizer(s) for s in sources]
-    if len(sources) == 2 and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
-        raise BadOption(f"{sources[0].name} and {sources[1].name} have different tokenizers; compare them apart")
+    tokenizer = one_tokenizer(sources)
     contents = {name: read_text(name, "test") for name in texts}
+    loaded = load_tasks(names) if names else []
     rows: list[dict[str, Any]] = []
+    scores: list[list[dict[str, Any]]] = []
     costs = []
     for index, one in enumerate(sources):
         with progress.phase(f"load {index + 1}"):
@@ -54,13 +64,15 @@ def evaluate(
         if index == 0:
             limit = model.config.max_position_embeddings
             lengths = sorted({min(n, limit, tokens or limit) for n in window_lengths})
-            cut = {(t, n): windows(contents[t], tokenizers[0], n, tokens or None, t) for t in texts for n in lengths}
+            cut = {(t, n): windows(contents[t], tokenizer, n, tokens or None, t) for t in texts for n in lengths}
             rows = [{"text": t, "window": n, "tokens": 0, "values": []} for t, n in cut]
         with progress.phase(f"evaluate {index + 1}", sum(len(ids) for ids in cut.values())) as advance:
             for row, ids in zip(rows, cut.values(), strict=True):
                 result = perplexity(model, ids, advance)
                 row["tokens"] = result.tokens
                 row["values"].append(result.value)
+        if loaded:
+            scores.append(run_tasks(model, tokenizer, loaded, task_limit))
         costs.append(
             {
                 "source": one.name,
@@ -70,7 +82,16 @@ def evaluate(
             }
         )
         del model
-    return {"sources": costs, "perplexity": rows}
+    return {"sources": costs, "perplexity": rows, "tasks": _side_by_side(scores)}
+
+
+def _side_by_side(scores: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A source's rows from `run_tasks` each -> a row a task and metric."""
+    rows = []
+    for same in zip(*scores, strict=True):
+        shared = {key: same[0][key] for key in ("task", "metric", "samples")}
+        rows.append({**shared, "values": [row["value"] for row in same], "stderr": [row["stderr"] for row in same]})
+    return rows
 
 
 @torch.no_grad()

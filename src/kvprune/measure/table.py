@@ -98,7 +98,16 @@ def evaluation_table(result: dict[str, Any]) -> RenderableType:
     for row in result["perplexity"]:
         name = f"perplexity, {row['text']}, window {row['window']}, {row['tokens']:,} tokens"
         table.add_row(name, *(f"{value:.2f}" for value in row["values"]))
+    for row in result["tasks"]:
+        samples = "" if row["samples"] is None else f", {row['samples']:,} samples"
+        pairs = zip(row["values"], row["stderr"], strict=True)
+        table.add_row(f"{row['task']}, {row['metric']}{samples}", *(_with_error(*pair) for pair in pairs))
     return table
+
+
+def _with_error(value: float, error: Any) -> str:
+    """lm-eval writes "N/A" where a metric has no standard error."""
+    return f"{value:.4f} ± {error:.4f}" if isinstance(error, float) else f"{value:.4f}"
 
 
 def print_table(table: RenderableType) -> None:

@@ -1,0 +1,102 @@
+"""Tasks of lm-evaluation-harness on a loaded model: accuracies with standard errors."""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvprune.errors import BadOption
+
+METRICS = ("acc", "acc_norm", "exact_match")  # the ones reported, where a task has them
+BATCH = 16
+PIQA = {  # as lm-eval has it, but for where the rows come from
+    "task": "piqa",
+    "output_type": "multiple_choice",
+    "validation_split": "validation",
+    "doc_to_text": "Question: {{goal}}\nAnswer:",
+    "doc_to_target": "label",
+    "doc_to_choice": "{{[sol1, sol2]}}",
+    "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
+}
+
+
+def load_tasks(names: Sequence[str]) -> list[Any]:
+    """Names of lm-eval's tasks or groups, or paths of task .yaml files -> what `run_tasks` takes, its data fetched.
+
+    Data comes from the hub; piqa's from piqa-valid.jsonl and piqa-valid-labels.lst (the data set's own files) where
+    the folder that $KVPRUNE_DATA names has them. Raises BadOption: lm-eval is missing, no such task, no data.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise BadOption("tasks are run by lm-evaluation-harness, which is missing: pip install lm-eval") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager()
+    for name in names:
+        if name not in manager.all_tasks and not (name.endswith(".yaml") and Path(name).is_file()):
+            raise BadOption(f"unknown task {name!r}; give names that `lm-eval ls tasks` shows, or .yaml files")
+    return [_load(manager, name) for name in dict.fromkeys(names)]
+
+
+def _load(manager: Any, name: str) -> Any:
+    rows = local_rows(name)
+    if rows is not None:
+        return _over_rows(rows)
+    try:
+        manager.load(name)  # the data stays in the hub's cache
+    except Exception as error:  # the hub's errors have no common class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadOption(
+            f"task {name!r} did not load: {reason}; without a network give a task .yaml whose data_files are local"
+        ) from error
+    return name
+
+
+def local_rows(name: str) -> list[dict[str, Any]] | None:
+    """piqa's validation rows {"goal", "sol1", "sol2", "label"} from $KVPRUNE_DATA, or None. Raises BadOption."""
+    folder = os.environ.get("KVPRUNE_DATA")
+    if name != "piqa" or not folder:
+        return None
+    rows, labels = Path(folder) / "piqa-valid.jsonl", Path(folder) / "piqa-valid-labels.lst"
+    if not (rows.is_file() and labels.is_file()):
+        return None
+    try:
+        questions = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+        answers = [int(line) for line in labels.read_text(encoding="utf-8").split()]
+        return [{**question, "label": answer} for question, answer in zip(questions, answers, strict=True)]
+    except ValueError as error:
+        raise BadOption(f"{rows} and {labels} are not PIQA's questions and answers: {error}") from None
+
+
+def _over_rows(rows: list[dict[str, Any]]) -> Any:
+    from datasets import Dataset
+    from lm_eval.api.task import ConfigurableTask
+
+    return ConfigurableTask(config={**PIQA, "custom_dataset": lambda **_: {"validation": Dataset.from_list(rows)}})
+
+
+def run_tasks(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Any], limit: int | None = None
+) -> list[dict[str, Any]]:
+    """[{"task", "metric", "samples", "value", "stderr"}] of a model on what `load_tasks` returned.
+
+    No examples stand in the prompt unless a task brings its own. limit: the first so many samples of each task.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH)
+    found = simple_evaluate(wrapped, tasks=list(tasks), limit=limit, log_samples=False)
+    assert found is not None  # None only on the other ranks of a distributed run
+    rows = []
+    for name, figures in found["results"].items():
+        samples = found["n-samples"].get(name, {}).get("effective")
+        for metric in METRICS:
+            value, error = figures.get(f"{metric},none"), figures.get(f"{metric}_stderr,none")
+            if value is not None:
+                rows.append({"task": name, "metric": metric, "samples": samples, "value": value, "stderr": error})
+    return rows

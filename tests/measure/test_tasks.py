@@ -1,0 +1,110 @@
+"""Tasks against a plain loop over Hugging Face's own logits, and against lm-eval's own config."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lm_eval
+import pytest
+import torch
+import yaml
+
+import kvprune
+from kvprune.errors import BadOption
+from kvprune.measure.tasks import PIQA, load_tasks, run_tasks
+from tiny import words
+
+ROWS = 12
+
+
+@pytest.fixture
+def piqa(tmp_path, monkeypatch):
+    """$KVPRUNE_DATA with a PIQA of random words: [(question, two answers, which is right)]."""
+    found = []
+    for i in range(ROWS):
+        goal, first, second = (words(n, seed=100 * i + n) for n in (8, 3, 5))
+        found.append((goal, (first, second), i % 2))
+    rows = [json.dumps({"goal": goal, "sol1": one, "sol2": two}) for goal, (one, two), _ in found]
+    (tmp_path / "piqa-valid.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "piqa-valid-labels.lst").write_text("\n".join(str(label) for *_, label in found) + "\n")
+    monkeypatch.setenv("KVPRUNE_DATA", str(tmp_path))
+    return found
+
+
+@torch.no_grad()
+def log_probability(model, tokenizer, prompt: str, answer: str) -> float:
+    """Of the answer's tokens behind the prompt, one at a time."""
+    start = len(tokenizer(prompt)["input_ids"])
+    ids = tokenizer(f"{prompt} {answer}", return_tensors="pt")["input_ids"]
+    scores = model(ids).logits[0].log_softmax(-1)
+    return sum(scores[i - 1, ids[0, i]].item() for i in range(start, ids.shape[1]))
+
+
+def test_piqa_against_a_plain_loop(checkpoint, piqa):
+    model, tokenizer = kvprune.load(checkpoint, dtype="float32"), kvprune.load_tokenizer(checkpoint)
+    hits = {"acc": 0, "acc_norm": 0}
+    for goal, answers, label in piqa:
+        scores = [log_probability(model, tokenizer, f"Question: {goal}\nAnswer:", a) for a in answers]
+        hits["acc"] += (scores[1] > scores[0]) == label
+        hits["acc_norm"] += (scores[1] / len(answers[1]) > scores[0] / len(answers[0])) == label
+    assert 0 < hits["acc"] < ROWS
+    assert hits["acc"] != hits["acc_norm"]
+    rows = run_tasks(model, tokenizer, load_tasks(["piqa"]))
+    assert [row["metric"] for row in rows] == ["acc", "acc_norm"]
+    for row in rows:
+        share = hits[row["metric"]] / ROWS
+        assert (row["task"], row["samples"], row["value"]) == ("piqa", ROWS, pytest.approx(share))
+        assert row["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / (ROWS - 1)))
+
+
+def test_piqa_is_asked_as_lm_eval_asks_it():
+    theirs = yaml.safe_load((Path(lm_eval.__path__[0]) / "tasks" / "piqa" / "piqa.yaml").read_text())
+    assert {key: theirs[key] for key in PIQA} == PIQA
+
+
+def test_eval_puts_tasks_of_both_models_into_one_table(checkpoint, piqa):
+    asked = [sys.executable, "-m", "kvprune.cli", "eval", checkpoint, "--against", checkpoint]
+    asked += ["--tasks", "piqa", "--task-limit", "4"]
+    result = json.loads(subprocess.check_output([*asked, "--json"]))
+    assert result["perplexity"] == []
+    assert [(row["task"], row["metric"], row["samples"]) for row in result["tasks"]] == [
+        ("piqa", "acc", 4),
+        ("piqa", "acc_norm", 4),
+    ]
+    for row in result["tasks"]:
+        assert row["values"][0] == row["values"][1]
+        assert row["stderr"][0] > 0
+    shown = subprocess.check_output(asked, text=True, env=os.environ | {"COLUMNS": "200"})
+    assert "piqa, acc_norm, 4 samples" in shown
+    assert "±" in shown
+
+
+def test_a_task_file_with_local_data(checkpoint, piqa, tmp_path):
+    rows = [json.dumps({"q": goal, "a": list(answers), "right": label}) for goal, answers, label in piqa]
+    (tmp_path / "own.jsonl").write_text("\n".join(rows))
+    config = {
+        **PIQA,
+        "task": "own",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": str(tmp_path / "own.jsonl")},
+    }
+    config |= {"validation_split": "train", "doc_to_text": "Question: {{q}}\nAnswer:", "doc_to_target": "right"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({**config, "doc_to_choice": "{{a}}"}))
+    model, tokenizer = kvprune.load(checkpoint, dtype="float32"), kvprune.load_tokenizer(checkpoint)
+    own, known = (run_tasks(model, tokenizer, load_tasks([name])) for name in (str(tmp_path / "own.yaml"), "piqa"))
+    assert [row["value"] for row in own] == [row["value"] for row in known]
+
+
+def test_what_cannot_be_run(checkpoint, piqa, tmp_path, monkeypatch):
+    with pytest.raises(BadOption, match="unknown task 'none'"):
+        kvprune.evaluate(checkpoint, tasks="none")
+    with pytest.raises(BadOption, match="--task-limit"):
+        kvprune.evaluate(checkpoint, tasks="piqa", task_limit=1)
+    (tmp_path / "piqa-valid-labels.lst").write_text("0\n1\n")
+    with pytest.raises(BadOption, match="PIQA's questions and answers"):
+        load_tasks(["piqa"])
+    with pytest.raises(BadOption, match="did not load"):
+        load_tasks(["boolq"])  # the hub is off in the tests
