@@ -2,6 +2,7 @@
 
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -14,14 +15,19 @@ from kvprune.channels.record import versions
 
 
 class Cells:
-    """OUT.json. only: patterns of the names to run; none is all."""
+    """OUT.json. only: patterns of the names to run; none is all. settings: what all cells are made with; a file that
+    was made with others, or of another model, is left alone."""
 
-    def __init__(self, out: Path, model: str, only: list[str]):
+    def __init__(self, out: Path, model: str, only: list[str], settings: dict[str, Any] | None = None):
         self.out, self.only = out, only
         path = out.with_suffix(".json")
         self.results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cells": {}}
+        made = {"model": Path(model).name, "settings": settings or {}}
+        there = self.results.get("environment", made)
+        if any(there.get(name, {}) != value for name, value in made.items()):
+            sys.exit(f"{path} was made of {there['model']} with {there.get('settings', {})}; choose another --out")
         self.results["environment"] = {
-            "model": Path(model).name,
+            **made,
             "versions": versions(),
             "machine": platform.machine(),
         }
@@ -30,9 +36,9 @@ class Cells:
     def cells(self) -> dict[str, dict[str, Any]]:
         return self.results["cells"]
 
-    def run(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
-        """Run and keep one cell, unless it is there already or not asked for."""
-        asked = not self.only or any(fnmatch(name, pattern) for pattern in self.only)
+    def run(self, name: str, work: Callable[[], dict[str, Any]], needed: bool = False) -> None:
+        """Run and keep one cell, unless it is there already or neither asked for nor needed by the others."""
+        asked = needed or not self.only or any(fnmatch(name, pattern) for pattern in self.only)
         if name in self.cells or not asked:
             return
         print(f"--- {name}", flush=True)

@@ -38,6 +38,10 @@ WAYS: dict[str, dict[str, Any]] = {  # "studied" stands for the layers
     "studied, kept": {"layers": "studied", "drop_ratio": 0.0},
     "random, studied, dropped": {"layers": "studied", "signal": "random"},
     "random, studied, kept": {"layers": "studied", "signal": "random", "drop_ratio": 0.0},
+    "studied, by keys": {"layers": "studied", "fusion": "key"},
+    "studied, by values": {"layers": "studied", "fusion": "value"},
+    "studied, by the mean": {"layers": "studied", "fusion": "mean"},
+    "studied, by keys behind RoPE": {"layers": "studied", "fusion": "key", "keys": "post-rope"},
 }
 
 
@@ -57,11 +61,14 @@ def measure(model, texts: list[tuple[str, torch.Tensor]], options: dict[str, Any
 
 def run(cells: Cells, source: str, model, tokenizer) -> None:
     texts = judged_windows(TEXTS, tokenizer, (WINDOW,), TOKENS)
-    cells.run("layers", lambda: kvprune.study_layers(source, text="wikitext2", tokens=4096, window=WINDOW))
-    cells.run("dense", lambda: measure(model, texts, None))
+    study = {"text": "wikitext2", "tokens": 4096, "window": WINDOW}
+    cells.run("layers", lambda: kvprune.study_layers(source, **study), needed=True)
+    cells.run("dense", lambda: measure(model, texts, None), needed=True)
     layers = cells.cells["layers"]["layers"]
     for ratio in (0.25, 0.4, 0.1):
         for way, options in WAYS.items():
+            if ", by " in way and ratio != 0.25:
+                continue
             studied = {"layers": layers} if "layers" in options else {}
             for seed in SEEDS if "random" in way else SEEDS[:1]:
                 name = f"{ratio}, {way}" + (f", seed {seed}" if "random" in way else "")
@@ -88,7 +95,8 @@ def kinds_of_text() -> dict[str, str]:
 def rates(model, ids: torch.Tensor, options: dict[str, Any]) -> dict[str, Any]:
     with kvprune.TokenFilter(**options)(model) as f:
         model(ids[None], logits_to_keep=1)
-    return {name: f.report[name] for name in ("ratio_asked", "ratio_achieved", "drop_ratio_achieved", "per_layer")}
+    rates = ("ratio_asked", "ratio_achieved", "drop_ratio_achieved", "per_layer")
+    return {name: f.report[name] for name in (*rates, "kv_bytes", "kv_bytes_dense")}
 
 
 def table(cells: Cells) -> str:
@@ -107,7 +115,7 @@ def table(cells: Cells) -> str:
             achieved = statistics.fmean(c[t]["ratio_achieved"] for c in found for t in TEXTS)
             columns = (
                 f"{ratio:g}",
-                "the paper's" if way == "paper" else "random" if "random" in way else "ours",
+                "the paper's" if way == "paper" else "random" if "random" in way else f"ours{by_what(way)}",
                 "last half" if way == "paper" else "studied" if "studied" in way else "last",
                 "kept" if "kept" in way else "dropped",
                 *(entry for t in TEXTS for entry in (f"{values[t]:.2f}", f"{values[t] / dense[t]:.3f}")),
@@ -117,6 +125,11 @@ def table(cells: Cells) -> str:
     return "\n".join(rows) + "\n" + rates_table(cells)
 
 
+def by_what(way: str) -> str:
+    """The signal, where it is not the default."""
+    return f", {way.split(', ')[1]}" if ", by " in way else ""
+
+
 def rates_table(cells: Cells) -> str:
     """Ratio asked and achieved on kinds of text."""
     found = {name: cell for name, cell in cells.cells.items() if name.startswith("rate ")}
@@ -124,14 +137,15 @@ def rates_table(cells: Cells) -> str:
         return ""
     rows = [
         "",
-        f"| {RATE_TOKENS:,} tokens of | filter | asked | achieved | difference |",
-        "| --- | --- |" + " ---: |" * 3,
+        f"| {RATE_TOKENS:,} tokens of | filter | asked | achieved | difference | KV bytes / dense |",
+        "| --- | --- |" + " ---: |" * 4,
     ]
     for name, cell in found.items():
         way, text = name.split(", ", 1)[1].rsplit(", ", 1)
         asked, achieved = cell["ratio_asked"], cell["ratio_achieved"]
         who = "the paper's" if way == "paper" else "ours"
-        rows.append(f"| {text} | {who} | {asked:g} | {achieved:.4f} | {achieved - asked:+.4f} |")
+        share = cell["kv_bytes"] / cell["kv_bytes_dense"]
+        rows.append(f"| {text} | {who} | {asked:g} | {achieved:.4f} | {achieved - asked:+.4f} | {share:.3f} |")
     return "\n".join(rows) + "\n"
 
 

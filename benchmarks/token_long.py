@@ -3,8 +3,8 @@
     python benchmarks/token_long.py [--tokens 100000] [--out benchmarks/results/token_long]
 
 A Llama of a small shape with random weights decodes one token after the other. Written down at every tenth: the ratio
-achieved since the tenth before, milliseconds a token, cached bytes, and the process's memory beside them. Attention to
-a growing cache takes longer and longer; beside it stands the dense model at the same lengths.
+achieved since the tenth before, milliseconds a token, the cache's bytes with its free room, and the process's memory
+beside them. Attention to a growing cache takes longer and longer; beside it stands the dense model at the same lengths.
 """
 
 import argparse
@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvprune
-from kvprune.measure.memory import cache_bytes
+from kvprune.channels.record import versions
+from kvprune.measure.memory import held_bytes, release
 
 POINTS = 10
 
@@ -45,7 +46,7 @@ def resident() -> int:
 
 @torch.no_grad()
 def decode(model, tokens: int, token_filter: kvprune.TokenFilter | None) -> list[dict[str, Any]]:
-    cache: Any = DynamicCache(config=model.config)
+    cache = kvprune.GrowingCache(model.config)
     ids = torch.randint(3, 512, (1, tokens), generator=torch.Generator().manual_seed(0))
     rows, skipped, late = [], 0.0, 0
     start = time.perf_counter()
@@ -54,7 +55,7 @@ def decode(model, tokens: int, token_filter: kvprune.TokenFilter | None) -> list
         if (t + 1) % (tokens // POINTS) == 0:
             row: dict[str, Any] = {"tokens": t + 1}
             row["ms_per_token"] = 1000 * (time.perf_counter() - start) / (tokens // POINTS)
-            row["cache_bytes"] = cache_bytes(cache)
+            row["cache_bytes"] = sum(held_bytes(layer) for layer in cache.layers)
             row["memory_beside_the_cache"] = resident() - row["cache_bytes"]
             if token_filter is not None:
                 report = token_filter.report
@@ -76,7 +77,9 @@ def main() -> None:
     model = model_of(arguments.tokens)
     with kvprune.TokenFilter(ratio=0.25)(model) as f:
         filtered = decode(model, arguments.tokens, f)
-    found = {"filtered": filtered, "dense": decode(model, arguments.tokens, None)}
+    release()
+    found: dict[str, Any] = {"filtered": filtered, "dense": decode(model, arguments.tokens, None)}
+    found["environment"] = {"versions": versions(), "threads": torch.get_num_threads()}
     arguments.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -88,6 +88,21 @@ def test_under_a_filter(checkpoint):
     assert cell["decode_limit"] > 1
 
 
+def test_what_a_filtered_step_reads(checkpoint):
+    """Layer 1 skips nine tokens in ten: a tenth of its kept K/V, and Q and O unless both sequences skip."""
+    model = kvprune.load(checkpoint)
+    side = speed.Side(model, kvprune.TokenFilter(0.225, layers=(1,)))
+    with side.running():
+        side.prefill(torch.randint(0, model.config.vocab_size, (2, 96)))
+    a_token = 2 * 2 * 32 * model.dtype.itemsize
+    kept = side.cache.layers[1].lengths.sum() * a_token
+    attention = model.model.layers[1].self_attn
+    seldom = attention.q_proj.weight.nbytes + attention.o_proj.weight.nbytes
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    weights = sum(p.nbytes for p in model.parameters()) - (0 if tied else model.get_input_embeddings().weight.nbytes)
+    assert side.bytes_read() == pytest.approx(weights + 3 * 2 * 96 * a_token + 0.1 * kept - 0.81 * seldom)
+
+
 @pytest.mark.parametrize("shape", list(shapes.SHAPES))
 def test_shapes_have_the_published_sizes(shape):
     config, _ = shapes.dense_config(shape)

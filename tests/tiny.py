@@ -20,6 +20,9 @@ from transformers import (
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
 from kvprune.models.view import ModelView
 
+# for prune: few tokens; and widths in small steps
+QUICK = {"calibration_tokens": 512, "calibration_window": 64, "eval_tokens": 512, "windows": (32, 64), "device": "cpu"}
+COARSE = {**QUICK, "align": 2, "min_width": 4}
 VOCABULARY = 300
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvprune.errors import BadOption
-from kvprune.measure.memory import cache_bytes
+from kvprune.measure.memory import kv_bytes
 from kvprune.models import source as sources
 from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.cache import GrowingCache
@@ -66,7 +66,7 @@ def generate(
     skip: share of all attention to skip online, by a TokenFilter, whose report is added as "filter"; skip_preset:
     "paper" for the paper's choices; skip_layers: the layers that may skip, best first, as numbers or "28,25,7" (see
     study_layers). Returns {"prompt", "text" (the continuation), "new_tokens", "cache_tokens", "cache_bytes"}; the bytes
-    are those of the keys and values in it after the last step, without the room that GrowingCache keeps free.
+    are those of the keys and values in it after the last step, without the room that a cache keeps free.
     """
     if max_new_tokens < 1:
         raise BadOption("--max-new-tokens must be at least 1")
@@ -94,6 +94,6 @@ def generate(
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "new_tokens": len(new),
         "cache_tokens": output.past_key_values.get_seq_length(),
-        "cache_bytes": cache_bytes(output.past_key_values),
+        "cache_bytes": sum(kv_bytes(layer) for layer in output.past_key_values.layers),
         **({} if token_filter is None else {"filter": token_filter.report}),
     }

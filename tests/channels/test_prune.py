@@ -14,10 +14,7 @@ from transformers import AutoModelForCausalLM
 import kvprune
 from kvprune import errors
 from kvprune.measure.memory import cache_bytes
-from tiny import tiny_tokenizer
-
-QUICK = {"calibration_tokens": 512, "calibration_window": 64, "eval_tokens": 512, "windows": (32, 64), "device": "cpu"}
-COARSE = {**QUICK, "align": 2, "min_width": 4}
+from tiny import COARSE, QUICK, tiny_tokenizer
 
 
 @pytest.mark.parametrize("importance", ["variance", "energy", "taylor", "l1", "l2"])

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_prune import COARSE
 
 import kvprune
 from kvprune.channels.journal import Journal
@@ -10,7 +9,7 @@ from kvprune.channels.repair.refit import HELD_OUT, Moments, _Layer, refit, ridg
 from kvprune.channels.surgery import cut
 from kvprune.errors import TextTooShort
 from kvprune.models.view import ModelView
-from tiny import VOCABULARY, make_plan, random_layers, tiny_model
+from tiny import COARSE, VOCABULARY, make_plan, random_layers, tiny_model
 
 
 def windows(count, length=24, seed=1):

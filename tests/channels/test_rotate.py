@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from test_prune import COARSE
 
 import kvprune
 from kvprune.channels.importance import IMPORTANCE
@@ -17,7 +16,7 @@ from kvprune.channels.statistics import measure_attention
 from kvprune.channels.surgery import cut
 from kvprune.errors import BadOption, PlanMismatch
 from kvprune.models.view import ModelView
-from tiny import FAMILIES, VOCABULARY, make_plan, tiny_model
+from tiny import COARSE, FAMILIES, VOCABULARY, make_plan, tiny_model
 
 D, KV, GROUPS = 16, 2, 3
 # So slow that half of the pairs do not turn at all over a tiny text: then mixing them is exact.

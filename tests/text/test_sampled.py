@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from test_prune import COARSE
 from transformers import GenerationConfig
 
 import kvprune
 from kvprune.errors import NotFinite
 from kvprune.text.sampled import DOCUMENTS, sample_ids
-from tiny import tiny_model, tiny_tokenizer
+from tiny import COARSE, tiny_model, tiny_tokenizer
 
 
 def test_equals_a_plain_loop():

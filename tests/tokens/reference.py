@@ -35,7 +35,8 @@ def rotate(x, cos_row, sin_row):
 
 @torch.no_grad()
 def run(model, ids, *, rates, drop_rates=None, prompt_ends=(), options):
-    """ids: a list of token ids; rates: {layer: rate}; options: the fields of Settings (rule quantile)."""
+    """ids: a list of token ids; rates: {layer: rate}; options: the fields of Settings (with drop_rates, only the
+    threshold "quantile")."""
     o, config = options, model.config
     heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     n = len(ids)
@@ -50,11 +51,12 @@ def run(model, ids, *, rates, drop_rates=None, prompt_ends=(), options):
             out=None,
             level=math.inf,
             drop=math.inf,
+            rate=dict(rates).get(i, 0.0),
             history=[],
             flags=[],
             dropped=[],
         )
-        for _ in model.model.layers
+        for i, _ in enumerate(model.model.layers)
     ]
     found = Found(torch.empty(n, config.vocab_size), [state["flags"] for state in layers])
     for t, token in enumerate(ids):
@@ -73,7 +75,10 @@ def run(model, ids, *, rates, drop_rates=None, prompt_ends=(), options):
                 ck = [cos(signal[i], state["ak"][i]) for i in range(kv_heads)]
                 cv = [cos(v[i], state["av"][i]) for i in range(kv_heads)]
                 mk, mv = sum(ck) / kv_heads, sum(cv) / kv_heads
-                if kv_heads == 1:
+                fusion = o.get("fusion", "variance")
+                if fusion != "variance":
+                    s = {"mean": (mk + mv) / 2, "key": mk, "value": mv}[fusion]
+                elif kv_heads == 1:
                     s = (mk + mv) / 2
                 else:
                     vk, vv = sum((c - mk) ** 2 for c in ck) / kv_heads, sum((c - mv) ** 2 for c in cv) / kv_heads
@@ -92,7 +97,16 @@ def run(model, ids, *, rates, drop_rates=None, prompt_ends=(), options):
                 state["flags"].append(skip)
                 state["dropped"].append(dropped)
                 state["history"] = [*state["history"], s][-256:] if t else []
-                if (t + 1) % o["block"] == 0 and t + 1 >= first:
+                if (t + 1) % o["block"] == 0 and t + 1 >= first and o.get("threshold") == "adaptive":
+                    if math.isinf(state["level"]):
+                        state["level"] = quantile(state["history"], rates[index])
+                    else:
+                        memory = o["beta"] ** o["block"]
+                        share = sum(state["flags"][-o["block"] :]) / o["block"]
+                        state["rate"] = memory * state["rate"] + (1 - memory) * share
+                        if abs(state["rate"] - rates[index]) > o["eta"]:
+                            state["level"] += o["alpha"] * (state["rate"] - rates[index])
+                elif (t + 1) % o["block"] == 0 and t + 1 >= first:
                     for name, flags, rate in (
                         ("level", state["flags"], rates[index]),
                         ("drop", state["dropped"], (drop_rates or rates)[index]),

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from reference import run
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import kvprune
 from kvprune import errors
 from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
-from tiny import VOCABULARY, make_plan, random_layers, tiny_model
+from tiny import VOCABULARY, make_plan, mask_dense, random_layers, tiny_model
 
 OPTIONS = {
     "warmup": 6,
@@ -71,6 +71,12 @@ def test_a_prompt_is_what_the_plain_loop_makes_of_it(family, attention):
         {"gamma": 0.5, "output_gamma": 0.0},
         {"tail": 1.0, "spread": True, "block": 5, "warmup": 0, "sinks": 0},
         {"warmup": 20},
+        {"sinks": 11},
+        {"fusion": "mean"},
+        {"fusion": "key"},
+        {"fusion": "value"},
+        {"threshold": "adaptive", "alpha": 0.5, "beta": 0.8, "eta": 0.01},
+        {"threshold": "adaptive", "alpha": 0.5, "beta": 0.8, "eta": 0.01, "fusion": "mean", "on_skip": "zero"},
     ],
     ids=str,
 )
@@ -84,6 +90,19 @@ def test_options_are_the_loop_too(options):
         logits, f = filtered(model, ids, pieces, **options)
         torch.testing.assert_close(logits[0], expected.logits, atol=1e-4, rtol=0)
     assert f.report["kv_bytes"] == sum(expected.kept) * 2 * 2 * 16 * 4
+
+
+def test_the_papers_preset_is_the_loop_too():
+    model, ids = model_of(), ids_of(60, seed=3)
+    own = {"warmup": 6, "sinks": 2, "block": 4, "alpha": 0.5, "beta": 0.8, "eta": 0.01}
+    papers = {"on_skip": "zero", "gamma": 0.9, "fusion": "variance", "threshold": "adaptive"}
+    expected = run(model, ids[0].tolist(), rates={2: 0.5, 3: 0.5}, options={**OPTIONS, **own, **papers})
+    assert expected.margin > MARGIN
+    with torch.no_grad(), kvprune.TokenFilter(0.25, preset="paper", record=True, **own)(model) as f:
+        logits = model(ids).logits
+    torch.testing.assert_close(logits[0], expected.logits, atol=1e-4, rtol=0)
+    assert f.skipped[:, 0].tolist() == expected.skipped
+    assert sum(map(sum, expected.skipped)) > 10
 
 
 @pytest.mark.parametrize(
@@ -155,12 +174,21 @@ def test_nothing_is_skipped_or_dropped_by_a_share_of_zero_however_long_the_text(
     assert f.report["kv_bytes"] == f.report["kv_bytes_dense"]
 
 
-def test_a_long_prompt_takes_no_more_than_its_share_of_masks():
-    """In two pieces of more than a block of queries each, as at once."""
-    model, ids = model_of(positions=2800), ids_of(2700)
-    whole, _ = filtered(model, ids)
-    pieces, _ = filtered(model, ids, [1300, 1400])
-    torch.testing.assert_close(whole, pieces, atol=1e-4, rtol=0)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_long_prompt_takes_one_mask_for_some_queries_after_the_other(family, monkeypatch):
+    """Masks for 7 queries at a time, where otherwise all of this prompt's share one."""
+    model, ids = model_of(family), ids_of(60, seed=1)
+    expected = run(model, ids[0].tolist(), rates={2: 0.5, 3: 0.5}, drop_rates={2: 0.0, 3: 0.4}, options=OPTIONS)
+    monkeypatch.setattr(kvprune.tokens.attention, "QUERIES", 7)
+    masks = []
+    kind = kvprune.tokens.attention.FilteredAttention
+    make = kind._mask
+    monkeypatch.setattr(kind, "_mask", lambda self, queries, *a: masks.append(len(queries)) or make(self, queries, *a))
+    for pieces in (None, [25, 35]):
+        logits, _ = filtered(model, ids, pieces, drop_ratio=0.1)
+        torch.testing.assert_close(logits[0], expected.logits, atol=1e-4, rtol=0)
+    assert max(masks) == 7
+    assert masks.count(7) > 8
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2-sliding"])
@@ -226,6 +254,23 @@ def test_memory_is_the_kept_tokens_and_the_anchors():
     assert r["anchor_bytes"] <= 2 * (2 * 4 * 2 * 16 + 4 * config.hidden_size) * 4
 
 
+def test_a_padded_batch_counts_real_tokens_and_the_padding_apart():
+    model, ids, lengths = model_of(), ids_of(60, batch=3), [60, 41, 17]
+    mask = torch.zeros(3, 60, dtype=torch.long)
+    for b, n in enumerate(lengths):
+        mask[b, 60 - n :] = 1
+    with torch.no_grad(), kvprune.TokenFilter(ratio=0.25, record=True, **OPTIONS)(model) as f:
+        cache = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).past_key_values
+    a_token, real = 2 * 2 * 16 * 4, sum(lengths)
+    assert not (f.skipped & (mask == 0).numpy()).any()
+    assert f.skipped.sum() > 10
+    assert f.report["kv_bytes"] == (4 * real - f.skipped.sum()) * a_token
+    assert f.report["kv_bytes_dense"] == 4 * real * a_token
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert f.report["padding_bytes"] == held - f.report["kv_bytes"] >= 2 * (180 - real) * a_token
+    assert f.report["position_bytes"] == sum(layer.columns.nbytes for layer in cache.layers[2:])
+
+
 def test_beam_search_reorders_all_state():
     """Each beam's answer scores what a run of that very text alone gives it."""
     model, ids = model_of(), ids_of(20, batch=2, seed=2)
@@ -281,6 +326,30 @@ def test_generate_in_pieces_and_with_a_mask_it_makes_itself():
     assert torch.equal(whole[1, 30:], alone[0, 21:])
 
 
+@pytest.mark.parametrize("how", ["option", "config", "positional"])
+def test_generate_is_told_of_another_pad_token(how):
+    model, ids = model_of(), ids_of(30, batch=2, seed=8)
+    pad = 299
+    ids[ids == pad] = 5
+    alone = ids[1:, 9:].clone()
+    ids[1, :9] = pad
+    steps = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
+    config = GenerationConfig(pad_token_id=pad, eos_token_id=2)
+    with kvprune.TokenFilter(ratio=0.25, **OPTIONS)(model) as f:
+        seen = []
+        ends = f._ends
+        f._ends = lambda batch: seen.append(ends(batch).tolist()) or ends(batch)
+        if how == "option":
+            found = model.generate(ids, pad_token_id=pad, **steps)
+        elif how == "config":
+            found = model.generate(ids, generation_config=config, **steps)
+        else:
+            found = model.generate(ids, config, **steps)
+        assert seen[0] == [30, 21]
+        expected = model.generate(alone, **steps)
+    assert torch.equal(found[1, 30:], expected[0, 21:])
+
+
 def test_sampling_and_a_padded_batch_generate():
     model, ids = model_of("qwen2"), ids_of(20, batch=2)
     mask = torch.ones_like(ids)
@@ -309,6 +378,19 @@ def test_pruned_models_are_filtered_too():
     kept = (50 - f.skipped[:, 0].sum(1)).tolist()
     assert f.report["kv_bytes"] == sum(n * 2 * 2 * w * 4 for n, w in zip(kept, [8, 16, 8, 8], strict=True))
     assert f.report["kv_bytes_dense"] == 4 * 50 * 2 * 2 * 16 * 4
+
+
+def test_a_pruned_model_decides_as_the_masked_dense_one():
+    """Removed channels are zeros there, which change no cosine: the loop over it has the same similarities."""
+    dense, ids = model_of(), ids_of(50)
+    layers = random_layers(dense, [8, 16, 8, 12])
+    pruned, masked = cut(ModelView(copy.deepcopy(dense)), make_plan(dense, layers)), mask_dense(dense, layers)
+    expected = run(masked, ids[0].tolist(), rates={2: 0.5, 3: 0.5}, options=OPTIONS)
+    assert expected.margin > MARGIN
+    for pieces in (None, [1] * 50):
+        logits, f = filtered(pruned, ids, pieces)
+        torch.testing.assert_close(logits[0], expected.logits, atol=1e-4, rtol=0)
+        assert f.skipped[:, 0].tolist() == expected.skipped
 
 
 def test_a_window_keeps_what_is_in_it():
@@ -362,6 +444,16 @@ def test_the_model_is_restored_also_after_an_error():
             assert torch.equal(model(ids).logits, expected)
 
 
+def test_what_stops_the_first_prompt_half_way_comes_out_as_it_is(monkeypatch):
+    model, ids = model_of(), ids_of(20)
+    monkeypatch.setattr(model.model.layers[2].mlp, "forward", lambda x: (_ for _ in ()).throw(KeyboardInterrupt))
+    f = kvprune.TokenFilter(ratio=0.25)
+    with pytest.raises(KeyboardInterrupt), torch.no_grad(), f(model):
+        model(ids)
+    assert f.report["kv_bytes"] == 0
+    assert all("forward" not in vars(block.self_attn) for block in model.model.layers)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
@@ -386,6 +478,7 @@ def test_the_model_is_restored_also_after_an_error():
         ({"layers": (2, 2)}, errors.BadOption, "differ"),
         ({"layers": ()}, errors.BadOption, "layers"),
         ({"layers": (-1,)}, errors.BadOption, "layers"),
+        ({"layers": (2.5,)}, errors.BadOption, "layers"),
         ({"ratio": 0.5, "layers": (1, 3)}, errors.UnreachableRatio, "0.475"),
     ],
     ids=str,
@@ -430,6 +523,10 @@ def test_misuse_is_one_clear_error_before_anything_changes():
     assert "forward" not in vars(model.model.layers[3].self_attn)
     with pytest.raises(errors.FilterMisuse, match="Linear"):
         kvprune.TokenFilter()(torch.nn.Linear(2, 2))
+    with pytest.raises(errors.FilterMisuse, match="bare LlamaModel"):
+        kvprune.TokenFilter()(model.model)
+    with pytest.raises(errors.FilterMisuse, match="no model"):
+        _ = kvprune.TokenFilter().report
     with pytest.raises(errors.FilterMisuse, match="flex_attention"):
         kvprune.TokenFilter()(tiny_model("llama", attention="flex_attention"))
 

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvprune.measure import memory
+from kvprune.models.family import family_of
 from kvprune.runtime.cache import GrowingCache, GrowingLayer
 
 ENOUGH = 120.0  # seconds of timing, behind which no further round begins
@@ -65,15 +66,23 @@ class Side:
 
     def bytes_read(self) -> float:
         """Bytes that a step of decoding reads, with the cache as it is: weights, but not an input embedding of its own,
-        and keys and values; under a filter those of the share of tokens that do not skip."""
+        and keys and values; under a filter those of the share of tokens that do not skip, and no Q and O where all
+        sequences skip, each for itself."""
         embedding = cast(torch.Tensor, self.model.get_input_embeddings().weight)
         head = cast(torch.Tensor, self.model.get_output_embeddings().weight)
         own = embedding.nbytes if embedding.data_ptr() != head.data_ptr() else 0
         layers = self.cache.layers
         f = self.token_filter
         rates = {} if f is None else f.settings.rates(f.settings.ratio, len(layers))
-        kv = sum((1 - rates.get(i, 0.0)) * memory.kv_bytes(layer) for i, layer in enumerate(layers))
-        return memory.weight_bytes(self.model) - own + kv
+        read = memory.weight_bytes(self.model) - own
+        read += sum((1 - rates.get(i, 0.0)) * memory.kv_bytes(layer) for i, layer in enumerate(layers))
+        family = family_of(self.model.config.model_type)
+        blocks = family.blocks(self.model)
+        for i, rate in rates.items():
+            attention = getattr(blocks[i], family.attention)
+            projections = (getattr(attention, name).weight.nbytes for name in (family.q, family.o))
+            read -= rate ** layers[i].keys.shape[0] * sum(projections)
+        return read
 
 
 @dataclass(frozen=True)

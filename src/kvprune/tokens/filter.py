@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kvprune.errors import BadOption, CacheMismatch, FilterMisuse
@@ -63,8 +63,10 @@ class TokenFilter:
             raise FilterMisuse(
                 f"a TokenFilter needs a transformers model, not {type(model).__name__}; merge adapters first"
             )
-        family = family_of(model.config.model_type)
+        if not isinstance(model, GenerationMixin):
+            raise FilterMisuse(f"a TokenFilter needs a model that generates, not the bare {type(model).__name__}")
         config = model.config
+        family = family_of(config.model_type)
         check_rope(config)
         _check_attention(config)
         modules = [getattr(block, family.attention) for block in family.blocks(model)]
@@ -108,7 +110,8 @@ class TokenFilter:
     @property
     def report(self) -> dict[str, Any]:
         """What was skipped and saved since the context was entered; see report.py."""
-        assert self._model is not None
+        if self._model is None:
+            raise FilterMisuse("this TokenFilter has no model yet, and nothing to report")
         found = bytes_of(self._model, self._cache) if self._active else self._bytes
         counts = [(layer.index, layer.counts) for layer in self._layers]
         return report(self._model, self.settings, counts) | found
@@ -130,7 +133,7 @@ class TokenFilter:
         embeds, mask, cache = (kwargs.get(name) for name in ("inputs_embeds", "attention_mask", "past_key_values"))
         if self.settings.prompt_length is None:
             if mask is None and ids is not None:
-                mask = self._padding(ids)
+                mask = self._padding(ids, kwargs, args[1] if len(args) > 1 else kwargs.get("generation_config"))
             if mask is not None:
                 self._prompt_ends = mask.sum(1).cpu().numpy()
             elif embeds is not None:
@@ -141,10 +144,15 @@ class TokenFilter:
         finally:
             self._prompt_ends = None
 
-    def _padding(self, ids: torch.Tensor) -> torch.Tensor:
-        """The mask that generate makes where it gets none: pad tokens, unless they may be text as well."""
+    def _padding(self, ids: torch.Tensor, given: dict[str, Any], config: Any) -> torch.Tensor:
+        """The mask that generate makes where it gets none: pad tokens, unless they may be text as well. Which those are
+        say generate's own options, then its generation_config, then the model's."""
         assert self._model is not None
-        pad, end = (getattr(self._model.generation_config, name) for name in ("pad_token_id", "eos_token_id"))
+        places = (given, {} if config is None else vars(config), vars(self._model.generation_config))
+        pad, end = (
+            next((place[name] for place in places if place.get(name) is not None), None)
+            for name in ("pad_token_id", "eos_token_id")
+        )
         ends = end if isinstance(end, list) else [end]
         return torch.ones_like(ids) if pad is None or pad in ends else ids.ne(pad).long()
 

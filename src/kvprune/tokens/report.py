@@ -46,9 +46,10 @@ def no_bytes() -> dict[str, int]:
 def bytes_of(model: Any, cache: Any) -> dict[str, int]:
     """Of the last call's cache: kv_bytes (kept tokens x bytes a token, all layers; of a sliding window, those in it),
     kv_bytes_dense (the same tokens in the dense model), and apart from them padding_bytes (of ragged batches, and the
-    room that is kept free), position_bytes and anchor_bytes. Zeros where there was no cache."""
+    room that is kept free), position_bytes and anchor_bytes. Zeros where there was no cache, or none that every layer
+    had begun: the first call failed."""
     filtered = [layer for layer in cache.layers if isinstance(layer, FilteredLayer)] if cache is not None else []
-    if not any(layer.is_initialized for layer in filtered):
+    if not filtered or any(layer.keys is None for layer in cache.layers):
         return no_bytes()
     config = model.config
     width = dense_head_dim(config)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvprune.errors import BadOption, UnreachableRatio
+from kvprune.options import whole_numbers
 from kvprune.tokens.fusion import FUSIONS
 from kvprune.tokens.threshold import THRESHOLDS, Rule
 
@@ -78,8 +79,8 @@ class Settings:
                 raise BadOption(f"{name} must be a whole number, at least {least}, not {value}")
 
         if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-            if not self.layers or not all(isinstance(layer, int) and layer >= 0 for layer in self.layers):
+            object.__setattr__(self, "layers", whole_numbers("layers", self.layers))
+            if not self.layers or min(self.layers) < 0:
                 raise BadOption(f"layers must be whole numbers, at least one, from 0 on, not {list(self.layers)}")
             if len(set(self.layers)) < len(self.layers):
                 raise BadOption(f"layers must differ from each other, not {list(self.layers)}")
@@ -98,9 +99,10 @@ class Settings:
         most = MOST * len(order) / layers
         if ratio > most + 1e-9:
             which = f"the {len(order)} layers given" if self.layers else f"the last {len(order)} of {layers} layers"
-            remedy = "give more layers" if self.layers else "raise tail"
+            remedy = "give more layers" if self.layers else "raise tail or name the layers"
             raise UnreachableRatio(
-                f"{which} can skip {most:.3g} of all attention at most, not {ratio:g}; ask for less, or {remedy}"
+                f"{which} can skip {math.floor(1000 * most) / 1000:g} of all attention at most, not {ratio:g}; "
+                f"ask for less, or {remedy}"
             )
         number = len(order) if self.spread else max(math.ceil(ratio * layers / MOST - 1e-9), 1)
         return dict.fromkeys(sorted(order[:number]), ratio * layers / number)
