@@ -9,7 +9,7 @@ SOURCES := $(shell find src -name "*.py")
 PIP := -m pip install --quiet --disable-pip-version-check
 PROMPT := The Eiffel Tower is a famous landmark in
 
-.PHONY: demo test lint test-oldest test-models test-install test-report test-vllm clean
+.PHONY: demo test lint test-oldest test-models test-install test-report test-bits test-vllm clean
 
 demo: .venv/done $(MODEL)
 	! test -f build/demo/config.json || rm -rf build/demo
@@ -37,6 +37,12 @@ test-oldest: .venv-oldest/done
 # A real model: figures, memory, the demo's commands.
 test-models: .venv/done $(MODEL)
 	KVPRUNE_DATA=$(CACHE) KVPRUNE_TEST_MODEL=$(MODEL) .venv/bin/python -m pytest tests/real/test_smollm2.py tests/real/test_tokens.py -s
+
+# Caches of 4 and 2 bits, whose kernels a C++ compiler makes on the spot; without one that is left out, in words.
+test-bits: .venv/done
+	if command -v c++ > /dev/null; then \
+		.venv/bin/python $(PIP) -e '.[bits]' ninja && PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/runtime/test_quantized.py; \
+	else echo "no C++ compiler: caches of 4 and 2 bits are not tested"; fi
 
 # A new user: an empty environment, `pip install .`, and the README's example in a folder outside the repository.
 test-install: .venv/done $(MODEL)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvprune.errors import BadOption
-from kvprune.measure.memory import kv_bytes
+from kvprune.measure.memory import cache_bytes
 from kvprune.models import source as sources
 from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.cache import GrowingCache
@@ -94,6 +94,6 @@ def generate(
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "new_tokens": len(new),
         "cache_tokens": output.past_key_values.get_seq_length(),
-        "cache_bytes": sum(kv_bytes(layer) for layer in output.past_key_values.layers),
+        "cache_bytes": cache_bytes(output.past_key_values),
         **({} if token_filter is None else {"filter": token_filter.report}),
     }

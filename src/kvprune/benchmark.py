@@ -25,6 +25,7 @@ from kvprune.options import whole_numbers
 from kvprune.progress import Progress
 from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.files import write_whole, writing_to
+from kvprune.runtime.quantized import quantized_cache, quantizer
 from kvprune.tokens.filter import asked_filter
 
 NAMES = ("dense", "pruned")
@@ -40,6 +41,7 @@ def bench(
     rounds: int = 5,
     skip: float | None = None,
     skip_layers: str | Sequence[int] | None = None,
+    kv_bits: int | None = None,
     pruned_shape: bool = False,
     ratio: float | None = None,
     out: str | Path | None = None,
@@ -52,10 +54,11 @@ def bench(
     """Time `source` (called dense) and a second model (called pruned) in alternating runs, for every batch and context.
 
     The second is `against`; with `skip`, `against` or else the source itself under a TokenFilter(skip, layers=
-    skip_layers); with `pruned_shape`, random weights of the source's shape, a name in SHAPES or a checkpoint, with
-    `ratio` (0.5) of its KV bytes removed, beside random weights of the shape itself. The source alone is timed against
-    itself, which shows the noise. A cell: `rounds` prefills of batch x context random tokens, then `rounds` times
-    new_tokens steps behind them, medians and spreads, and the limit (weights + KV bytes read) dense / pruned.
+    skip_layers), and with `kv_bits` (8, 4 or 2) on transformers' quantised cache; with `pruned_shape`, random weights
+    of the source's shape, a name in SHAPES or a checkpoint, with `ratio` (0.5) of its KV bytes removed, beside random
+    weights of the shape itself. The source alone is timed against itself, which shows the noise. A cell: `rounds`
+    prefills of batch x context random tokens, then `rounds` times new_tokens steps behind them, medians and spreads,
+    and the limit (weights + KV bytes read) dense / pruned.
     out: a .json file, written after every cell, and a picture beside it. Returns {"environment", "cells": [{"batch",
     "context", "prefill_seconds", "decode_tokens_per_second", "latency_seconds" (of new_tokens behind a prompt),
     "decode_ratio", "prefill_ratio", "decode_limit", "decode_ratio_over_limit", "spread" ({"decode", "prefill"}: least
@@ -68,6 +71,7 @@ def bench(
     if ratio is not None and not pruned_shape:
         raise BadOption("--ratio is what --pruned-shape removes; a checkpoint has its own")
     token_filter = asked_filter(skip, layers=skip_layers)
+    quantizer_name = None if kv_bits is None else quantizer(kv_bits)
     target = find_device(device)
     if target.type not in ("cpu", "cuda"):
         raise BadOption(f"--device {device}: only cpu and cuda are timed")
@@ -84,10 +88,13 @@ def bench(
         pack_groups(model)
     if token_filter is not None:
         token_filter(models[-1])  # what it refuses, it refuses before anything is timed
-    sides = (Side(models[0]), Side(models[-1], token_filter))
+    if kv_bits is not None:
+        quantized_cache(models[-1].config, kv_bits)
+    sides = (Side(models[0]), Side(models[-1], token_filter, kv_bits))
     asked: dict[str, Any] = {"source": str(source), "against": None if against is None else str(against), "skip": skip}
     layers = None if token_filter is None else token_filter.settings.layers
     asked |= {"skip_layers": layers and list(layers), "pruned_shape_ratio": ratio}
+    asked |= {"kv_bits": kv_bits, "quantizer": quantizer_name}
     report: dict[str, Any] = {"environment": asked | _environment(models[0], grid), "cells": []}
     with progress.phase("bench", len(grid.cells)) as advance:
         for b, c in grid.cells:

@@ -155,6 +155,7 @@ def evaluate(
     tokens: Annotated[int, typer.Option(help="how much of each text; 0 for all")] = 16384,
     tasks: Annotated[str | None, typer.Option(help="lm-eval's, as piqa,boolq, or its .yaml files")] = None,
     task_limit: Annotated[int | None, typer.Option(help="the first so many samples of each task")] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="perplexity on a quantised cache: 8, 4 or 2")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,
@@ -210,6 +211,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="how often both are timed")] = 5,
     skip: Annotated[float | None, typer.Option(help="run the second under token filtering, at this share")] = None,
     skip_layers: Annotated[str | None, typer.Option(help="layers that may skip, best first, as 28,25,7")] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="give the second a quantised cache: 8, 4 or 2")] = None,
     pruned_shape: Annotated[bool, typer.Option(help="random weights of the source's shape, dense and pruned")] = False,
     ratio: Annotated[
         float | None, typer.Option(help="of --pruned-shape: fraction of the KV bytes that are gone  [default: 0.5]")

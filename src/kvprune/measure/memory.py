@@ -11,15 +11,20 @@ import torch
 from torch import nn
 from transformers import Cache
 
+from kvprune.runtime.quantized import is_quantized, quantized_bytes
+
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all key and value tensors that a cache holds, tensor by tensor."""
-    tensors = [t for layer in cache.layers for name in ("keys", "values") if (t := getattr(layer, name)) is not None]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """Bytes of the keys and values in a cache, without room that is kept free."""
+    layers: list[Any] = list(cache.layers)
+    return sum(kv_bytes(layer) for layer in layers if layer.keys is not None)
 
 
 def kv_bytes(layer: Any) -> int:
-    """Bytes of the keys and values of the tokens in a layer of a cache, without room that is kept free."""
+    """Bytes of the keys and values of the tokens in a layer of a cache, without room that is kept free; of a quantised
+    one with its scales."""
+    if is_quantized(layer):
+        return quantized_bytes(layer)
     lengths = getattr(layer, "lengths", None)  # of a token filter's layer, whose sequences differ
     if lengths is None:
         return layer.keys.nbytes + layer.values.nbytes
@@ -28,6 +33,8 @@ def kv_bytes(layer: Any) -> int:
 
 def held_bytes(layer: Any) -> int:
     """Bytes of the tensors of a layer of a cache, room included."""
+    if is_quantized(layer):
+        return quantized_bytes(layer)
     keys, values = getattr(layer, "key_room", None), getattr(layer, "value_room", None)
     if keys is None or values is None:
         keys, values = layer.keys, layer.values

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from kvprune.errors import NotFinite, UnsupportedArchitecture
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.family import supported
+from kvprune.runtime.quantized import decoding_pieces, quantized_cache
 
 BATCH_TOKENS = 4096
 
@@ -25,13 +26,18 @@ class Perplexity:
 
 @torch.no_grad()
 def perplexity(
-    model: PreTrainedModel, windows: torch.Tensor, advance: Callable[[int], None] | None = None
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    advance: Callable[[int], None] | None = None,
+    kv_bits: int | None = None,
 ) -> Perplexity:
     """Perplexity of a Hugging Face causal LM, dense or pruned, on windows (n, T) of token ids.
 
     Each window starts afresh and its first token is not scored, so n * (T - 1) tokens are; there is no
-    padding. `advance` is called with the number of windows done. Raises NotFinite, and UnsupportedArchitecture for a
-    model that does more behind its output embedding than the supported ones.
+    padding. `advance` is called with the number of windows done. kv_bits: keys and values come out of transformers'
+    quantised cache as they do in decoding. Raises NotFinite, BadOption for
+    what cannot be quantised, and UnsupportedArchitecture for a model that does more behind its output embedding than
+    the supported ones.
     """
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(model.config, name, None) not in (None, 1, 1.0):
@@ -40,7 +46,7 @@ def perplexity(
     total, count = 0.0, 0
     for batch in windows.split(step):
         ids = batch.to(model.get_input_embeddings().weight.device)
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = _hidden(model, ids, kv_bits)
         loss, scored, _ = next_token_loss(model.get_output_embeddings(), hidden, ids)
         total, count = total + loss, count + scored
         if advance:
@@ -49,3 +55,12 @@ def perplexity(
     if not math.isfinite(mean):
         raise NotFinite("the model's loss is not finite on the evaluation text; try --dtype float32")
     return Perplexity(math.exp(mean) if mean < 700 else math.inf, windows.shape[1], count)
+
+
+def _hidden(model: PreTrainedModel, ids: torch.Tensor, kv_bits: int | None) -> torch.Tensor:
+    """Final hidden states (B, T, hidden) of ids (B, T)."""
+    if kv_bits is None:
+        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    cache = quantized_cache(model.config, kv_bits)
+    pieces = ids.split(decoding_pieces(kv_bits, ids.shape[1]), dim=1)
+    return torch.cat([model.base_model(input_ids=p, past_key_values=cache).last_hidden_state for p in pieces], dim=1)

@@ -19,16 +19,19 @@ from transformers import PreTrainedModel
 from kvprune.measure import memory
 from kvprune.models.family import family_of
 from kvprune.runtime.cache import GrowingCache, GrowingLayer
+from kvprune.runtime.quantized import is_quantized, quantized_cache
 
 ENOUGH = 120.0  # seconds of timing, behind which no further round begins
 
 
 @dataclass
 class Side:
-    """One of two models under comparison, with its cache. token_filter: the TokenFilter that it runs under, if any."""
+    """One of two models under comparison, with its cache. token_filter: the TokenFilter that it runs under, if any;
+    kv_bits: those of a quantised cache."""
 
     model: PreTrainedModel
     token_filter: Any = None
+    kv_bits: int | None = None
     cache: Any = None
     filled: Any = None  # the cache with the prompt in it, where it cannot be cut back to that
 
@@ -39,7 +42,9 @@ class Side:
 
     def prefill(self, ids: torch.Tensor) -> None:
         """ids (B, T) into a fresh cache."""
-        self.cache, self.filled = GrowingCache(self.model.config), None
+        config = self.model.config
+        self.cache = GrowingCache(config) if self.kv_bits is None else quantized_cache(config, self.kv_bits)
+        self.filled = None
         self.feed(ids)
 
     def decode(self, ids: torch.Tensor, steps: int) -> None:
@@ -52,14 +57,16 @@ class Side:
         return self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
     def rewind(self, context: int) -> None:
-        """Back to the cache with `context` tokens of prompt in it; windows and filters forget, so theirs is copied."""
+        """Back to the cache with `context` tokens of prompt in it; windows and filters forget and bits
+        round, so theirs is copied; what is quantised is replaced, never written to."""
         if all(type(layer) is GrowingLayer for layer in self.cache.layers):
             surplus = self.cache.get_seq_length() - context
             if surplus:
                 self.cache.crop(-surplus)
             return
         self.filled = self.cache if self.filled is None else self.filled
-        self.cache = copy.deepcopy(self.filled)
+        self.cache = copy.copy(self.filled)
+        self.cache.layers = [copy.copy(i) if is_quantized(i) else copy.deepcopy(i) for i in self.filled.layers]
 
     def forget(self) -> None:
         self.cache = self.filled = None

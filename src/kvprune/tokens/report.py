@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from kvprune.measure.memory import held_bytes
+from kvprune.measure.memory import held_bytes, kv_bytes
 from kvprune.models.family import dense_head_dim
+from kvprune.runtime.quantized import is_quantized
 from kvprune.tokens.attention import Counts
 from kvprune.tokens.cache import FilteredLayer
 from kvprune.tokens.settings import Settings
@@ -54,13 +55,16 @@ def bytes_of(model: Any, cache: Any) -> dict[str, int]:
     config = model.config
     width = dense_head_dim(config)
     found = no_bytes()
+    a_number = filtered[0].dtype.itemsize
     for layer in cache.layers:
         tokens = filtered[0].counts
         window = layer.window if isinstance(layer, FilteredLayer) else getattr(layer, "sliding_window", None)
         if window is not None:
             tokens = tokens.clip(max=window - 1)
-        a_number = layer.keys.element_size()
         found["kv_bytes_dense"] += int(tokens.sum()) * 2 * config.num_key_value_heads * width * a_number
+        if is_quantized(layer):
+            found["kv_bytes"] += kv_bytes(layer)
+            continue
         kept = int(tokens.sum())
         if isinstance(layer, FilteredLayer):
             kept = int((layer.lengths - layer.stale()).sum())

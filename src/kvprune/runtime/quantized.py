@@ -1,0 +1,95 @@
+"""transformers' own quantised KV cache, fitted to layers of any width.
+
+Every token's vector of a KV head is one group with its own scale, whatever the width, so that groups never straddle
+tokens. The last RECENT tokens at most stay as they are, and are quantised together.
+"""
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig, cache_utils
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
+
+from kvprune.errors import BadOption
+
+RECENT = 128  # tokens, transformers' default
+BACKENDS = {8: ("hqq", "fp8"), 4: ("quanto", "hqq"), 2: ("quanto", "hqq")}  # the first that is there
+
+
+def quantizer(bits: int) -> str:
+    """What quantises to so many bits here. Raises BadOption."""
+    if bits not in BACKENDS:
+        raise BadOption(f"--kv-bits {bits}: choose 8, 4 or 2")
+    there = {
+        "quanto": is_optimum_quanto_available(),
+        "hqq": is_hqq_available(),
+        "fp8": hasattr(cache_utils, "Fp8QuantizedLayer"),
+    }
+    for name in BACKENDS[bits]:
+        if there[name]:
+            return name
+    remedy = "pip install hqq, or a newer transformers" if bits == 8 else "pip install optimum-quanto, or hqq"
+    raise BadOption(f"--kv-bits {bits}: nothing here quantises to that; {remedy}")
+
+
+def quantized_cache(config: PreTrainedConfig, bits: int) -> DynamicCache:
+    """An empty cache of so many bits for a model, dense or pruned.
+
+    Raises BadOption where nothing serves, and for sliding windows, which such a cache does not keep.
+    """
+    name = quantizer(bits)
+    plain: list[Any] = list(DynamicCache(config=config).layers)
+    if any(layer.is_sliding for layer in plain):
+        raise BadOption("--kv-bits: a quantised cache keeps no sliding window, and this model has some")
+    cache = DynamicCache(config=config)  # a TokenFilter takes no other
+    cache.layers = [_layer(name, bits) for _ in range(config.num_hidden_layers)]
+    return cache
+
+
+def decoding_pieces(bits: int, tokens: int) -> list[int]:
+    """In what pieces a text of so many tokens reads what decoding it behind a prompt would: what is new is read as it
+    is, and quantised together when RECENT tokens are there; by fp8 at once."""
+    step = 1 if quantizer(bits) == "fp8" else RECENT
+    first = min(RECENT, tokens)
+    rest = range(first, tokens, step)
+    return [first, *(min(step, tokens - start) for start in rest)]
+
+
+def _layer(name: str, bits: int) -> Any:
+    known: Any = cache_utils
+    if name == "fp8":
+        return known.Fp8QuantizedLayer()
+    kind = known.QuantoQuantizedLayer if name == "quanto" else known.HQQQuantizedLayer
+    axis = 0 if name == "quanto" else 1  # how each of them says that a group is what lies side by side
+
+    class Fitted(kind):  # type: ignore[misc, valid-type]
+        """Its groups are as wide as what comes."""
+
+        def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+            self.q_group_size = key_states.shape[-1]
+            super().lazy_initialization(key_states, value_states)
+
+    return Fitted(nbits=bits, residual_length=RECENT, axis_key=axis, axis_value=axis)
+
+
+def is_quantized(layer: Any) -> bool:
+    return hasattr(layer, "_quantized_keys")
+
+
+def quantized_bytes(layer: Any) -> int:
+    """Bytes of a layer of such a cache: codes, scales, and what is not quantised yet."""
+    return sum(
+        _bytes(getattr(layer, name, None)) for name in ("_quantized_keys", "_quantized_values", "keys", "values")
+    )
+
+
+def _bytes(thing: Any) -> int:
+    """Of all tensors in what a backend stores, however it nests them."""
+    if isinstance(thing, torch.Tensor):
+        if hasattr(thing, "__tensor_flatten__") and type(thing) is not torch.Tensor:
+            names, _ = thing.__tensor_flatten__()
+            return sum(_bytes(getattr(thing, name)) for name in names)
+        return thing.nbytes
+    if isinstance(thing, dict):
+        return sum(map(_bytes, thing.values()))
+    return sum(map(_bytes, thing)) if isinstance(thing, (tuple, list)) and not isinstance(thing, torch.Size) else 0

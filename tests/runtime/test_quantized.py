@@ -1,0 +1,141 @@
+"""The quantised cache against the plain one, and its bytes against a count by hand."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, cache_utils
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
+
+import kvprune
+from kvprune.channels.surgery import cut
+from kvprune.errors import BadOption
+from kvprune.measure.memory import cache_bytes, kv_bytes
+from kvprune.measure.speed import Side
+from kvprune.models.view import ModelView
+from kvprune.runtime import quantized
+from kvprune.runtime.quantized import RECENT, quantized_cache, quantizer
+from kvprune.text.windows import windows
+from tiny import VOCABULARY, make_plan, random_layers, tiny_model, tiny_tokenizer
+
+FP8 = hasattr(cache_utils, "Fp8QuantizedLayer")
+HERE = [
+    b
+    for b, there in (
+        (8, FP8 or is_hqq_available()),
+        (4, is_optimum_quanto_available() or is_hqq_available()),
+        (2, is_optimum_quanto_available() or is_hqq_available()),
+    )
+    if there
+]
+WIDTHS = [8, 16, 8, 12]
+fp8 = pytest.mark.skipif(not FP8 or is_hqq_available(), reason="8 bits are not fp8 here")
+
+
+def models():
+    dense = tiny_model("llama", kv_heads=2, groups=2, layers=4, positions=600)
+    pruned = cut(ModelView(copy.deepcopy(dense)), make_plan(dense, random_layers(dense, WIDTHS)))
+    return {"dense": dense, "pruned": pruned}
+
+
+def ids_of(n, batch=2):
+    return torch.randint(3, VOCABULARY, (batch, n), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def fed(model, ids, cache, pieces):
+    logits = [model(piece, past_key_values=cache).logits for piece in ids.split(pieces, dim=1)]
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("bits", HERE)
+@pytest.mark.parametrize("name", ["dense", "pruned"])
+def test_decoding_stays_close_and_the_bytes_are_fewer(name, bits):
+    model, ids = models()[name], ids_of(300)
+    pieces = [128, 128, *[1] * 44]
+    plain, cache = DynamicCache(config=model.config), quantized_cache(model.config, bits)
+    expected, found = fed(model, ids, plain, pieces), fed(model, ids, cache, pieces)
+    torch.testing.assert_close(found[:, :128], expected[:, :128], atol=1e-5, rtol=0)  # what is new is read as it is
+    error = (found - expected)[:, 128:].abs().mean() / expected.abs().mean()
+    assert 0 < error < {8: 0.05, 4: 0.1, 2: 0.5}[bits]
+    assert cache_bytes(cache) < 0.6 * cache_bytes(plain)
+
+
+@fp8
+def test_bytes_counted_by_hand():
+    """fp8: one byte a number and one float32 scale a tensor."""
+    model = models()["pruned"]
+    cache = quantized_cache(model.config, 8)
+    fed(model, ids_of(200), cache, [200])
+    assert cache_bytes(cache) == sum(2 * 2 * 200 * 2 * width for width in WIDTHS) + 4 * 2 * 4
+    assert kv_bytes(cache.layers[1]) == 2 * 2 * 200 * 2 * 16 + 2 * 4
+
+
+@pytest.mark.parametrize("bits", HERE)
+def test_perplexity_reads_what_decoding_reads(bits):
+    """Token by token behind a first piece, as a user's decoding would, against the pieces of `perplexity`."""
+    model, ids = models()["pruned"], ids_of(200)
+    cache = quantized_cache(model.config, bits)
+    logits = fed(model, ids, cache, [RECENT, *[1] * (200 - RECENT)])
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).exp().item()
+    found = kvprune.perplexity(model, ids, kv_bits=bits).value
+    plain = kvprune.perplexity(model, ids).value
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert abs(found - plain) > 5 * abs(found - expected)
+
+
+@fp8
+def test_a_filter_leaves_the_other_layers_quantised():
+    model, ids = models()["pruned"], ids_of(200)
+    cache = quantized_cache(model.config, 8)
+    with kvprune.TokenFilter(0.2, layers=(1,), record=True)(model) as f:
+        fed(model, ids, cache, [150, *[1] * 50])
+    kept = 400 - f.skipped[1].sum()
+    assert f.skipped.sum() > 100
+    others = sum(2 * 400 * 2 * width + 2 * 4 for width in (8, 8, 12))
+    assert f.report["kv_bytes"] == cache_bytes(cache) == kept * 2 * 2 * 16 * 4 + others
+
+
+@fp8
+def test_a_bench_side_goes_back_to_its_prompt():
+    model, ids = models()["dense"], ids_of(140)
+    side = Side(model, kv_bits=8)
+    with side.running():
+        side.prefill(ids)
+        sizes = []
+        for _ in range(2):
+            side.rewind(140)
+            sizes.append([side.cache.get_seq_length(), cache_bytes(side.cache)])
+            side.decode(ids[:, -1:], 5)
+            assert side.cache.get_seq_length() == 145
+    assert sizes[0] == sizes[1] == [140, 4 * 2 * (140 * 2 * 2 * 16 + 4)]
+
+
+@fp8
+def test_eval_and_bench_take_bits(texts, tmp_path):
+    checkpoint = tmp_path / "model"
+    tiny_model("llama", groups=2, head_dim=32, layers=4, positions=512).save_pretrained(checkpoint)
+    tiny_tokenizer().save_pretrained(checkpoint)
+    result = kvprune.evaluate(checkpoint, texts=["ptb"], window_lengths=[160], tokens=480, kv_bits=8)
+    (source,), (row,) = result["sources"], result["perplexity"]
+    a_token, scales = 4 * 2 * 2 * 32, 4 * 2 * 4
+    assert source["kv_bytes_per_token"] == round((96 * a_token + scales) / 96)  # 160 but for half of RECENT
+    model, tokenizer = kvprune.load(checkpoint), kvprune.load_tokenizer(checkpoint)
+    ids = windows((texts / "ptb-test.txt").read_text(), tokenizer, 160, 480, "ptb")
+    assert row["values"] == [kvprune.perplexity(model, ids, kv_bits=8).value]
+    (cell,) = kvprune.bench(checkpoint, context=[64], new_tokens=4, rounds=1, kv_bits=8, device="cpu")["cells"]
+    held = {name: side["kv_cache"] for name, side in cell["memory_bytes"].items()}
+    assert held == {"dense": 64 * a_token * model.dtype.itemsize, "pruned": 64 * a_token + scales}
+    assert cell["decode_limit"] > 1
+
+
+def test_what_cannot_be(monkeypatch):
+    with pytest.raises(BadOption, match="choose 8, 4 or 2"):
+        quantizer(3)
+    if HERE:
+        with pytest.raises(BadOption, match="sliding"):
+            quantized_cache(tiny_model("mistral").config, HERE[0])
+    monkeypatch.setattr(quantized, "is_optimum_quanto_available", lambda: False)
+    monkeypatch.setattr(quantized, "is_hqq_available", lambda: False)
+    with pytest.raises(BadOption, match="pip install optimum-quanto"):
+        quantizer(4)
