@@ -165,7 +165,7 @@ def run(bench: Bench) -> None:
         bench.recover(f"{name}, distilled on wikitext2", name, **DISTIL)
         bench.recover(f"{name}, distilled gently on wikitext2", name, **{**DISTIL, "lr": 5e-4})
         bench.recover(f"{name}, distilled for long on wikitext2", name, **{**DISTIL, "steps": 200})
-        bench.recover(f"{name}, distilled gently for long on wikitext2", name, **{**DISTIL, "steps": 160, "lr": 6e-4})
+        bench.recover(f"{name}, distilled gently for long on wikitext2", name, **{**DISTIL, "steps": 120, "lr": 6e-4})
         bench.recover(f"{name}, trained again on wikitext2", f"{name}, distilled on wikitext2", text="wikitext2")
     name = "closed form 0.5"
     bench.recover(f"{name}, distilled with attention on wikitext2", name, **{**DISTIL, "loss": "logits+attention"})
