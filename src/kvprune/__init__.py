@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from kvprune.runtime.files import read_record
     from kvprune.studies.calibration import study_calibration
     from kvprune.studies.layers import study_layers
+    from kvprune.studies.robustness import study_robustness
+    from kvprune.studies.scaling import study_scaling
     from kvprune.tokens.filter import TokenFilter
 
 _HOMES = {
@@ -46,6 +48,8 @@ _HOMES = {
     "read_record": "kvprune.runtime.files",
     "study_calibration": "kvprune.studies.calibration",
     "study_layers": "kvprune.studies.layers",
+    "study_robustness": "kvprune.studies.robustness",
+    "study_scaling": "kvprune.studies.scaling",
 }
 
 __all__ = [
@@ -69,6 +73,8 @@ __all__ = [
     "report",
     "study_calibration",
     "study_layers",
+    "study_robustness",
+    "study_scaling",
 ]
 
 register()

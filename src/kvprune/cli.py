@@ -12,6 +12,21 @@ import typer
 from transformers.utils import logging as hf_logging
 
 import kvprune
+from kvprune.cli_options import (
+    AsPrune,
+    Device,
+    Dtype,
+    Eval,
+    EvalTokens,
+    Json,
+    Out,
+    Resume,
+    Revision,
+    SourceArgument,
+    Trust,
+    given,
+)
+from kvprune.cli_study import study
 from kvprune.errors import KVPruneError
 from kvprune.progress import Bars
 
@@ -20,22 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make the KV cache of a Hugging Face language model smaller, and say what that cost.",
 )
-study = typer.Typer(help="What a choice would change, measured before it is made.")
 app.add_typer(study, name="study")
-
-SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help="hub id, checkpoint folder or .gguf file")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16")]
-Revision = Annotated[str | None, typer.Option(help="of a hub id: branch, tag or commit")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the source")]
-Out = Annotated[str, typer.Option(help="folder to write, missing or empty")]
-Resume = Annotated[bool, typer.Option("--resume", help="continue a run that was interrupted")]
-Eval = Annotated[
-    list[str] | None, typer.Option(help="text name or file, repeatable  [default: the test splits of the named texts]")
-]
-EvalTokens = Annotated[int, typer.Option(help="how much of each text is evaluated")]
-AsPrune = typer.Option(help="as for prune")
 
 
 @app.command()
@@ -82,7 +82,7 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Remove KV channels from a model and write it to a folder that loads again."""
-    _show(kvprune.prune(progress=Bars(), **_given(locals())).record, as_json)
+    _show(kvprune.prune(progress=Bars(), **given(locals())).record, as_json)
 
 
 @app.command()
@@ -136,7 +136,7 @@ def recover(
     as_json: Json = False,
 ) -> None:
     """Train a pruned model with LoRA and write it, merged, to a folder of the same kind."""
-    result = kvprune.recover(progress=Bars(), **_given(locals()))
+    result = kvprune.recover(progress=Bars(), **given(locals()))
     if result.record is not None:  # only the main process of several has one
         _show(result.record, as_json)
 
@@ -163,7 +163,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Perplexity and tasks of a source, or of two side by side."""
-    result = kvprune.evaluate(progress=Bars(), **_given(locals()))
+    result = kvprune.evaluate(progress=Bars(), **given(locals()))
     if as_json:
         print(json.dumps(result))
         return
@@ -191,7 +191,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt."""
-    result = kvprune.generate(**_given(locals()))
+    result = kvprune.generate(**given(locals()))
     if as_json:
         print(json.dumps(result))
     else:
@@ -226,7 +226,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Speed and memory of one model or two, over a grid of batch x context."""
-    report = kvprune.bench(progress=Bars(), **_given(locals()))
+    report = kvprune.bench(progress=Bars(), **given(locals()))
     if as_json:
         print(json.dumps(report))
         return
@@ -251,7 +251,7 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Which ratio makes a context and a batch fit in a memory."""
-    report = kvprune.fit(**_given(locals()))
+    report = kvprune.fit(**given(locals()))
     if as_json:
         print(json.dumps(report))
         return
@@ -281,74 +281,6 @@ def report(
     """One HTML file: plan, quality, speed, memory, provenance and warnings; and its figures as PNG."""
     page = kvprune.report(directory, others=others or (), bench=bench, out=out)
     print(json.dumps({"report": str(page)}) if as_json else page)
-
-
-@study.command(name="calibration")
-def study_calibration(
-    source: SourceArgument,
-    out: Out,
-    texts: Annotated[
-        list[str] | None,
-        typer.Option("--text", help="text name, file, or self, repeatable  [default: wikitext2, ptb and self]"),
-    ] = None,
-    tokens: Annotated[
-        list[int] | None, typer.Option(help="how much of it, repeatable  [default: 2048 and 16384]")
-    ] = None,
-    seeds: Annotated[int, typer.Option(help="stretches of each text, or samples of self")] = 3,
-    ratio: Annotated[float, typer.Option(help="fraction of the KV bytes to remove")] = 0.5,
-    importance: Annotated[str | None, AsPrune] = None,
-    allocation: Annotated[str | None, AsPrune] = None,
-    repair: Annotated[str | None, AsPrune] = None,
-    preset: Annotated[str | None, typer.Option(help="kvpruner: the paper's choices")] = None,
-    align: Annotated[int | None, AsPrune] = None,
-    min_width: Annotated[int | None, AsPrune] = None,
-    eval: Eval = None,
-    eval_tokens: EvalTokens = 16384,
-    window: Annotated[int, typer.Option(help="evaluation window")] = 512,
-    resume: Resume = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
-    as_json: Json = False,
-) -> None:
-    """How far perplexity moves with source, size and seed of the calibration text; with a picture."""
-    report = kvprune.study_calibration(progress=Bars(), **_given(locals()))
-    if as_json:
-        print(json.dumps(report))
-        return
-    from kvprune.measure.table import print_table
-    from kvprune.studies.table import calibration_table
-
-    print_table(calibration_table(report))
-
-
-@study.command(name="layers")
-def study_layers(
-    source: SourceArgument,
-    text: Annotated[str, typer.Option(help="text name or file")] = "wikitext2",
-    tokens: Annotated[int, typer.Option(help="how much of it")] = 4096,
-    window: Annotated[int, typer.Option(help="tokens the model sees at once")] = 512,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    trust_remote_code: Trust = False,
-    as_json: Json = False,
-) -> None:
-    """Which layers should skip attention first: one dense pass, for generate's --skip-layers."""
-    report = kvprune.study_layers(progress=Bars(), **_given(locals()))
-    if as_json:
-        print(json.dumps(report))
-        return
-    from kvprune.measure.table import print_table
-    from kvprune.studies.table import layers_table
-
-    print_table(layers_table(report))
-
-
-def _given(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Of a verb's parameters, named as the public API names them, those that the user gave or that have a default."""
-    return {name: value for name, value in parameters.items() if value not in (None, []) and name != "as_json"}
 
 
 def _skipped(report: dict[str, Any]) -> str:

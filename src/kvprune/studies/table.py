@@ -58,3 +58,17 @@ def _figure(value: float | None) -> str:
 
 def _short(name: str) -> str:
     return Path(name).name if Path(name).is_file() else name
+
+
+def robustness_table(report: dict[str, Any]) -> RenderableType:
+    """A row a stretch of positions, a column a source: reading, then writing."""
+    parts: list[RenderableType] = []
+    for part, name, what in (("reading", "perplexity", "perplexity"), ("writing", "repetition", "4-grams repeated")):
+        table = Table(title=f"{what} at positions of {report['text'] if part == 'reading' else 'the answer'}")
+        for column in ("from", "to", *report["sources"]):
+            table.add_column(column, justify="right", overflow="fold")
+        for row in report[part]:
+            shown = (f"{value:.2f}" for value in row[name])
+            table.add_row(f"{row['from']:,}", f"{row['to']:,}", *shown)
+        parts.append(table)
+    return Group(*parts, f"the model's context: {report['context']:,} tokens")
