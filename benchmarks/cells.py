@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kvprune.channels.record import versions
+from kvprune.versions import versions
 
 
 class Cells:

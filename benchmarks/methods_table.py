@@ -19,7 +19,6 @@ from kvprune.channels import allocation
 from kvprune.channels.importance import IMPORTANCE
 from kvprune.channels.journal import Journal
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
-from kvprune.channels.record import versions
 from kvprune.channels.selection import select
 from kvprune.channels.sensitivity import Probe, measure_sensitivity, probe_width
 from kvprune.channels.statistics import score_layers
@@ -27,6 +26,7 @@ from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.text.corpus import read_text
 from kvprune.text.windows import windows
+from kvprune.versions import versions
 
 TEXTS = ("wikitext2", "ptb")
 RATIOS = (0.25, 0.5)

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 import kvprune
-from kvprune.channels.record import versions
 from kvprune.channels.texts import BATCH_TOKENS
 from kvprune.measure.perplexity import perplexity
 from kvprune.progress import Bars
 from kvprune.text.corpus import read_text
 from kvprune.text.windows import windows
+from kvprune.versions import versions
 
 TOKENS, WINDOW = 16384, 512
 COUNTED = ("load", "importance", "sensitivity", "surgery", "save")  # not: evaluation and repair

@@ -17,8 +17,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvprune
-from kvprune.channels.record import versions
 from kvprune.measure.memory import held_bytes, release
+from kvprune.versions import versions
 
 POINTS = 10
 

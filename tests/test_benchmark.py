@@ -1,6 +1,8 @@
 """`bench` on tiny models: its figures against what can be counted, and what it refuses."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -237,3 +239,23 @@ def test_rounds_are_paired_and_take_turns(checkpoint, monkeypatch):
     assert (timing.ratios, timing.ratio) == ([2, 3, 4], 3)
     costs = {id(side): iter([70.0] * 4) for side in sides}
     assert len(speed.alternate(sides, work, 3, warm=True).rounds) == 1  # two minutes are over
+
+
+def test_a_known_shape_needs_torch_and_transformers_only(tmp_path):
+    """As on a GPU machine that has nothing else; transformers itself may use some of these, so it comes first."""
+    code = """
+import sys
+import transformers
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
+for name in ("rich", "typer", "pydantic", "peft", "accelerate", "jinja2", "matplotlib", "datasets", "lm_eval", "gguf"):
+    for loaded in [m for m in sys.modules if m.split(".")[0] == name]:
+        del sys.modules[loaded]
+    sys.modules[name] = None
+from kvprune.benchmark import bench
+from kvprune.measure import shapes
+small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+shapes.SHAPES["small"] = {"model_type": "llama", "num_key_value_heads": 2, "vocab_size": 100, **small}
+(cell,) = bench("small", pruned_shape=True, context=64, new_tokens=4, rounds=1, device="cpu", dtype="float32")["cells"]
+assert cell["decode_ratio"] > 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

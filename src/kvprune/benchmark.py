@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kvprune.channels.record import versions
 from kvprune.errors import BadOption, NoSpace
 from kvprune.measure import memory, plot
 from kvprune.measure.context import held_tokens
@@ -27,6 +26,7 @@ from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.files import write_whole, writing_to
 from kvprune.runtime.quantized import quantized_cache, quantizer
 from kvprune.tokens.filter import asked_filter
+from kvprune.versions import versions
 
 NAMES = ("dense", "pruned")
 

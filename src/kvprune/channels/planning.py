@@ -11,7 +11,6 @@ from kvprune.channels import allocation
 from kvprune.channels.importance import IMPORTANCE, Scores
 from kvprune.channels.journal import Journal
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
-from kvprune.channels.record import versions
 from kvprune.channels.repair.rotate import Rotation
 from kvprune.channels.selection import Kept, everything, select, shared_pairs
 from kvprune.channels.sensitivity import Probe, measure_sensitivity, probe_width
@@ -21,6 +20,7 @@ from kvprune.errors import PlanMismatch
 from kvprune.models.source import Source
 from kvprune.models.view import ModelView
 from kvprune.text.windows import digest
+from kvprune.versions import versions
 
 BUDGET_PROBES = (0.25, 0.5, 0.75)  # shares of a block's channels that `budget` probes
 

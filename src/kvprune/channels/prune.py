@@ -14,7 +14,7 @@ from kvprune.channels import allocation, portable
 from kvprune.channels.journal import Journal
 from kvprune.channels.plan import PruningPlan
 from kvprune.channels.planning import Planner, reachable
-from kvprune.channels.record import memory_of, record_of, versions
+from kvprune.channels.record import memory_of, record_of
 from kvprune.channels.repair.refit import Refitted, refit
 from kvprune.channels.settings import Settings, with_preset
 from kvprune.channels.surgery import cut
@@ -28,6 +28,7 @@ from kvprune.models.view import ModelView
 from kvprune.progress import Progress
 from kvprune.runtime.checkpoint import save
 from kvprune.text.windows import digest
+from kvprune.versions import versions
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """What kvprune.json says of a prune; docs/runtime.md has the list of its fields."""
 
-import platform
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from kvprune.channels.repair.refit import Refitted
 from kvprune.channels.settings import Settings
 from kvprune.measure import memory
 from kvprune.models.view import ModelView
+from kvprune.versions import versions
 
 
 def record_of(
@@ -68,9 +67,3 @@ def memory_of(
         text = sum(batch.numel() for batch in repaired) * view.shape.hidden * size
         formula["hidden states of the repair text, three times"] = 3 * text
     return {"peak_memory_bytes": peak.bytes(), "memory_formula_bytes": formula}
-
-
-def versions() -> dict[str, str]:
-    """Of what took part."""
-    found = {name: version(name) for name in ("kvprune", "torch", "transformers", "safetensors")}
-    return {**found, "python": platform.python_version()}

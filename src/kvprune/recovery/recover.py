@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvprune.channels.record import versions
 from kvprune.errors import BadOption, KVPruneError, UnknownSource
 from kvprune.measure import memory
 from kvprune.models.family import family_of
@@ -28,6 +27,7 @@ from kvprune.runtime.files import PLAN, read_record
 from kvprune.text.corpus import SELF
 from kvprune.text.sampled import sample_ids
 from kvprune.text.windows import digest
+from kvprune.versions import versions
 
 
 @dataclass

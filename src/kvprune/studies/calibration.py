@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 from kvprune.channels import allocation
 from kvprune.channels.planning import reachable
 from kvprune.channels.prune import prune
-from kvprune.channels.record import versions
 from kvprune.channels.settings import Settings, with_preset
 from kvprune.errors import BadOption, KVPruneError
 from kvprune.measure import memory
@@ -35,6 +34,7 @@ from kvprune.studies.stretches import Stretches, find_stretches
 from kvprune.studies.summary import summarise
 from kvprune.text.corpus import SELF, is_file, read_text, text_names
 from kvprune.text.windows import windows
+from kvprune.versions import versions
 
 PICTURE = "study.png"
 _OWN = ("calibration", "calibration_tokens", "repair_tokens", "seed", "plan", "windows")  # what the study decides

@@ -14,7 +14,6 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from kvprune.channels.record import versions
 from kvprune.errors import BadOption, KVPruneError, NotFinite, TextTooShort
 from kvprune.measure import memory
 from kvprune.measure.plot import check as check_matplotlib
@@ -26,6 +25,7 @@ from kvprune.runtime.files import writing_to
 from kvprune.studies.journal import StudyJournal
 from kvprune.text.corpus import read_text
 from kvprune.text.windows import digest, token_ids
+from kvprune.versions import versions
 
 FIRST = 512  # tokens of the first stretch
 GRAM = 4  # tokens of a repetition
