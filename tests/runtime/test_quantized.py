@@ -14,7 +14,7 @@ from kvprune.measure.memory import cache_bytes, kv_bytes
 from kvprune.measure.speed import Side
 from kvprune.models.view import ModelView
 from kvprune.runtime import quantized
-from kvprune.runtime.quantized import RECENT, quantized_cache, quantizer
+from kvprune.runtime.quantized import RECENT, group_size, quantized_cache, quantizer
 from kvprune.text.windows import windows
 from tiny import VOCABULARY, make_plan, random_layers, tiny_model, tiny_tokenizer
 
@@ -82,6 +82,17 @@ def test_perplexity_reads_what_decoding_reads(bits):
     plain = kvprune.perplexity(model, ids).value
     assert found == pytest.approx(expected, rel=1e-4)
     assert abs(found - plain) > 5 * abs(found - expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((1, 3, 100, 64), 64), ((1, 3, 100, 128), 128), ((2, 2, 7, 16), 32), ((2, 3, 128, 24), 48), ((1, 1, 7, 8), 56)],
+)
+def test_groups_are_whole_vectors_and_divide(shape, expected):
+    tensor = torch.empty(shape)
+    size = group_size(tensor)
+    assert size == expected
+    assert tensor[0].numel() % size == 0
 
 
 @fp8

@@ -1,7 +1,8 @@
 """transformers' own quantised KV cache, fitted to layers of any width.
 
-Every token's vector of a KV head is one group with its own scale, whatever the width, so that groups never straddle
-tokens. The last RECENT tokens at most stay as they are, and are quantised together.
+What shares a scale are the vectors of a KV head of one token, or of several neighbours where they are narrow: as many
+as GROUP numbers hold and as divide what is quantised. The last RECENT tokens at most stay as they are, and are
+quantised together.
 """
 
 from typing import Any
@@ -13,6 +14,7 @@ from transformers.utils import is_hqq_available, is_optimum_quanto_available
 from kvprune.errors import BadOption
 
 RECENT = 128  # tokens, transformers' default
+GROUP = 64  # numbers that share a scale at most (one vector, if it is wider), transformers' default
 BACKENDS = {8: ("hqq", "fp8"), 4: ("quanto", "hqq"), 2: ("quanto", "hqq")}  # the first that is there
 
 
@@ -46,6 +48,13 @@ def quantized_cache(config: PreTrainedConfig, bits: int) -> DynamicCache:
     return cache
 
 
+def group_size(tensor: torch.Tensor) -> int:
+    """How many numbers of a tensor (B, KV heads, T, width) share a scale: whole vectors of one or more tokens."""
+    width = tensor.shape[-1]
+    vectors = tensor.shape[1] * tensor.shape[2]
+    return width * next(n for n in range(max(GROUP // width, 1), 0, -1) if vectors % n == 0)
+
+
 def decoding_pieces(bits: int, tokens: int) -> list[int]:
     """In what pieces a text of so many tokens reads what decoding it behind a prompt would: what is new is read as it
     is, and quantised together when RECENT tokens are there; by fp8 at once."""
@@ -63,11 +72,11 @@ def _layer(name: str, bits: int) -> Any:
     axis = 0 if name == "quanto" else 1  # how each of them says that a group is what lies side by side
 
     class Fitted(kind):  # type: ignore[misc, valid-type]
-        """Its groups are as wide as what comes."""
+        """Its groups suit what comes."""
 
-        def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-            self.q_group_size = key_states.shape[-1]
-            super().lazy_initialization(key_states, value_states)
+        def _quantize(self, tensor: torch.Tensor, axis: int) -> Any:
+            self.q_group_size = group_size(tensor)
+            return super()._quantize(tensor, axis)
 
     return Fitted(nbits=bits, residual_length=RECENT, axis_key=axis, axis_value=axis)
 
