@@ -31,10 +31,10 @@ RATIOS = (0.25, 0.5, 0.75)
 TEXTS, TOKENS, WINDOWS = ("wikitext2", "ptb"), 16384, (512, 2048)  # that every cell is judged on
 PRUNE = {"eval": ("wikitext2",), "eval_tokens": 1024, "windows": (512,), "probe_tokens": 4096}
 QUICK = {"eval": ("wikitext2",), "eval_tokens": 1024, "eval_windows": (512,)}  # recover's own evaluation, not reported
-RECOVER = {**QUICK, "steps": 100, "batch": 4, "window": 512}
+RECOVER = {**QUICK, "loss": "next-token", "lr": 5e-4, "steps": 100, "batch": 4, "window": 512}
 PLUS, PAPER_PLUS = "dense, recovered on wikitext2", "dense, recovered by the paper's preset"
 DISTIL = {**RECOVER, "text": "wikitext2", "loss": "logits", "steps": 60, "lr": 1.5e-3}
-GENERAL = {**RECOVER, "text": "wiki", "loss": "logits", "steps": 150}
+GENERAL = {**RECOVER, "text": "wiki", "loss": "logits", "steps": 150, "lr": 1.5e-3}
 PAPER = {**QUICK, "preset": "kvpruner", "tokens": 65536}
 PROMPTS = (
     "The history of the city begins with",
@@ -83,17 +83,22 @@ class Bench:
 
         def run() -> dict[str, Any]:
             model = self.model if source is None else plain(self.model, self.folder(source))
+            if out is not None and finished(out):
+                return judged(kvprune.read_record(out), kvprune.load(out), kvprune.load_tokenizer(out))
             result = kvprune.prune(model, out, ratio=ratio, resume=True, progress=Bars(), **PRUNE, **options)
-            return {**result.record, **judged(result)}
+            return judged(result.record, result.model, result.tokenizer)
 
         self.cell(name, run)
 
     def recover(self, name: str, source: str, **options) -> None:
         def run() -> dict[str, Any]:
+            out = self.folder(name)
+            if finished(out):
+                return judged(kvprune.read_record(out), kvprune.load(out), kvprune.load_tokenizer(out))
             settings = options if "preset" in options else {**RECOVER, **options}
-            result = kvprune.recover(self.folder(source), self.folder(name), resume=True, progress=Bars(), **settings)
+            result = kvprune.recover(self.folder(source), out, resume=True, progress=Bars(), **settings)
             assert result.record is not None
-            return {**result.record, **judged(result)}
+            return judged(result.record, result.model, result.tokenizer)
 
         self.cell(name, run)
 
@@ -104,10 +109,15 @@ class Bench:
         return None
 
 
+def finished(folder: Path) -> bool:
+    """Whether prune or recover wrote it whole, and a kill came only later."""
+    return (folder / "kvprune.json").exists()
+
+
 def plain(model: str, folder: Path) -> Path:
     """The checkpoint of the model's own architecture with the weights of a folder that was pruned by nothing."""
     out = folder.with_name(f"{folder.name}-plain")
-    if not out.exists():
+    if not (out / "tokenizer_config.json").exists():  # the last that is written
         path = Path(model)
         files = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
         config = AutoConfig.from_pretrained(path.parent if files else model, **files)
@@ -123,13 +133,13 @@ def plain(model: str, folder: Path) -> Path:
     return out
 
 
-def judged(result) -> dict[str, Any]:
-    """Perplexities and repetition of what prune or recover made."""
+def judged(record: dict[str, Any], model, tokenizer) -> dict[str, Any]:
+    """The record of what prune or recover made, with perplexities and repetition."""
     rows = []
-    for text, ids in judged_windows(TEXTS, result.tokenizer, WINDOWS, TOKENS):
-        found = perplexity(result.model, ids)
+    for text, ids in judged_windows(TEXTS, tokenizer, WINDOWS, TOKENS):
+        found = perplexity(model, ids)
         rows.append({"text": text, "window": found.window, "tokens": found.tokens, "pruned": found.value})
-    return {"perplexity": rows, "repetition": repetition(result.model, result.tokenizer)}
+    return {**record, "perplexity": rows, "repetition": repetition(model, tokenizer)}
 
 
 @torch.no_grad()
@@ -174,6 +184,7 @@ def run(bench: Bench) -> None:
     for ratio in (0.5, 0.25, 0.75):
         bench.prune(f"paper {ratio}", ratio, preset="kvpruner")
         bench.recover(f"paper {ratio}, recovered", f"paper {ratio}", **PAPER)
+        bench.recover(f"paper {ratio}, distilled on wikitext2", f"paper {ratio}", **DISTIL)
     bench.recover(PAPER_PLUS, "dense", **PAPER)
     for name, options in PARTS.items():
         bench.prune(f"0.5, {name}", 0.5, keep=False, **options)

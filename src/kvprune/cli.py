@@ -66,7 +66,9 @@ def prune(
     windows: Annotated[
         list[int] | None, typer.Option("--window", help="evaluation window, repeatable  [default: 128 and 2048]")
     ] = None,
-    repair_tokens: Annotated[int, typer.Option(help="how much of it refit takes, at most")] = 65536,
+    repair_tokens: Annotated[
+        int | None, typer.Option(help="how much of it refit takes, at most  [default: 65536]")
+    ] = None,
     probe: Annotated[float | None, typer.Option(help="fraction a probe removes  [default: the ratio]")] = None,
     probe_tokens: Annotated[int | None, typer.Option(help="calibration tokens a probe reads  [default: all]")] = None,
     tau: Annotated[float | None, typer.Option(help="softness of the allocation by sensitivity  [default: 3]")] = None,
@@ -102,7 +104,8 @@ def recover(
     alpha: Annotated[float | None, typer.Option(help="LoRA's alpha  [default: twice the rank]")] = None,
     dropout: Annotated[float | None, typer.Option(help="before the adapters  [default: 0]")] = None,
     lr: Annotated[
-        float | None, typer.Option(help="highest learning rate  [default: 0.0015; next-token: 0.0005]")
+        float | None,
+        typer.Option(help="highest learning rate  [default: 0.0015; next-token, or less than 3/8 cut: 0.0005]"),
     ] = None,
     warmup: Annotated[int | None, typer.Option(help="steps up to it, then a cosine to 0  [default: 10]")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="of AdamW  [default: 0]")] = None,

@@ -136,6 +136,13 @@ def test_kill_and_resume_gives_the_same_plan(checkpoint, texts, tmp_path):
     options["windows"] = (32, 64)
     with pytest.raises(errors.OutputExists, match="--resume"):
         kvprune.prune(checkpoint, tmp_path / "cut", ratio=0.5, **options)
+    text = texts / "wikitext2-valid.txt"
+    whole = text.read_text()
+    lines = whole.splitlines(keepends=True)  # what refit reads behind what is calibrated on is another text now
+    text.write_text("".join(lines[: len(lines) // 2] + lines[: len(lines) // 2]))
+    with pytest.raises(errors.OutputExists, match="calibration_text"):
+        kvprune.prune(checkpoint, tmp_path / "cut", ratio=0.5, resume=True, **options)
+    text.write_text(whole)
     resumed = kvprune.prune(checkpoint, tmp_path / "cut", ratio=0.5, resume=True, **options)
     assert "importance" not in resumed.record["seconds"]
     assert found.count("\n") >= 7

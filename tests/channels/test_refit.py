@@ -84,6 +84,48 @@ def test_first_layer_solves_its_own_least_squares():
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama-bias", "mistral"])
+@torch.no_grad()
+def test_no_written_matrix_is_worse_than_the_one_before(family, dtype):
+    """Residual behind attention and behind the block, from the models' own activations, on the held-out windows."""
+    model = tiny_model(family, kv_heads=2, groups=2, head_dim=16, layers=3).to(dtype)
+    view = ModelView(model)
+    plan = make_plan(model, random_layers(model, [8, 12, 8]))
+    pruned, repaired = cut(view, plan), cut(view, plan)
+    batches = list(windows(40).split(8))
+    report = {(r.layer, r.matrix): r for r in refit(view, repaired, batches, lambda n: None)}
+    seen = {}
+
+    def watch(key, module):
+        module.register_forward_pre_hook(lambda _m, args: seen.__setitem__(key, args[0].double()))
+
+    for name, lm in (("dense", model), ("ours", repaired)):
+        for i, block in enumerate(lm.model.layers):
+            watch((name, i, "middle"), block.post_attention_layernorm)
+            watch((name, i, "o"), block.self_attn.o_proj)
+            watch((name, i, "down"), block.mlp.down_proj)
+            watch((name, i, "start"), block)
+        watch((name, len(lm.model.layers), "start"), lm.model.norm)
+    ids = torch.cat(split(batches)[1])
+    model(ids)
+    repaired(ids)
+    for (i, matrix), r in report.items():
+        before, behind = ("start", (i, "middle")) if matrix == "o" else ("middle", (i + 1, "start"))
+        linear = {}
+        for which, lm in (("old", pruned), ("new", repaired)):
+            block = lm.model.layers[i]
+            linear[which] = block.self_attn.o_proj if matrix == "o" else block.mlp.down_proj
+        errors = {}
+        for which, layer in linear.items():
+            bias = 0 if layer.bias is None else layer.bias.double()
+            made = seen["ours", i, before] + seen["ours", i, matrix] @ layer.weight.double().T + bias
+            errors[which] = (made - seen[("dense", *behind)]).square().sum().item()
+        slack = 1e-4 if dtype == torch.float32 else 0.02  # what rounding adds to a matrix that gains nothing
+        assert errors["new"] <= errors["old"] * (1 + slack), (i, matrix)
+        assert (r.ridge is None) == torch.equal(linear["old"].weight, linear["new"].weight)
+
+
 @torch.no_grad()
 def test_guard_keeps_what_text_cannot_improve():
     """Two windows of random text say nothing of other text: the held-out slice must not get worse."""

@@ -235,6 +235,16 @@ def test_plan_of_a_rotated_model_applies_again(checkpoint, texts, tmp_path):
         torch.testing.assert_close(again.model.state_dict()[name], tensor)
 
 
+def test_a_plan_knows_how_much_text_its_refit_took(checkpoint, texts, tmp_path):
+    first = kvprune.prune(checkpoint, tmp_path / "a", ratio=0.5, repair_tokens=1024, **COARSE)
+    plan = tmp_path / "a" / "plan.json"
+    again = kvprune.prune(checkpoint, plan=plan, **QUICK_TEXT)
+    for name, tensor in first.model.state_dict().items():
+        torch.testing.assert_close(again.model.state_dict()[name], tensor)
+    with pytest.raises(BadOption, match="--repair-tokens"):
+        kvprune.prune(checkpoint, plan=plan, repair_tokens=2048, **QUICK_TEXT)
+
+
 QUICK_TEXT = {name: value for name, value in COARSE.items() if name not in ("align", "min_width")}
 
 

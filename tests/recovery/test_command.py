@@ -61,6 +61,8 @@ MISTAKES = {
     "an Alpaca test split": (["--text", "alpaca_test.json"], "test split"),
     "broken JSON": (["--text", "broken.json"], "neither a JSON list"),
     "evaluated on what is trained on": (["--text", "long.txt", "--eval", "./long.txt"], "trained on"),
+    "evaluated on a named text's valid split": (["--eval", "texts/wikitext2-valid.txt"], "trained on"),
+    "zero bytes": (["--text", "zeros.txt"], "zero bytes"),
     "rank above the width": (["--rank", "25"], "--rank 25 is above the 24 channels of model.layers.1.self_attn"),
     "rank 0": (["--rank", "0"], "--rank"),
     "unknown loss": (["--loss", "nosuch"], "next-token, logits"),
@@ -84,6 +86,7 @@ def test_mistakes(command, pruned, texts, tmp_path, monkeypatch, arguments, mess
     (tmp_path / "short.txt").write_text(words(200))
     (tmp_path / "long.txt").write_text(words(5000))
     (tmp_path / "binary.txt").write_bytes(bytes(range(256)) * 100)
+    (tmp_path / "zeros.txt").write_bytes(b"some text\0" * 5000)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "alpaca_test.json").write_text("[]")
     (tmp_path / "broken.json").write_text("[{")
@@ -113,7 +116,7 @@ def test_folders(command, pruned, checkpoint, texts, tmp_path):
 
 
 def test_two_processes_train_as_one(pruned, texts, tmp_path):
-    """accelerate launch, DDP over gloo: the same curve up to rounding, killed and resumed or not."""
+    """accelerate launch, DDP over gloo: the same curve up to rounding."""
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     one = [sys.executable, "-m"]
     two = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

@@ -139,9 +139,15 @@ def test_broken_examples(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["ptb-test.txt", "wiki.test.raw", "test.jsonl", "alpaca_test.json", "Test-1.txt"])
+NAMES = ["ptb-test.txt", "wiki.test.raw", "test.jsonl", "alpaca_test.json", "Test-1.txt"]
+NAMES += ["testset.txt", "ptbtest.txt", "wikitest.json", "wikitexttest.txt", "test/data.txt"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_test_splits_are_refused(tmp_path, name):
     path = tmp_path / name
+    (tmp_path / "train").mkdir()
+    path.parent.mkdir(exist_ok=True)
     path.write_text(words(100))
     with pytest.raises(errors.UnknownText, match="test split"):
         check_name(str(path))
@@ -151,7 +157,8 @@ def test_test_splits_are_refused(tmp_path, name):
         check_name(str(link))
 
 
-@pytest.mark.parametrize("name", ["latest.txt", "contest.json", "wikitext2-valid.txt"])
+@pytest.mark.parametrize("name", ["latest.txt", "contest.json", "wikitext2-valid.txt", "test/mine.txt"])
 def test_other_names_are_not(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("a")
     check_name(str(tmp_path / name))

@@ -148,6 +148,18 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(pruned, texts, tmp_path, q
     assert not (out / "config.json").exists()
     with pytest.raises(errors.OutputExists, match="seed"):
         kvprune.recover(pruned, out, resume=True, **{**quick, "seed": 2})
+
+    def stopped_again(self, batch, held_out=False):
+        if self.state.step == after + 1:
+            raise KeyboardInterrupt
+        return real(self, batch, held_out)
+
+    monkeypatch.setattr(train.Training, "_loss", stopped_again)
+    with pytest.raises(KeyboardInterrupt):
+        kvprune.recover(pruned, out, resume=True, **{**quick, "lr": 1e-3})
+    monkeypatch.setattr(train.Training, "_loss", real)
+    with pytest.raises(errors.OutputExists, match=r"lr=0\.001"):  # the new one is what the run has now
+        kvprune.recover(pruned, out, resume=True, **quick)
     record = kvprune.recover(pruned, out, resume=True, **{**quick, "lr": 1e-3}).record["recovered"]
     assert (record["steps"], record["settings"]["lr"]) == (12, 1e-3)
     assert len(record["curve"]) == 12

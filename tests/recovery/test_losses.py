@@ -83,15 +83,16 @@ def test_logits(parts, temperature):
 
 def test_logits_and_attention(parts):
     student, teacher, batch = parts
-    distances = []
+    distance = 0.0
     for mine, theirs in zip(student.attention, teacher.attention, strict=True):
-        apart = size = 0.0
         for b in range(B):
+            apart = size = 0.0
             for t in range(int(batch.lengths[b])):
                 apart = apart + ((mine[b, t] - theirs[b, t]) ** 2).sum()
                 size = size + (theirs[b, t] ** 2).sum()
-        distances.append(apart / size)
-    expected = reference_kl(student, teacher, batch, 1.0) + 0.3 * (distances[0] + distances[1]) / 2
+            scored = sum(int(batch.labels[b, t]) != -100 for t in range(1, batch.labels.shape[1]))
+            distance = distance + scored * apart / size / 2
+    expected = reference_kl(student, teacher, batch, 1.0) + 0.3 * distance / batch.scored
     loss = LogitsAndAttention(attention_weight=0.3)(student, teacher, batch)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # the outputs are compared in float32
     tensors = [student.hidden, *student.attention]

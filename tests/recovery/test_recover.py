@@ -116,10 +116,11 @@ def test_the_same_settings_give_the_same_weights_and_a_seed_others(pruned, texts
     assert not same(runs[0], runs[2])
 
 
-def test_pieces_of_a_batch_change_nothing(pruned, texts, quick, monkeypatch):
-    whole = kvprune.recover(pruned, **quick)
+@pytest.mark.parametrize("loss", ["next-token", "logits", "logits+attention"])
+def test_pieces_of_a_batch_change_nothing(pruned, texts, quick, monkeypatch, loss):
+    whole = kvprune.recover(pruned, **{**quick, "loss": loss})
     monkeypatch.setattr(train, "MICRO_TOKENS", 32)
-    pieces = kvprune.recover(pruned, **quick)
+    pieces = kvprune.recover(pruned, **{**quick, "loss": loss})
     curves = [torch.tensor(r.record["recovered"]["curve"]) for r in (whole, pieces)]
     torch.testing.assert_close(*curves, rtol=1e-4, atol=0)
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from kvprune.channels.record import memory_of, record_of
 from kvprune.channels.repair.refit import Refitted, refit
 from kvprune.channels.settings import Settings, with_preset
 from kvprune.channels.surgery import cut
-from kvprune.channels.texts import prepare
+from kvprune.channels.texts import Texts, prepare
 from kvprune.errors import BadOption, NotFinite, PlanMismatch, UnreachableRatio
 from kvprune.measure import memory
 from kvprune.measure.fit import fit
@@ -97,6 +97,8 @@ class _Run:
         if source.is_pruned:
             raise BadOption(f"{source.name} is pruned already; prune the dense model it came from")
         given = None if s.plan is None else PruningPlan.read(s.plan)
+        if given is not None:
+            s = self.settings = replace(s, repair_tokens=given.method.get("repair_tokens", s.repair_tokens))
         if self.out is not None:
             Journal.check(self.out, self.resume)
         torch.manual_seed(s.seed)
@@ -114,7 +116,7 @@ class _Run:
             portable.check(view)
         calibrate = s.ratio > 0 if given is None else given.is_rotated or _refits(given)
         texts = prepare(s, lm, tokenizer, calibrate, self.progress)
-        journal = Journal.open(self.out, self._identity(view, texts.scored), self.resume) if self.out else Journal()
+        journal = Journal.open(self.out, self._identity(view, texts), self.resume) if self.out else Journal()
         try:
             planner = Planner(s, view, grid, texts.scored, journal, self.phase, self.progress.say)
             plan, rotations = planner.plan(source) if given is None else (given, planner.rotations(given))
@@ -143,13 +145,14 @@ class _Run:
         journal.close()
         return Pruned(pruned, tokenizer, plan, saved)
 
-    def _identity(self, view: ModelView, batches: list[torch.Tensor]) -> dict[str, Any]:
+    def _identity(self, view: ModelView, texts: Texts) -> dict[str, Any]:
         """What must be the same for an unfinished run to go on: the settings, and what they led to."""
         weights = hashlib.sha256()
-        for attention in view.attention:
-            weights.update(attention.weights().k.detach().float().cpu().numpy().tobytes())
+        for parameter in view.lm.parameters():  # some numbers of each
+            some = parameter.detach().flatten()[:: max(parameter.numel() // 1024, 1)]
+            weights.update(some.float().cpu().numpy().tobytes())
         return self.settings.as_json() | {
-            "calibration_text": digest(batches),
+            "calibration_text": digest([*texts.scored, *texts.repaired]),
             "weights": weights.hexdigest(),
             "computed_on": f"{view.device} in {view.lm.dtype} on {torch.get_num_threads()} threads",
             "versions": versions(),

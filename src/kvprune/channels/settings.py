@@ -102,14 +102,15 @@ def with_preset(preset: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """The options and what the preset adds to them. Raises BadOption for an unknown preset, and for an option that it,
     or a given plan, has decided."""
     decided = preset_options(preset, PRESETS, options)
-    names = ", ".join("--" + name for name in sorted(DECIDED_BY_A_PLAN & {*options, *decided}))
+    names = ", ".join("--" + name.replace("_", "-") for name in sorted(DECIDED_BY_A_PLAN & {*options, *decided}))
     if options.get("plan") is not None and names:
         raise BadOption(f"--plan has decided {names} already; leave one of them out")
     return {**options, **decided}
 
 
 DECIDED_BY_A_PLAN = {
-    *("ratio", "importance", "channels", "allocation", "layout", "repair", "probe", "tau", "align", "min_width")
+    *("ratio", "importance", "channels", "allocation", "layout", "repair", "probe", "tau", "align", "min_width"),
+    "repair_tokens",
 }
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -70,13 +70,15 @@ class Checkpoints:
 
     def open(self, identity: dict[str, Any], resume: bool) -> None:
         """Start or continue. Raises OutputExists unless `out` is missing, empty, or an unfinished run of the same
-        identity and `resume` is set; a run whose loss was not finite may be continued with another lr."""
+        identity and `resume` is set; a run whose loss was not finite may be continued with another lr, once."""
         if self.out is None or self.folder is None:
             return
-        found = _read(self.folder / _SETTINGS)
-        if found and _read(self.folder / _STOPPED):
-            identity = {**identity, "lr": found.get("lr")}
-        self.journal = Journal.open(self.out, identity, resume)
+        found, stopped = _read(self.folder / _SETTINGS), _read(self.folder / _STOPPED)
+        known = {**identity, "lr": found.get("lr")} if found and stopped else identity
+        self.journal = Journal.open(self.out, known, resume)
+        if known != identity:  # from here on the new one
+            self._write(_SETTINGS, identity)
+            (self.folder / _STOPPED).unlink()
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Raises NoSpace, after which the checkpoint before is still there and whole."""

@@ -1,7 +1,6 @@
 """Perplexities of a recovery: the texts, and the rows of the record."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from kvprune.measure.perplexity import Perplexity, perplexity
 from kvprune.recovery import alpaca
 from kvprune.recovery.data import Data
 from kvprune.recovery.settings import Settings
-from kvprune.text.corpus import NAMES, SELF, is_file
+from kvprune.text.corpus import NAMES, SELF, is_file, local_file
 from kvprune.text.windows import cut_windows, judged_windows
 
 Texts = list[tuple[str, torch.Tensor]]
@@ -28,8 +27,10 @@ def texts(
     TextTooShort.
     """
     s = settings
-    if is_file(s.text) and any(is_file(name) and Path(name).samefile(s.text) for name in s.eval):
-        raise BadOption(f"--eval {s.text} is the text that is trained on; name another one")
+    trained = None if s.text == SELF else local_file(s.text, "valid")
+    for name in s.eval:
+        if trained is not None and is_file(name) and trained.samefile(name):
+            raise BadOption(f"--eval {name} is the text that is trained on; name another one")
     names = list(s.eval)
     if not names:
         known = dict.fromkeys(row["text"] for row in record.get("perplexity", []))

@@ -77,19 +77,22 @@ class Logits:
 
 @dataclass
 class LogitsAndAttention(Logits):
-    """Logits, plus attention_weight * the mean over layers of |student - teacher|^2 / |teacher|^2 of the attention
-    outputs (behind O), at every position that is no padding."""
+    """Logits, plus attention_weight * the mean over layers and windows of |student - teacher|^2 / |teacher|^2 of the
+    attention outputs (behind O), at every position of a window that is no padding. Windows count by the tokens that
+    are scored in them, so that the pieces of a batch add up to it."""
 
     needs_attention = True
 
     def __call__(self, student: Outputs, teacher: Outputs | None, batch: Data) -> torch.Tensor:
         assert teacher is not None
-        real = torch.arange(batch.ids.shape[1], device=batch.ids.device) < batch.lengths.unsqueeze(1)
-        distances = [
-            (mine[real].float() - theirs[real].float()).square().mean() / theirs[real].float().square().mean()
-            for mine, theirs in zip(student.attention, teacher.attention, strict=True)
-        ]
-        return super().__call__(student, teacher, batch) + self.attention_weight * torch.stack(distances).mean()
+        real = (torch.arange(batch.ids.shape[1], device=batch.ids.device) < batch.lengths.unsqueeze(1)).unsqueeze(2)
+        distances = []
+        for mine, theirs in zip(student.attention, teacher.attention, strict=True):
+            away, whole = (mine.float() - theirs.float()) * real, theirs.float() * real
+            distances.append(away.square().sum((1, 2)) / whole.square().sum((1, 2)))
+        scored = (batch.labels[:, 1:] != -100).sum(1)
+        mean = (torch.stack(distances).mean(0) * scored).sum() / max(batch.scored, 1)
+        return super().__call__(student, teacher, batch) + self.attention_weight * mean
 
 
 LOSSES: dict[str, type[Loss]] = {"next-token": NextToken, "logits": Logits, "logits+attention": LogitsAndAttention}

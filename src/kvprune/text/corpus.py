@@ -61,16 +61,25 @@ def local_file(name: str, split: Split) -> Path | None:
 
 
 def is_test_split(path: str) -> bool:
-    """Whether a file says in its name, or in that of what it links to, that it is a test split."""
-    names = (Path(path).name, Path(path).resolve().name)
-    return any("test" in re.split(r"[^a-z]+", name.lower()) for name in names)
+    """Whether a file says in its name or its folder's, or in those of what it links to, that it is a test split: the
+    folder's, where there is one with the training or the valid split beside it."""
+    for file in (Path(path).absolute(), Path(path).resolve()):
+        words = re.split(r"[^a-z]+", file.name.lower())
+        known = {f"{re.sub('[^a-z]', '', name)}{end}" for name in ("", *NAMES) for end in ("test", "tests", "testset")}
+        beside = [file.parent.parent / name for name in ("train", "valid", "validation", "dev")]
+        if known & set(words) or (file.parent.name.lower() == "test" and any(map(Path.is_dir, beside))):
+            return True
+    return False
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError):
         raise UnknownText(f"{path} is not readable UTF-8 text; convert it first") from None
+    if "\0" in text:
+        raise UnknownText(f"{path} has zero bytes, as no text has; convert it first")
+    return text
 
 
 def _from_hub(name: str, split: Split) -> str:

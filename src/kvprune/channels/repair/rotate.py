@@ -83,9 +83,10 @@ def slow_channels(view: ModelView) -> torch.Tensor:
 def value_basis(moments: AttentionMoments, o: torch.Tensor) -> Basis:
     """The first d directions are the best rank-d cut of E |W_o (z - z_hat)|^2, for every d at once [ours].
 
-    z: attention outputs before O, which are values mixed over tokens; o (kv_heads, groups, D, hidden). W_o is that of
-    the whole group, stacked, since the group shares the values. The optimum is the singular value decomposition of
-    W_o E[z z^T]^(1/2). Kept coordinates all have variance one, so none dominates a quantised cache.
+    z: attention outputs before O, which are values mixed over tokens, of all query heads of a group as one; o
+    (kv_heads, groups, D, hidden): W_o is that of the whole group, stacked, since the group shares the values. The
+    optimum is the singular value decomposition of W_o E[z z^T]^(1/2). Kept coordinates all have variance one, so none
+    dominates a quantised cache.
     """
     root, inverse = _roots(moments.outputs)
     matrix = o.detach().double().transpose(1, 2).flatten(2).mT  # (kv_heads, groups * hidden, D)
