@@ -197,8 +197,8 @@ def table(bench: Bench) -> str:
     """Perplexities and their ratios to dense, on WikiText-2 to dense+ too where the model was adapted to it."""
     rows = [
         "| cell | KV bytes | WikiText-2, 512 | / dense | / dense+ | PTB, 512 | / dense | WikiText-2, 2048 | / dense "
-        "| PTB, 2048 | / dense | repetition | minutes |",
-        "| --- |" + " ---: |" * 12,
+        "| PTB, 2048 | / dense | repetition | minutes | threads |",
+        "| --- |" + " ---: |" * 13,
     ]
     names = [name for group in GROUPS for name in bench.cells.cells if name.startswith(group)]
     return "\n".join([*rows, *(row(bench, name) for name in names)]) + "\n"
@@ -215,7 +215,7 @@ def row(bench: Bench, name: str) -> str:
             plus = bench.perplexity(PAPER_PLUS if "paper" in name else PLUS, text, window)
             columns.append(ratio_of(value, plus) if is_adapted(name) else "")
     seconds = [value for phase, value in cell["seconds"].items() if "evaluate" not in phase]
-    columns += [f"{cell['repetition']:.2f}", f"{sum(seconds) / 60:.1f}"]
+    columns += [f"{cell['repetition']:.2f}", f"{sum(seconds) / 60:.1f}", str(cell["threads"])]
     return "| " + " | ".join(columns) + " |"
 
 
@@ -242,6 +242,7 @@ LINES = {  # label -> (cells whose names match, the best of each ratio; style)
     "trained, then pruned, then distilled": ("dense+, closed form {}, distilled*", "D-"),
     "the paper's preset": ("paper {}", "x--"),
     "the paper's preset, recovered": ("paper {}, recovered", "+--"),
+    "the paper's preset, distilled": ("paper {}, distilled on wikitext2", "*--"),
 }
 
 
