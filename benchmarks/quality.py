@@ -177,7 +177,13 @@ def run(bench: Bench) -> None:
         bench.recover(f"{name}, distilled for long on wikitext2", name, **{**DISTIL, "steps": 200})
         bench.recover(f"{name}, distilled gently for long on wikitext2", name, **{**DISTIL, "steps": 90, "lr": 6e-4})
         bench.recover(f"{name}, trained again on wikitext2", f"{name}, distilled on wikitext2", text="wikitext2")
-    bench.prune("dense+, closed form 0.75, widths from 8", 0.75, source=PLUS, min_width=8)
+    for ratio, options in ((0.75, {"min_width": 8}), (0.5, {}), (0.25, {})):
+        for start, source in (("dense+, ", PLUS), ("", None)):
+            name = f"{start}closed form {ratio} by budget"
+            bench.prune(name, ratio, source=source, allocation="budget", **options)
+            bench.recover(
+                f"{name}, distilled on wikitext2", name, **({**DISTIL, "lr": 5e-4} if ratio < 0.375 else DISTIL)
+            )
     name = "closed form 0.5"
     bench.recover(f"{name}, distilled with attention on wikitext2", name, **{**DISTIL, "loss": "logits+attention"})
     bench.recover(f"{name}, recovered on wiki by next-token", name, **{**GENERAL, "loss": "next-token"})
