@@ -245,9 +245,10 @@ def ratio_of(value: float | None, base: float | None) -> str:
 HIGHEST = 20  # that the picture shows; what is above says so
 LINES = {  # label -> (cells whose names match, the best of each ratio; style)
     "closed form": ("closed form {}", "o-"),
+    "closed form, by budget": ("closed form {} by budget", "v-"),
     "distilled": ("closed form {}, distilled on wikitext2", "s-"),
     "distilled, then trained": ("closed form {}, distilled and recovered on wikitext2", "^-"),
-    "trained, then pruned, then distilled": ("dense+, closed form {}, distilled*", "D-"),
+    "trained, then pruned, then distilled": ("dense+, closed form {}*distilled*", "D-"),
     "the paper's preset": ("paper {}", "x--"),
     "the paper's preset, recovered": ("paper {}, recovered", "+--"),
     "the paper's preset, distilled": ("paper {}, distilled on wikitext2", "*--"),
