@@ -282,13 +282,15 @@ def draw(bench: Bench, picture: Path) -> None:
         "ptb": "PTB, never seen (all: over dense)",
     }
     for panel, (text, title) in zip(panels, titles.items(), strict=True):
+        beyond: dict[float, list[str]] = {}
         for label, (pattern, style) in LINES.items():
             line = points(bench, pattern, text)
             if line:
                 panel.plot(*zip(*sorted(line), strict=True), style, label=label)
             for share, ratio in line:
-                if ratio > HIGHEST:
-                    panel.annotate(f"{ratio:.0f}", (share, HIGHEST), ha="center", va="top", fontsize=8)
+                beyond.setdefault(share, []).extend([f"{ratio:.0f}"] if ratio > HIGHEST else [])
+        for share, ratios in beyond.items():
+            panel.annotate(", ".join(ratios), (share, HIGHEST), ha="center", va="top", fontsize=8)
         panel.axhline(1, color="grey", linewidth=0.8)
         panel.set_yscale("log")
         ticks = (0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16)
