@@ -1,9 +1,13 @@
-"""What users give as options: presets (several choices at once), lists of numbers."""
+"""What users give as options: presets (several choices at once), lists of numbers, amounts of memory."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kvprune.errors import BadOption
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def preset_options(
@@ -35,3 +39,11 @@ def whole_numbers(option: str, given: str | int | Sequence[int]) -> tuple[int, .
         return tuple(int(str(part)) for part in parts)
     except ValueError:
         raise BadOption(f"--{option} {given!r} is no list of whole numbers; give some as 28,25,7") from None
+
+
+def size_in_bytes(given: str | int) -> int:
+    """ "24GiB" -> bytes. Raises BadOption."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(given))
+    if found is None or found[2].upper() not in UNITS:
+        raise BadOption(f"--memory {given!r} is no amount of memory; give one as 24GiB or 80GB")
+    return int(float(found[1]) * UNITS[found[2].upper()])

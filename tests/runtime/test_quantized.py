@@ -95,8 +95,32 @@ def test_groups_are_whole_vectors_and_divide(shape, expected):
     assert tensor[0].numel() % size == 0
 
 
+@pytest.mark.parametrize("bits", [b for b in HERE if b < 8])
+@pytest.mark.parametrize("tokens", [128, 150])
+def test_keys_are_rounded_by_channel_and_values_by_token(bits, tokens):
+    """Against the width of a step of each group: a channel, or a token, that is large costs the others nothing."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 1, 2, tokens, 64, generator=generator)
+    keys[..., 5] *= 100
+    values[:, :, 7] *= 100
+    config = tiny_model("llama", kv_heads=2, groups=1, layers=1, head_dim=64, positions=600).config
+    layer = quantized_cache(config, bits).layers[0]
+    layer.update(keys, values)
+    one = torch.zeros(1, 2, 1, 64)
+    found_keys, found_values = (x[:, :, :tokens] for x in layer.update(one, one))
+
+    def allowed(groups):  # (..., numbers of a group)
+        return 0.51 * (groups.amax(-1).clamp_min(0) - groups.amin(-1).clamp_max(0)) / (2**bits - 1) + 1e-3
+
+    for start in range(0, tokens, 64):
+        group = slice(start, start + 64)
+        error = (found_keys - keys)[:, :, group].abs().amax(2)
+        assert (error <= 1.02 * allowed(keys[:, :, group].transpose(2, 3))).all()
+    assert ((found_values - values).abs().amax(3) <= 1.02 * allowed(values)).all()
+
+
 @fp8
-def test_a_filter_leaves_the_other_layers_quantised():
+def test_under_a_filter_every_layer_is_quantised():
     model, ids = models()["pruned"], ids_of(200)
     cache = quantized_cache(model.config, 8)
     with kvprune.TokenFilter(0.2, layers=(1,), record=True)(model) as f:
@@ -104,7 +128,71 @@ def test_a_filter_leaves_the_other_layers_quantised():
     kept = 400 - f.skipped[1].sum()
     assert f.skipped.sum() > 100
     others = sum(2 * 400 * 2 * width + 2 * 4 for width in (8, 8, 12))
-    assert f.report["kv_bytes"] == cache_bytes(cache) == kept * 2 * 2 * 16 * 4 + others
+    scales = 2 * 2 * 4  # each sequence's own
+    assert f.report["kv_bytes"] == cache_bytes(cache) == kept * 2 * 2 * 16 + scales + others
+
+
+class Same(cache_utils.QuantizedLayer):
+    """Moves what it keeps as the others do, and rounds nothing."""
+
+    def __init__(self):
+        super().__init__(residual_length=16)
+
+    def _quantize(self, tensor, axis):
+        return tensor.clone()
+
+    def _dequantize(self, tensor):
+        return tensor
+
+
+def same_cache(model):
+    cache = DynamicCache(config=model.config)
+    cache.layers = [Same() for _ in cache.layers]
+    return cache
+
+
+@pytest.mark.parametrize("drop_ratio", [None, 0.0, 0.4])
+@pytest.mark.parametrize("name", ["dense", "pruned"])
+def test_a_filter_on_bits_that_round_nothing_is_the_filter(name, drop_ratio):
+    """Left-padded, in pieces and steps, some sequences dropping what they attend with and some not."""
+    model, ids = models()[name], ids_of(150, batch=3)
+    mask = torch.ones_like(ids)
+    mask[1, :70] = 0
+
+    def logits(cache):
+        found, start = [], 0
+        with torch.no_grad(), kvprune.TokenFilter(0.3, tail=0.5, drop_ratio=drop_ratio, record=True)(model) as f:
+            for piece in ids.split([60, 40, *[1] * 50], dim=1):
+                start += piece.shape[1]
+                found.append(model(piece, attention_mask=mask[:, :start], past_key_values=cache).logits)
+            return torch.cat(found, dim=1), f.skipped, cache_bytes(cache)
+
+    plain, skipped, held = logits(DynamicCache(config=model.config))
+    found, same_skipped, same_held = logits(same_cache(model))
+    assert skipped.sum() > 50
+    assert (skipped == same_skipped).all()
+    assert held == same_held
+    torch.testing.assert_close(found[mask.bool()], plain[mask.bool()], atol=1e-5, rtol=0)
+
+
+def test_beams_and_copies_of_a_filtered_quantised_cache():
+    """All layers skip: transformers' own quantised layers do not reorder beams in older versions."""
+    model, ids = models()["dense"], ids_of(80)
+    every_layer = kvprune.TokenFilter(0.3, tail=1.0, layer_ratio=None)
+    options = {"max_new_tokens": 30, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    with every_layer(model):
+        plain = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
+        found = model.generate(ids, past_key_values=same_cache(model), **options)
+    assert torch.equal(plain, found)
+    with torch.no_grad(), every_layer(model):
+        cache = same_cache(model)
+        model(ids, past_key_values=cache)
+        twin = copy.deepcopy(cache.layers[-1])
+        before = kv_bytes(twin)
+        for _ in range(40):
+            model(ids[:, :1], past_key_values=cache)
+        assert twin.get_seq_length() == 80
+        assert kv_bytes(twin) == before < kv_bytes(cache.layers[-1])
 
 
 @fp8

@@ -69,7 +69,7 @@ def test_a_prompt_is_what_the_plain_loop_makes_of_it(family, attention):
         {"on_skip": "zero"},
         {"keys": "post-rope"},
         {"gamma": 0.5, "output_gamma": 0.0},
-        {"tail": 1.0, "spread": True, "block": 5, "warmup": 0, "sinks": 0},
+        {"tail": 1.0, "layer_ratio": None, "block": 5, "warmup": 0, "sinks": 0},
         {"warmup": 20},
         {"sinks": 11},
         {"fusion": "mean"},
@@ -124,10 +124,13 @@ def test_dropping_is_a_decision_of_its_own(drop, drops):
 @pytest.mark.parametrize(
     ("ratio", "options", "rates"),
     [
-        (0.2, {"layers": (1, 3, 0)}, {1: 0.8}),  # one layer can do it: the first that is given
-        (0.4, {"layers": [1, 3, 0]}, {1: 0.8, 3: 0.8}),
-        (0.2, {"tail": 1.0}, {3: 0.8}),  # or the last
-        (0.3, {"layers": (1, 3, 0), "spread": True}, {0: 0.4, 1: 0.4, 3: 0.4}),
+        (0.15, {"layers": (1, 3, 0)}, {1: 0.6}),  # one layer can do it: the first that is given
+        (0.2, {"layers": (1, 3, 0)}, {1: 0.4, 3: 0.4}),  # no layer skips more than 0.75
+        (0.2, {"layers": (1, 3, 0), "layer_ratio": 0.8}, {1: 0.8}),
+        (0.4, {"layers": [1, 3, 0]}, {0: 0.4 * 4 / 3, 1: 0.4 * 4 / 3, 3: 0.4 * 4 / 3}),
+        (0.4, {"layers": [1, 3]}, {1: 0.8, 3: 0.8}),  # but where there are no more layers
+        (0.15, {"tail": 1.0}, {3: 0.6}),  # or the last
+        (0.3, {"layers": (1, 3, 0), "layer_ratio": None}, {0: 0.4, 1: 0.4, 3: 0.4}),
     ],
     ids=str,
 )
@@ -465,6 +468,8 @@ def test_what_stops_the_first_prompt_half_way_comes_out_as_it_is(monkeypatch):
         ({"fusion": "sum"}, errors.BadOption, "variance"),
         ({"on_skip": "repeat"}, errors.BadOption, "anchor"),
         ({"tail": 0.0}, errors.BadOption, "tail"),
+        ({"layer_ratio": 0.0}, errors.BadOption, "layer_ratio"),
+        ({"layer_ratio": 1.0}, errors.BadOption, "layer_ratio"),
         ({"warmup": -1}, errors.BadOption, "warmup"),
         ({"block": 0}, errors.BadOption, "block"),
         ({"preset": "papers"}, errors.BadOption, "paper"),

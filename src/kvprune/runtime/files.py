@@ -14,7 +14,7 @@ from kvprune.errors import BrokenCheckpoint, NoSpace
 
 RECORD = "kvprune.json"  # the plan's summary, every measured figure, and a checksum of every other file
 PLAN = "plan.json"
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
 RESUME = ".resume"  # the state of an unfinished run
 
 
@@ -65,6 +65,14 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise BrokenCheckpoint(f"{folder} has no {RECORD}; it is not a folder that kvprune wrote") from None
     except (ValueError, KeyError, TypeError):
         raise BrokenCheckpoint(f"{folder / RECORD} is damaged; prune the model again") from None
+
+
+def read_shown(folder: Path) -> dict[str, Any]:
+    """The same, with what is shown of a folder. Raises BrokenCheckpoint."""
+    record = read_record(folder)
+    if not {"source", "widths", "head_dim", "kv_bytes_per_token", "perplexity", "seconds"} <= set(record):
+        raise BrokenCheckpoint(f"{folder / RECORD} lacks what was measured; prune the model again")
+    return record
 
 
 def verify_files(folder: Path) -> None:

@@ -1,11 +1,12 @@
 """transformers' own quantised KV cache, fitted to layers of any width.
 
-What shares a scale are the vectors of a KV head of one token, or of several neighbours where they are narrow: as many
-as GROUP numbers hold and as divide what is quantised. The last RECENT tokens at most stay as they are, and are
+Values share a scale with those of the same token and KV head, or of several neighbours where they are narrow: as many
+as GROUP numbers hold and as divide what is quantised. Keys share one with the same channel of GROUP tokens, since some
+channels are large at every token (KIVI, arXiv 2402.02750). The last RECENT tokens at most stay as they are, and are
 quantised together.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, cache_utils
@@ -14,7 +15,7 @@ from transformers.utils import is_hqq_available, is_optimum_quanto_available
 from kvprune.errors import BadOption
 
 RECENT = 128  # tokens, transformers' default
-GROUP = 64  # numbers that share a scale at most (one vector, if it is wider), transformers' default
+GROUP = 64  # numbers that share a scale at most (of values one vector, if it is wider), transformers' default
 BACKENDS = {8: ("hqq", "fp8"), 4: ("quanto", "hqq"), 2: ("quanto", "hqq")}  # the first that is there
 
 
@@ -22,16 +23,34 @@ def quantizer(bits: int) -> str:
     """What quantises to so many bits here. Raises BadOption."""
     if bits not in BACKENDS:
         raise BadOption(f"--kv-bits {bits}: choose 8, 4 or 2")
+    name = _available(bits)
+    if name is not None:
+        return name
+    remedy = "pip install hqq, or a newer transformers" if bits == 8 else "pip install optimum-quanto, or hqq"
+    raise BadOption(f"--kv-bits {bits}: nothing here quantises to that; {remedy}")
+
+
+def _available(bits: int) -> str | None:
     there = {
         "quanto": is_optimum_quanto_available(),
         "hqq": is_hqq_available(),
         "fp8": hasattr(cache_utils, "Fp8QuantizedLayer"),
     }
-    for name in BACKENDS[bits]:
-        if there[name]:
-            return name
-    remedy = "pip install hqq, or a newer transformers" if bits == 8 else "pip install optimum-quanto, or hqq"
-    raise BadOption(f"--kv-bits {bits}: nothing here quantises to that; {remedy}")
+    return next((name for name in BACKENDS[bits] if there[name]), None)
+
+
+def bytes_per_number(bits: int, width: int, dtype: torch.dtype) -> float:
+    """Of what is quantised, of vectors so wide, mean of keys and values: the code, and its part of the scale and the
+    offset that a group shares. fp8 has one scale for all; where nothing quantises here, as the others do."""
+    if _available(bits) == "fp8":
+        return bits / 8
+    groups = GROUP, max(GROUP // width, 1) * width
+    return bits / 8 + sum(2 * dtype.itemsize / group for group in groups) / 2
+
+
+def recent_tokens(bits: int) -> int:
+    """How many tokens such a cache holds at most that are not quantised yet; fp8 quantises at once."""
+    return 0 if _available(bits) == "fp8" else RECENT - 1
 
 
 def quantized_cache(config: PreTrainedConfig, bits: int) -> DynamicCache:
@@ -64,25 +83,48 @@ def decoding_pieces(bits: int, tokens: int) -> list[int]:
     return [first, *(min(step, tokens - start) for start in rest)]
 
 
+class ByChannel(NamedTuple):
+    """Quantised keys (B, KV heads, width, tokens and up to GROUP - 1 more), as the backend stores them."""
+
+    codes: Any
+    tokens: int
+
+
 def _layer(name: str, bits: int) -> Any:
     known: Any = cache_utils
     if name == "fp8":
         return known.Fp8QuantizedLayer()
     kind = known.QuantoQuantizedLayer if name == "quanto" else known.HQQQuantizedLayer
-    axis = 0 if name == "quanto" else 1  # how each of them says that a group is what lies side by side
+    # How each of them says that a group is what lies side by side; the other axis only tells which are keys.
+    values, keys = (0, -1) if name == "quanto" else (1, 0)
 
     class Fitted(kind):  # type: ignore[misc, valid-type]
         """Its groups suit what comes."""
 
         def _quantize(self, tensor: torch.Tensor, axis: int) -> Any:
-            self.q_group_size = group_size(tensor)
-            return super()._quantize(tensor, axis)
+            if axis == values:
+                self.q_group_size = group_size(tensor)
+                return super()._quantize(tensor, axis)
+            self.q_group_size, tokens = GROUP, tensor.shape[-2]
+            filling = tensor[..., -1:, :].expand(*tensor.shape[:-2], -tokens % GROUP, -1)
+            channels = torch.cat((tensor, filling), dim=-2).transpose(-1, -2).contiguous()
+            return ByChannel(super()._quantize(channels, values), tokens)
 
-    return Fitted(nbits=bits, residual_length=RECENT, axis_key=axis, axis_value=axis)
+        def _dequantize(self, stored: Any) -> torch.Tensor:
+            if isinstance(stored, ByChannel):
+                return super()._dequantize(stored.codes)[..., : stored.tokens].transpose(-1, -2)
+            return super()._dequantize(stored)
+
+    return Fitted(nbits=bits, residual_length=RECENT, axis_key=keys, axis_value=values)
 
 
 def is_quantized(layer: Any) -> bool:
-    return hasattr(layer, "_quantized_keys")
+    return isinstance(layer, getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer))
+
+
+def stores_of(layer: Any) -> list[Any]:
+    """The quantised layers in which a layer of a cache keeps its tokens: itself, one a sequence, or none."""
+    return [layer] if is_quantized(layer) else getattr(layer, "stores", [])
 
 
 def quantized_bytes(layer: Any) -> int:

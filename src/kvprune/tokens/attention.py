@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -28,25 +29,34 @@ class Step:
     """What one call of the model is about, worked out once for all its layers.
 
     real (B, T) bool: what is no padding; numbers (B,): how many that are. order (B, T): the columns, real tokens first,
-    or None where all are real. positions (B, T): absolute ones, of the tokens in that order. final (B, T) bool, in that
-    order: the prompts' final tokens. layers: those of the cache that filters use, by number.
+    or None where all are real. positions (B, T): absolute ones, of the tokens in that order. ties (B, T): what tells
+    equal similarities apart, so that text that repeats itself is not all or nothing. final (B, T) bool, in that
+    order: the prompts' final tokens. total, late: how many are real, and of those behind the warm-up. layers: those of
+    the cache that filters use, by number.
     """
 
     real: np.ndarray
     numbers: np.ndarray
     order: np.ndarray | None
     positions: np.ndarray
+    ties: np.ndarray
     final: np.ndarray
+    total: int
+    late: int
     layers: dict[int, FilteredLayer]
 
     @classmethod
-    def of(cls, real: np.ndarray, prompt_ends: np.ndarray, layers: dict[int, FilteredLayer]) -> "Step":
-        """prompt_ends (B,): absolute positions behind the prompts' final tokens, 0 for none."""
+    def of(cls, real: np.ndarray, prompt_ends: np.ndarray, layers: dict[int, FilteredLayer], warmup: int) -> "Step":
+        """prompt_ends (B,): absolute positions behind the prompts' final tokens, 0 for none; warmup: tokens."""
         some = next(iter(layers.values()))
         counts = some.counts if some.is_initialized else np.zeros(len(real), dtype=np.int64)
         order = None if real.all() else np.argsort(~real, axis=1, kind="stable")
         positions = counts[:, None] + np.arange(real.shape[1])
-        return cls(real, real.sum(1), order, positions, positions == prompt_ends[:, None] - 1, layers)
+        ties = TIES * (positions * GOLDEN % 1)
+        numbers = real.sum(1)
+        late = (counts + numbers - counts.clip(min=warmup)).clip(min=0)
+        final = positions == prompt_ends[:, None] - 1
+        return cls(real, numbers, order, positions, ties, final, int(numbers.sum()), int(late.sum()), layers)
 
 
 @dataclass
@@ -270,9 +280,9 @@ class FilteredAttention:
         if s.signal == "random":
             similarity = uniform(step.positions, s.seed, self.index)
         else:
-            with torch.autocast(k.device.type, enabled=False):
-                similarity = self._similarity(layer, k, v, step.order, step.numbers)
-            similarity += TIES * (step.positions * GOLDEN % 1)  # text that repeats itself is not all or nothing
+            mixed = torch.is_autocast_enabled(k.device.type)
+            with torch.autocast(k.device.type, enabled=False) if mixed else nullcontext():
+                similarity = self._similarity(layer, k, v, step.order, step.numbers) + step.ties
         if step.order is not None:
             similarity[np.arange(step.real.shape[1]) >= step.numbers[:, None]] = np.nan
         skipped = dropped = _back(layer.skip.take(similarity, layer.counts, step.final), step.order)
@@ -305,9 +315,8 @@ class FilteredAttention:
 
     def _count(self, step: Step, skipped: np.ndarray, dropped: np.ndarray) -> None:
         counts = self.counts
-        first = step.positions[:, 0]
-        counts.tokens += int(step.numbers.sum())
-        counts.late += int((first + step.numbers - first.clip(min=self.settings.first)).clip(min=0).sum())
+        counts.tokens += step.total
+        counts.late += step.late
         counts.skipped += int(skipped.sum())
         counts.dropped += int(dropped.sum())
         for name in "kv":

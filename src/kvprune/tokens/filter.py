@@ -16,8 +16,10 @@ from kvprune.errors import BadOption, CacheMismatch, FilterMisuse
 from kvprune.models.family import check_rope, family_of
 from kvprune.options import preset_options, whole_numbers
 from kvprune.runtime.attention import NAME as PACKED
+from kvprune.runtime.quantized import is_quantized
 from kvprune.tokens.attention import FilteredAttention, Step
 from kvprune.tokens.cache import FilteredLayer
+from kvprune.tokens.quantized import QuantizedFilteredLayer
 from kvprune.tokens.report import bytes_of, no_bytes, report
 from kvprune.tokens.settings import PRESETS, Settings
 
@@ -171,7 +173,7 @@ class TokenFilter:
         real = np.ones((batch, tokens), dtype=bool)
         if mask is not None:
             real = mask[:, -tokens:].cpu().numpy().astype(bool)
-        step = Step.of(real, self._ends(batch), layers)
+        step = Step.of(real, self._ends(batch), layers, self.settings.first)
         for layer in self._layers:
             layer.step = step
         self._cache = cache
@@ -200,7 +202,7 @@ class TokenFilter:
             if not isinstance(layer, FilteredLayer):
                 if layer.get_seq_length():
                     raise CacheMismatch("this cache was made without the TokenFilter; start with an empty one")
-                layer = cache.layers[attention.index] = FilteredLayer(attention.window)
+                layer = cache.layers[attention.index] = _filtered(layer, attention.window)
             found[attention.index] = layer
         others = any(isinstance(layer, FilteredLayer) and i not in found for i, layer in enumerate(cache.layers))
         mine = replace(self.settings, prompt_length=None)
@@ -222,6 +224,11 @@ def asked_filter(
     if skip is None:
         return None
     return TokenFilter(skip, preset=preset, layers=None if layers is None else whole_numbers("skip-layers", layers))
+
+
+def _filtered(layer: Any, window: int | None) -> FilteredLayer:
+    """What stands for an empty layer of a cache."""
+    return QuantizedFilteredLayer(layer) if is_quantized(layer) else FilteredLayer(window)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from kvprune.measure.memory import held_bytes, kv_bytes
 from kvprune.models.family import dense_head_dim
-from kvprune.runtime.quantized import is_quantized
+from kvprune.runtime.quantized import stores_of
 from kvprune.tokens.attention import Counts
 from kvprune.tokens.cache import FilteredLayer
 from kvprune.tokens.settings import Settings
@@ -62,15 +62,12 @@ def bytes_of(model: Any, cache: Any) -> dict[str, int]:
         if window is not None:
             tokens = tokens.clip(max=window - 1)
         found["kv_bytes_dense"] += int(tokens.sum()) * 2 * config.num_key_value_heads * width * a_number
-        if is_quantized(layer):
-            found["kv_bytes"] += kv_bytes(layer)
-            continue
         kept = int(tokens.sum())
         if isinstance(layer, FilteredLayer):
             kept = int((layer.lengths - layer.stale()).sum())
             found["position_bytes"] += layer.columns.nbytes
             found["anchor_bytes"] += sum(t.nbytes for t in (layer.anchor, layer.output_anchor) if t is not None)
-        own = kept * 2 * layer.keys.shape[1] * layer.keys.shape[3] * a_number
+        own = kv_bytes(layer) if stores_of(layer) else kept * 2 * layer.keys.shape[1] * layer.keys.shape[3] * a_number
         found["kv_bytes"] += own
         found["padding_bytes"] += held_bytes(layer) - own
     return found

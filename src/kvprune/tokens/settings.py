@@ -22,8 +22,9 @@ class Settings:
     ratio: share of all (token, layer) attention computations to skip, after warm-up, over the whole model. drop_ratio:
     share whose K/V are not cached [ours]; None: the skipped ones. tail: share of the layers, counted from the last,
     that may skip. layers: the layers that may, in the order in which they are taken [ours]; None: the tail's, from the
-    last backwards. spread: all of them skip, at one rate; otherwise as few of them as the ratio needs [ours]. warmup:
-    first tokens that are never skipped; sinks: the same, beside it, for cached K/V and output [ours]. gamma,
+    last backwards. layer_ratio: as few of them skip as the ratio needs if each may skip this share of its tokens, and
+    all where that is not enough [ours]; None: all of them, as the paper has it. Those that skip do so at one rate.
+    warmup: first tokens that are never skipped; sinks: the same, beside it, for cached K/V and output [ours]. gamma,
     output_gamma [ours]: memory of the anchors of keys and values, and of the outputs. on_skip: what a skipped token's
     attention gives: the output anchor [ours], or zero. keys: similarity before or behind RoPE [ours]. threshold, block
     [ours], alpha, beta [ours], eta: see threshold.py. signal: "random" is a baseline that takes tokens at the same rate
@@ -35,7 +36,7 @@ class Settings:
     drop_ratio: float | None = None
     tail: float = 0.5
     layers: tuple[int, ...] | None = None
-    spread: bool = False
+    layer_ratio: float | None = 0.75
     warmup: int = 32
     sinks: int = 4
     gamma: float = 0.9
@@ -73,6 +74,8 @@ class Settings:
                 raise BadOption(f"{name} must lie from 0 to below 1, not {value!r}")
         if not (_is_number(self.tail) and 0 < self.tail <= 1):
             raise BadOption(f"tail must lie above 0 and be at most 1, not {self.tail!r}")
+        if self.layer_ratio is not None and not (_is_number(self.layer_ratio) and 0 < self.layer_ratio <= MOST):
+            raise BadOption(f"layer_ratio must lie above 0 and be at most {MOST}, or None, not {self.layer_ratio!r}")
         for name, least in (("warmup", 0), ("sinks", 0), ("block", 1), ("seed", 0), ("prompt_length", 1)):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= least):
@@ -104,7 +107,9 @@ class Settings:
                 f"{which} can skip {math.floor(1000 * most) / 1000:g} of all attention at most, not {ratio:g}; "
                 f"ask for less, or {remedy}"
             )
-        number = len(order) if self.spread else max(math.ceil(ratio * layers / MOST - 1e-9), 1)
+        number = len(order)
+        if self.layer_ratio is not None:
+            number = min(max(math.ceil(ratio * layers / self.layer_ratio - 1e-9), 1), number)
         return dict.fromkeys(sorted(order[:number]), ratio * layers / number)
 
     def _order(self, layers: int) -> list[int]:
@@ -126,5 +131,5 @@ def _is_number(value: Any) -> bool:
 
 PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2512.07090, where it says; what it leaves open is as above
-    "paper": {"on_skip": "zero", "fusion": "variance", "gamma": 0.9, "threshold": "adaptive", "spread": True}
+    "paper": {"on_skip": "zero", "fusion": "variance", "gamma": 0.9, "threshold": "adaptive", "layer_ratio": None}
 }

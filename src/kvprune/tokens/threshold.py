@@ -58,8 +58,8 @@ class Threshold:
         """
         block = self.rule.block
         batch, tokens = similarity.shape
-        if tokens == 1:  # a step of decoding, without the grid
-            return self._block(similarity, start[:, None], never, (start + 1) % block == 0, ~np.isnan(similarity[:, 0]))
+        if tokens == 1 and not np.isnan(similarity).any():
+            return self._step(similarity[:, 0], start, never[:, 0])[:, None]
         shift = start % block
         blocks = int((shift.max() + tokens + block - 1) // block)
         rows, places = np.arange(batch)[:, None], shift[:, None] + np.arange(tokens)
@@ -76,6 +76,19 @@ class Threshold:
             complete = lengths >= piece.stop
             taken[:, piece] = self._block(grid[:, piece], positions, forbidden[:, piece], complete, here)
         return taken[rows, places]
+
+    def _step(self, similarity: np.ndarray, position: np.ndarray, never: np.ndarray) -> np.ndarray:
+        """One token of every sequence, (B,) each: what `_block` does, with as few operations as can be."""
+        counted = position >= self.rule.first
+        taken = counted & ~never & (similarity > self.level)
+        self.block_taken += taken
+        self.block_counted += counted
+        known = np.flatnonzero(position)  # the first token is its own anchor
+        self.history[known, position[known] % HISTORY] = similarity[known]
+        complete = (position + 1) % self.rule.block == 0
+        if complete.any():
+            self._complete(complete, position + 1)
+        return taken
 
     def _block(
         self, similarity: np.ndarray, positions: np.ndarray, never: np.ndarray, complete: np.ndarray, here: np.ndarray
