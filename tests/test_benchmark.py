@@ -139,8 +139,23 @@ def test_a_cell_that_does_not_fit_says_so_and_the_grid_goes_on(checkpoint, monke
     cells = kvprune.bench(checkpoint, batch=(3, 1), context=[8], **QUICK)["cells"]
     assert "out of memory: batch 3" in cells[0]["error"]
     assert cells[1]["decode_ratio"] > 0
+    assert "error" in kvprune.bench(checkpoint, batch=10**20, context=[8], **QUICK)["cells"][0]
     monkeypatch.setattr(benchmark.memory, "free", lambda device: 1000)
     assert "error" in kvprune.bench(checkpoint, context=[8], **QUICK)["cells"][0]
+
+
+def test_the_largest_batch_of_a_memory(checkpoint, halved):
+    cells = kvprune.bench(checkpoint, halved, batch=(2,), context=[8, 32], memory_size="64MiB", **QUICK)["cells"]
+    for cell in cells:
+        for name, held in cell["memory_bytes"].items():
+            if held["activations"] is None:
+                assert cell["largest_batch"][name] is None
+                continue
+            a_sequence = (held["kv_cache"] + held["kv_room"] + held["activations"]) / 2
+            most = cell["largest_batch"][name]
+            assert held["weights"] + most * a_sequence <= 64 * 2**20 < held["weights"] + (most + 1) * a_sequence
+    with pytest.raises(errors.BadOption, match="no amount of memory"):
+        kvprune.bench(checkpoint, context=[8], memory_size="much", **QUICK)
 
 
 def test_other_errors_are_not_taken_for_it(checkpoint, monkeypatch):
@@ -205,6 +220,9 @@ def test_the_file_has_what_was_measured_before_a_fault(checkpoint, tmp_path, mon
     assert [cell["context"] for cell in json.loads(out.read_text())["cells"]] == [8]
     with pytest.raises(errors.BadOption, match="exists"):
         kvprune.bench(checkpoint, context=[8], out=out, **QUICK)
+    (tmp_path / "mine.png").write_text("precious")
+    with pytest.raises(errors.BadOption, match=r"mine\.png exists"):
+        kvprune.bench(checkpoint, context=[8], out=tmp_path / "mine.json", **QUICK)
 
 
 def test_the_command_line(checkpoint, monkeypatch, capsys):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvprune.recovery.recover import Recovered, recover
     from kvprune.runtime.cache import GrowingCache
     from kvprune.runtime.files import read_record
+    from kvprune.runtime.linear import pack_weights
     from kvprune.studies.calibration import study_calibration
     from kvprune.studies.layers import study_layers
     from kvprune.studies.robustness import study_robustness
@@ -39,6 +40,7 @@ _HOMES = {
     "fit": "kvprune.measure.fit",
     "TokenFilter": "kvprune.tokens.filter",
     "GrowingCache": "kvprune.runtime.cache",
+    "pack_weights": "kvprune.runtime.linear",
     "perplexity": "kvprune.measure.perplexity",
     "Perplexity": "kvprune.measure.perplexity",
     "generate": "kvprune.api",
@@ -66,6 +68,7 @@ __all__ = [
     "generate",
     "load",
     "load_tokenizer",
+    "pack_weights",
     "perplexity",
     "prune",
     "read_record",

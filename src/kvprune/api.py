@@ -13,6 +13,7 @@ from kvprune.measure.memory import cache_bytes
 from kvprune.models import source as sources
 from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.cache import GrowingCache
+from kvprune.runtime.linear import pack_weights
 from kvprune.tokens.filter import asked_filter
 
 
@@ -77,6 +78,7 @@ def generate(
     token_filter = asked_filter(skip, skip_preset, skip_layers)
     resolved = sources.resolve(source, revision, trust_remote_code)
     model, tokenizer = _ready(resolved, device, dtype), sources.load_tokenizer(resolved)
+    pack_weights(model)
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     how = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}

@@ -1,6 +1,7 @@
 """`bench`: prefill, decoding and memory of two models over a grid of batch x context, beside what the bytes allow."""
 
 import gc
+import io
 import json
 import math
 import os
@@ -8,7 +9,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -20,10 +21,11 @@ from kvprune.measure.evaluate import bytes_per_token
 from kvprune.measure.shapes import dense_config, pruned_config, random_model
 from kvprune.measure.speed import Side, alternate
 from kvprune.models.source import Source, find_device, find_dtype, load_config, load_model, one_tokenizer, resolve
-from kvprune.options import whole_numbers
+from kvprune.options import size_in_bytes, whole_numbers
 from kvprune.progress import Progress
 from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.files import write_whole, writing_to
+from kvprune.runtime.linear import PackedLinear, pack_weights
 from kvprune.runtime.quantized import quantized_cache, quantizer
 from kvprune.tokens.filter import asked_filter
 from kvprune.versions import versions
@@ -42,6 +44,7 @@ def bench(
     skip: float | None = None,
     skip_layers: str | Sequence[int] | None = None,
     kv_bits: int | None = None,
+    memory_size: str | int | None = None,
     pruned_shape: bool = False,
     ratio: float | None = None,
     out: str | Path | None = None,
@@ -58,14 +61,16 @@ def bench(
     of the source's shape, a name in SHAPES or a checkpoint, with `ratio` (0.5) of its KV bytes removed, beside random
     weights of the shape itself. The source alone is timed against itself, which shows the noise. A cell: `rounds`
     prefills of batch x context random tokens, then `rounds` times new_tokens steps behind them, medians and spreads,
-    and the limit (weights + KV bytes read) dense / pruned.
-    out: a .json file, written after every cell, and a picture beside it. Returns {"environment", "cells": [{"batch",
-    "context", "prefill_seconds", "decode_tokens_per_second", "latency_seconds" (of new_tokens behind a prompt),
-    "decode_ratio", "prefill_ratio", "decode_limit", "decode_ratio_over_limit", "spread" ({"decode", "prefill"}: least
-    and largest ratio), "rounds" (that were timed), "memory_bytes"}]}; a cell that does not fit in memory has "error"
-    instead. Raises a KVPruneError for what can be known before.
+    and the limit (weights + KV bytes read) dense / pruned. memory_size: also, as "24GiB", the largest batch that
+    fits in it at a cell's context, by what the cell needed. out: a .json file, written after every cell, and a picture
+    beside it. Returns {"environment", "cells": [{"batch", "context", "prefill_seconds", "decode_tokens_per_second",
+    "latency_seconds" (of new_tokens behind a prompt), "decode_ratio", "prefill_ratio", "decode_limit",
+    "decode_ratio_over_limit", "spread" ({"decode", "prefill"}: least and largest ratio), "rounds" (that were timed),
+    "memory_bytes", "decode_bytes_read", "largest_batch"}]}; a cell that does not fit in memory has "error" instead.
+    Raises a KVPruneError for what can be known before.
     """
-    grid = Grid(whole_numbers("batch", batch), whole_numbers("context", context), new_tokens, rounds)
+    bytes_given = None if memory_size is None else size_in_bytes(memory_size)
+    grid = Grid(whole_numbers("batch", batch), whole_numbers("context", context), new_tokens, rounds, bytes_given)
     if pruned_shape and (against is not None or skip is not None):
         raise BadOption("--pruned-shape makes both models itself; leave out --against and --skip")
     if ratio is not None and not pruned_shape:
@@ -86,6 +91,7 @@ def bench(
             models = _checkpoints([resolve(s, revision, trust_remote_code) for s in names], device, dtype, grid)
     for model in models:
         pack_groups(model)
+        pack_weights(model)
     if token_filter is not None:
         token_filter(models[-1])  # what it refuses, it refuses before anything is timed
     if kv_bits is not None:
@@ -107,12 +113,13 @@ def bench(
 
 @dataclass(frozen=True)
 class Grid:
-    """What is measured: every batch with every context, and how."""
+    """What is measured: every batch with every context, and how; memory: bytes that a largest batch is asked for."""
 
     batches: tuple[int, ...]
     contexts: tuple[int, ...]
     new_tokens: int
     rounds: int
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         given = {"batch": self.batches, "context": self.contexts}
@@ -139,8 +146,9 @@ class _Output:
         plot.check()
         if path.suffix != ".json":
             raise BadOption(f"--out {path} is no .json file; the picture goes beside it as .png")
-        if path.exists():
-            raise BadOption(f"--out {path} exists; remove it or choose another one")
+        for file in (path, path.with_suffix(".png")):
+            if file.exists():
+                raise BadOption(f"--out: {file} exists; remove it or choose another name")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise NoSpace(f"--out {path}: {path.parent} is no folder that can be written to; choose another one")
         self.path = path
@@ -148,7 +156,9 @@ class _Output:
     def write(self, report: dict[str, Any]) -> None:
         with writing_to(self.path.parent):
             write_whole(self.path, json.dumps(report, indent=1) + "\n")
-            plot.draw(report, self.path.with_suffix(".png"))
+            picture = io.BytesIO()
+            plot.draw(report, picture)
+            write_whole(self.path.with_suffix(".png"), picture.getvalue())
 
 
 def _checkpoints(sources: list[Source], device: str, dtype: str, grid: Grid) -> list[PreTrainedModel]:
@@ -172,21 +182,22 @@ def _shapes(source, ratio: float, device, dtype: str, revision, trust, grid: Gri
     try:
         second = random_model(pruned, device, kind)  # which takes most memory on the way, so it goes first
         return [random_model(dense, device, kind), second]
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        if not memory.is_out_of_memory(error):
             raise
         raise BadOption(f"two models of the shape {source} do not fit in the memory of {device}") from None
 
 
 def _environment(model: PreTrainedModel, grid: Grid) -> dict[str, Any]:
     device = model.device
+    packed = any(isinstance(module, PackedLinear) for module in model.modules())
     return {
         "new_tokens": grid.new_tokens,
         "rounds": grid.rounds,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "engine": "transformers, growing cache",
+        "engine": "transformers, growing cache" + (", packed weights" if packed else ""),
         "attention": model.config._attn_implementation,
         "versions": versions(),
     }
@@ -195,8 +206,8 @@ def _environment(model: PreTrainedModel, grid: Grid) -> dict[str, Any]:
 def _cell(sides: tuple[Side, Side], batch: int, context: int, grid: Grid) -> dict[str, Any]:
     try:
         return _measure(sides, batch, context, grid)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        if not memory.is_out_of_memory(error):
             raise
         return {"error": f"out of memory: batch {batch} with context {context} does not fit"}
     finally:
@@ -206,33 +217,25 @@ def _cell(sides: tuple[Side, Side], batch: int, context: int, grid: Grid) -> dic
         memory.release()
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """What PyTorch, the CUDA driver and its libraries say."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(
-        words in str(error) for words in ("out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED")
-    )
-
-
 def _measure(sides: tuple[Side, Side], batch: int, context: int, grid: Grid) -> dict[str, Any]:
     device, new = sides[0].model.device, grid.new_tokens
     vocabulary = min(side.model.config.vocab_size for side in sides)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, vocabulary, (batch, context), generator=generator).to(device)
     _refuse_what_cannot_fit(sides, batch, context, new)
+    ids = torch.randint(0, vocabulary, (batch, context), generator=generator).to(device)
     memory_bytes = {name: _memory(side, ids) for name, side in zip(NAMES, sides, strict=True)}
+    largest = {name: _largest_batch(grid.memory, batch, parts) for name, parts in memory_bytes.items()}
     prefill = alternate(sides, lambda side: side.prefill(ids), grid.rounds, warm=True)
     read = []
     for side in sides:  # the cache as it is half way
         side.rewind(context)
         with side.running():
             side.decode(ids[:, -1:], math.ceil(new / 2))
-        read.append(side.bytes_read())
+        read.append((side.bytes_read(), side.kv_bytes_read()))
     steps, back = (lambda side: side.decode(ids[:, -1:], new)), (lambda side: side.rewind(context))
     decode = alternate(sides, steps, grid.rounds, before=back, warm=True)
     pairs = list(zip(NAMES, prefill.seconds, decode.seconds, strict=True))
-    limit = read[0] / read[1]
+    limit = read[0][0] / read[1][0]
     both = {"prefill": prefill, "decode": decode}
     return {
         "prefill_seconds": {name: p for name, p, _ in pairs},
@@ -245,17 +248,30 @@ def _measure(sides: tuple[Side, Side], batch: int, context: int, grid: Grid) -> 
         "spread": {name: [timing.ratios[0], timing.ratios[-1]] for name, timing in both.items()},
         "rounds": {name: len(timing.rounds) for name, timing in both.items()},
         "memory_bytes": memory_bytes,
+        "decode_bytes_read": {n: {"all": a, "kv_cache": kv} for n, (a, kv) in zip(NAMES, read, strict=True)},
+        **({} if grid.memory is None else {"largest_batch": largest}),
     }
 
 
+def _largest_batch(available: int | None, batch: int, parts: dict[str, int | None]) -> int | None:
+    """How many sequences like these fit in so many bytes beside the weights, by what `batch` of them needed; None where
+    that is not known."""
+    needed = [parts[name] for name in ("kv_cache", "kv_room", "activations")]
+    if available is None or None in needed:
+        return None
+    left = available - cast(int, parts["weights"])
+    return max(left * batch // max(sum(cast(list[int], needed)), 1), 0)
+
+
 def _refuse_what_cannot_fit(sides: tuple[Side, Side], batch: int, context: int, new: int) -> None:
-    """Raise MemoryError where both caches and a prefill's widest layer would not fit: an operating system may kill
-    rather than refuse."""
+    """Raise MemoryError where both caches, with the room that they keep free, and a prefill's widest layer would not
+    fit: an operating system may kill rather than refuse."""
     available = memory.free(sides[0].model.device)
     if available is None:
         return
     config, item = sides[0].model.config, sides[0].model.dtype.itemsize
-    a_token = sum(bytes_per_token(side.model) for side in sides) / config.num_hidden_layers  # of one layer
+    a_token = sum((2 if side.copies else 1) * bytes_per_token(side.model) for side in sides)
+    a_token *= 1.125 / config.num_hidden_layers  # of one layer
     caches = batch * held_tokens(config, context + new) * a_token
     layer = batch * context * (2 * config.intermediate_size + 6 * config.hidden_size) * item
     if caches + layer > available:
@@ -268,7 +284,8 @@ def _memory(side: Side, ids: torch.Tensor) -> dict[str, int | None]:
     device = side.model.device
     with side.running():
         for weights in side.model.parameters():
-            weights.sum()  # what is still on the disk comes in
+            if weights.layout is torch.strided:
+                weights.sum()  # what is still on the disk comes in
         side.forget()
         memory.release()
         known = device.type == "cuda" or memory.forget_peak()

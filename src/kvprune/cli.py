@@ -28,7 +28,9 @@ from kvprune.cli_options import (
 )
 from kvprune.cli_study import study
 from kvprune.errors import KVPruneError
+from kvprune.measure.memory import is_out_of_memory
 from kvprune.progress import Bars
+from kvprune.runtime.files import read_shown
 
 app = typer.Typer(
     add_completion=False,
@@ -215,6 +217,9 @@ def bench(
     skip: Annotated[float | None, typer.Option(help="run the second under token filtering, at this share")] = None,
     skip_layers: Annotated[str | None, typer.Option(help="layers that may skip, best first, as 28,25,7")] = None,
     kv_bits: Annotated[int | None, typer.Option(help="give the second a quantised cache: 8, 4 or 2")] = None,
+    memory_size: Annotated[
+        str | None, typer.Option("--memory", help="also the largest batch that fits in it, as 24GiB")
+    ] = None,
     pruned_shape: Annotated[bool, typer.Option(help="random weights of the source's shape, dense and pruned")] = False,
     ratio: Annotated[
         float | None, typer.Option(help="of --pruned-shape: fraction of the KV bytes that are gone  [default: 0.5]")
@@ -268,7 +273,7 @@ def show(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="a pruned folder")], as_json: Json = False
 ) -> None:
     """What was done to a pruned model, and what it cost."""
-    _show(kvprune.read_record(Path(directory)), as_json)
+    _show(read_shown(Path(directory)), as_json)
 
 
 @app.command()
@@ -313,6 +318,8 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as error:
+        if is_out_of_memory(error):
+            _refuse("out of memory; give a smaller batch, context, window or model, or another --device")
         if not hasattr(error, "format_message"):  # what the parser raises for wrong words
             raise
         _refuse(f"{error.format_message()} See: kvprune --help")

@@ -13,6 +13,7 @@ from kvprune.channels.surgery import cut
 from kvprune.measure import fit as fitting
 from kvprune.measure.memory import cache_bytes, weight_bytes
 from kvprune.models.view import ModelView
+from kvprune.runtime.quantized import quantized_cache
 from tiny import make_plan, random_layers, tiny_model
 
 ALL = {"dtype": "float32", "reserve": 0.0, "align": 2, "min_width": 2}
@@ -49,6 +50,48 @@ def test_it_is_what_a_real_run_holds(saved, family):
     assert report["ratio"] == pytest.approx(0.5, abs=0.01)
     assert report["pruned"]["total"] == pytest.approx(lighter + smaller, rel=0.01)
     assert report["pruned"]["kv_cache"] == pytest.approx(smaller, rel=0.01)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantised_cache_is_what_a_real_one_holds(tmp_path, bits, dtype):
+    model = tiny_model("llama", kv_heads=2, groups=2, layers=3, head_dim=32, positions=600).to(dtype)
+    model.save_pretrained(tmp_path)
+    try:
+        cache = quantized_cache(model.config, bits)
+    except errors.BadOption as error:
+        pytest.skip(str(error))
+    ids = torch.zeros(3, 500, dtype=torch.long)
+    with torch.no_grad():
+        for piece in (ids[:, :374], *ids[:, 374:].split(1, dim=1)):
+            model(piece, past_key_values=cache)
+    way = next(
+        way for way in kvprune.fit(tmp_path, memory="1GiB", context=500, batch=3)["quantized"] if way["kv_bits"] == bits
+    )
+    assert way["kv_cache"] == pytest.approx(cache_bytes(cache), rel=0.01)
+    assert way["total"] - way["kv_cache"] == weight_bytes(model)
+
+
+def test_what_is_recommended_follows_the_memory():
+    """Half a byte, and scales: 0.53125 bytes of 2 for 128 channels of bfloat16 in 4 bits."""
+    asked = {"context": 2048, "batch": 8, "reserve": 0.0}
+    dense = kvprune.fit("llama-3-8b", memory=1, **asked)["dense"]
+    weights, kv = dense["weights"], dense["kv_cache"]
+    for share, expected in ((1.0, (None, 0)), (0.7, (8, 0)), (0.33, (4, 0))):
+        found = kvprune.fit("llama-3-8b", memory=int(weights + share * kv), **asked)["recommended"]
+        assert (found["kv_bits"], found["ratio"]) == expected, share
+    beside = kvprune.fit("llama-3-8b", memory=int(weights + 0.1 * kv), **asked)
+    assert beside["recommended"]["kv_bits"] == 4
+    assert 0 < beside["recommended"]["ratio"] < (beside["ratio"] or 1)
+    assert kvprune.fit("llama-3-8b", memory=10**9, **asked)["recommended"] is None
+    long = {"context": 8192, "batch": 64, "reserve": 0.0}
+    dense = kvprune.fit("llama-3-8b", memory=1, **long)["dense"]
+    weights, kv = dense["weights"], dense["kv_cache"]
+    for share, expected in ((0.22, 4), (0.165, 2), (0.13, 4)):  # two bits take 0.161, four 0.283
+        found = kvprune.fit("llama-3-8b", memory=int(weights + share * kv), **long)
+        assert found["recommended"]["kv_bits"] == expected, share
+        assert (found["recommended"]["ratio"] == 0) == (expected == 2)
+    assert kvprune.fit("mistral-7b", memory="1GiB", **asked)["quantized"]  # no sliding window in its second version
 
 
 @settings(deadline=None, max_examples=40)
@@ -124,6 +167,8 @@ def test_prune_to_fit(checkpoint, texts, tmp_path):
     result = kvprune.prune(checkpoint, tmp_path / "out", fit=memory, **options, **quick)
     weights, kv = real_bytes(result.model, 6, 64)
     assert weights + kv <= memory
+    asked = {"memory_bytes": memory, "reserve_bytes": 0, "context": 64, "batch": 6}
+    assert kvprune.read_record(tmp_path / "out")["fit"] == asked
     assert result.record["ratio_achieved"] < 0.6  # no more than is needed, but for the widths' grid
     with pytest.raises(errors.UnreachableRatio, match="batch"):
         kvprune.prune(checkpoint, tmp_path / "no", fit=report["dense"]["weights"] // 2, **options, **quick)
@@ -164,3 +209,4 @@ def test_the_command_line(monkeypatch, capsys):
             assert json.loads(found) == kvprune.fit("llama-3-8b", memory="24GiB", context=8192, batch=8)
         else:
             assert "ratio" in found
+            assert "recommended: 8 bits with the dense model" in found

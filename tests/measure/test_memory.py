@@ -3,6 +3,11 @@
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from kvprune.measure.memory import _left_to_container, is_out_of_memory
+
 CHILD = """
 import torch
 from kvprune.measure.memory import PeakMemory
@@ -19,3 +24,28 @@ def test_peak_is_not_that_of_the_parent():
     parent[::4096] = b"x" * len(parent[::4096])
     result = subprocess.run([sys.executable, "-c", CHILD], check=True, stdout=subprocess.PIPE, text=True)
     assert 100 * 2**20 <= int(result.stdout) < 150 * 2**20
+
+
+def test_what_is_left_to_a_container(tmp_path):
+    assert _left_to_container(tmp_path) == []
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\nactive_file 50\n")
+    assert _left_to_container(tmp_path) == [450]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _left_to_container(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("shapes do not match"), False),
+        (ValueError("out of memory"), False),
+    ],
+    ids=str,
+)
+def test_what_out_of_memory_is(error, expected):
+    assert is_out_of_memory(error) is expected

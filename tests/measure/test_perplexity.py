@@ -1,15 +1,18 @@
 """Perplexity against transformers' own loss, and bytes against real tensors."""
 
+import json
 import math
 
 import pytest
 import torch
+from transformers import cache_utils
 
 import kvprune
 from kvprune import errors
 from kvprune.measure import loss as loss_module
 from kvprune.measure.memory import cache_bytes, kv_bytes_per_token, parameters
-from tiny import VOCABULARY, tiny_model
+from kvprune.measure.perplexity import perplexity
+from tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("window", [2, 7, 64])
@@ -90,3 +93,42 @@ def test_evaluate_refuses_what_cannot_be_compared(checkpoint, texts, tmp_path):
             kvprune.evaluate(checkpoint, tokens=tokens)
     with pytest.raises(errors.BadOption, match="window"):
         kvprune.evaluate(checkpoint, window_lengths=(1,))
+    with pytest.raises(errors.BadOption, match="--window 129 is more than the 128 tokens"):
+        kvprune.evaluate(checkpoint, window_lengths=(64, 129))
+    tiny_model("llama", groups=2, head_dim=32, layers=4, positions=512).save_pretrained(tmp_path / "longer")
+    tiny_tokenizer().save_pretrained(tmp_path / "longer")
+    with pytest.raises(errors.BadOption, match=r"--window 256 is more than the 128 tokens .*tiny-llama"):
+        kvprune.evaluate(tmp_path / "longer", checkpoint, window_lengths=(256,))
+    assert kvprune.evaluate(tmp_path / "longer", checkpoint, tokens=512)["perplexity"][0]["window"] == 128
+    assert kvprune.evaluate(tmp_path / "longer", tokens=1024)["perplexity"][0]["window"] == 512
+    if hasattr(cache_utils, "Fp8QuantizedLayer"):
+        with pytest.raises(errors.BadOption, match="before any is quantised"):
+            kvprune.evaluate(tmp_path / "longer", window_lengths=(128, 512), kv_bits=8)
+
+
+def test_what_is_not_finite_or_too_large_does_not_take_the_rest_with_it(checkpoint, texts, tmp_path, monkeypatch):
+    model = kvprune.load(checkpoint)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0, 0] = math.nan
+    model.save_pretrained(tmp_path / "nan")
+    tiny_tokenizer().save_pretrained(tmp_path / "nan")
+    found = kvprune.evaluate(checkpoint, tmp_path / "nan", texts=("ptb",), window_lengths=(64,), tokens=512)
+    alone = kvprune.evaluate(checkpoint, texts=("ptb",), window_lengths=(64,), tokens=512)
+    assert found["perplexity"][0]["values"] == [*alone["perplexity"][0]["values"], None]
+    assert "not finite" in found["errors"][0]
+    assert alone["errors"] == []
+
+    def no_room(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("kvprune.measure.evaluate.perplexity", no_room)
+    assert "out of memory" in kvprune.evaluate(checkpoint, texts=("ptb",), tokens=512)["errors"][0]
+
+
+def test_a_huge_perplexity_is_a_number_that_json_holds():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e6)
+    value = perplexity(model, torch.randint(3, VOCABULARY, (2, 16))).value
+    assert value == pytest.approx(math.exp(700))
+    json.dumps(value, allow_nan=False)

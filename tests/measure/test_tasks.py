@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 import yaml
 
 import kvprune
+from kvprune import cli
 from kvprune.errors import BadOption
 from kvprune.measure.tasks import PIQA, load_tasks, run_tasks
 from tiny import words
@@ -65,10 +65,9 @@ def test_piqa_is_asked_as_lm_eval_asks_it():
     assert {key: theirs[key] for key in PIQA} == PIQA
 
 
-def test_eval_puts_tasks_of_both_models_into_one_table(checkpoint, piqa):
-    asked = [sys.executable, "-m", "kvprune.cli", "eval", checkpoint, "--against", checkpoint]
-    asked += ["--tasks", "piqa", "--task-limit", "4"]
-    result = json.loads(subprocess.check_output([*asked, "--json"]))
+def test_eval_puts_tasks_of_both_models_into_one_table(checkpoint, piqa, monkeypatch, capsys):
+    asked = ["eval", str(checkpoint), "--against", str(checkpoint), "--tasks", "piqa", "--task-limit", "4"]
+    result = json.loads(subprocess.check_output([sys.executable, "-m", "kvprune.cli", *asked, "--json"]))
     assert result["perplexity"] == []
     assert [(row["task"], row["metric"], row["samples"]) for row in result["tasks"]] == [
         ("piqa", "acc", 4),
@@ -77,7 +76,12 @@ def test_eval_puts_tasks_of_both_models_into_one_table(checkpoint, piqa):
     for row in result["tasks"]:
         assert row["values"][0] == row["values"][1]
         assert row["stderr"][0] > 0
-    shown = subprocess.check_output(asked, text=True, env=os.environ | {"COLUMNS": "200"})
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["kvprune", *asked])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
     assert "piqa, acc_norm, 4 samples" in shown
     assert "±" in shown
 
@@ -98,13 +102,36 @@ def test_a_task_file_with_local_data(checkpoint, piqa, tmp_path):
     assert [row["value"] for row in own] == [row["value"] for row in known]
 
 
+def test_other_metrics_are_reported_and_stdout_is_ours(checkpoint, piqa, tmp_path, capsys):
+    rows = [json.dumps({"goal": g, "sol1": a, "sol2": b, "label": label}) for g, (a, b), label in piqa]
+    (tmp_path / "own.jsonl").write_text("\n".join(rows))
+    own = {**PIQA, "task": "own", "dataset_path": "json", "validation_split": "train"}
+    own |= {"dataset_kwargs": {"data_files": str(tmp_path / "own.jsonl")}, "metric_list": [{"metric": "mcc"}]}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    model, tokenizer = kvprune.load(checkpoint, dtype="float32"), kvprune.load_tokenizer(checkpoint)
+    (row,) = run_tasks(model, tokenizer, load_tasks([str(tmp_path / "own.yaml")]))
+    assert (row["task"], row["metric"], row["samples"]) == ("own", "mcc", ROWS)
+    assert -1 <= row["value"] <= 1
+    assert capsys.readouterr().out == ""
+
+
 def test_what_cannot_be_run(checkpoint, piqa, tmp_path, monkeypatch):
     with pytest.raises(BadOption, match="unknown task 'none'"):
         kvprune.evaluate(checkpoint, tasks="none")
     with pytest.raises(BadOption, match="--task-limit"):
         kvprune.evaluate(checkpoint, tasks="piqa", task_limit=1)
-    (tmp_path / "piqa-valid-labels.lst").write_text("0\n1\n")
-    with pytest.raises(BadOption, match="PIQA's questions and answers"):
-        load_tasks(["piqa"])
+    with pytest.raises(BadOption, match="without a cache"):
+        kvprune.evaluate(checkpoint, tasks="piqa", kv_bits=8)
+    good = (tmp_path / "piqa-valid.jsonl").read_text()
+    for rows, labels in (
+        (good, "0\n1\n"),
+        (good, "2\n" * ROWS),
+        ("[1]\n" * ROWS, "1\n" * ROWS),
+        ('{"a": 1}\n' * ROWS, "1\n" * ROWS),
+    ):
+        (tmp_path / "piqa-valid.jsonl").write_text(rows)
+        (tmp_path / "piqa-valid-labels.lst").write_text(labels)
+        with pytest.raises(BadOption, match="PIQA's questions and answers"):
+            load_tasks(["piqa"])
     with pytest.raises(BadOption, match="did not load"):
         load_tasks(["boolq"])  # the hub is off in the tests

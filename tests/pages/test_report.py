@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -74,11 +75,23 @@ def test_the_quality_figure_has_every_folder(pruned):
     record = kvprune.read_record(pruned)
     less = json.loads(json.dumps(record))
     less["kv_bytes_per_token"]["pruned"] //= 2
-    rows = page.quality_rows({"a": record, "b": less})
+    rows = page.quality_rows([("a", record), ("b", less)])
     assert [row["name"] for row in rows] == ["a"] * len(record["perplexity"]) + ["b"] * len(record["perplexity"])
     assert [row["share"] for row in rows] == [0.5] * len(record["perplexity"]) + [0.25] * len(record["perplexity"])
     for row, judged in zip(rows, record["perplexity"], strict=False):
         assert row["ratio"] == judged["pruned"] / judged["dense"]
+
+
+def test_folders_of_one_name_are_told_apart(pruned, tmp_path, monkeypatch):
+    (tmp_path / "more").mkdir()
+    shutil.copytree(pruned, tmp_path / "more" / "half")
+    found = []
+    real = page.quality_rows
+    monkeypatch.setattr(page, "quality_rows", lambda records: found.extend(records) or real(records))
+    monkeypatch.chdir(pruned)
+    text = kvprune.report(".", others=[tmp_path / "more" / "half", pruned]).read_text()
+    assert [name for name, _ in found] == ["half", "half"]  # and the folder itself once
+    assert "half" in " ".join(Page(text).words)
 
 
 def test_names_are_escaped(pruned, tmp_path):
@@ -106,7 +119,17 @@ def test_warnings():
 
 def test_what_it_refuses(pruned, tmp_path, monkeypatch, capsys):
     (tmp_path / "wrong.json").write_text("{}")
+    (tmp_path / "none-there.json").write_text('{"cells": [{}], "environment": {"device": "x"}}')
+    shutil.copytree(pruned, tmp_path / "stranger")
+    record = json.loads((pruned / "kvprune.json").read_text())
+    (tmp_path / "stranger" / "kvprune.json").write_text(json.dumps({**record, "source": "another"}))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "kvprune.json").write_text('{"files": {}}')
     for options, error in (
+        ({"bench": tmp_path / "none-there.json"}, errors.BrokenCheckpoint),
+        ({"others": [tmp_path / "stranger"]}, errors.BadOption),
+        ({"others": [tmp_path / "damaged"]}, errors.BrokenCheckpoint),
+        ({"out": tmp_path / "nowhere" / "page.html"}, errors.BadOption),
         ({"bench": tmp_path / "none.json"}, errors.BadOption),
         ({"bench": tmp_path / "wrong.json"}, errors.BrokenCheckpoint),
         ({"out": tmp_path / "page.txt"}, errors.BadOption),
@@ -115,8 +138,9 @@ def test_what_it_refuses(pruned, tmp_path, monkeypatch, capsys):
         with pytest.raises(error):
             kvprune.report(pruned, **options)
     assert not (pruned / "report.html").exists()
-    monkeypatch.setattr("sys.argv", ["kvprune", "report", str(tmp_path)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 2
-    assert "kvprune.json" in capsys.readouterr().err
+    for words in (["show", tmp_path / "damaged"], ["report", tmp_path / "damaged"], ["report", tmp_path]):
+        monkeypatch.setattr("sys.argv", ["kvprune", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2
+        assert "kvprune.json" in capsys.readouterr().err

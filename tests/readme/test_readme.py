@@ -8,12 +8,16 @@ from pathlib import Path
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LAYERS = re.compile(
+    r"28, ?25, ?26, ?29, ?27, ?15, ?12, ?7, ?21, ?6\b"
+)  # layer numbers of that model; the tiny one has four
 SMALLER = {
     "prune": "--calibration-tokens 512 --eval-tokens 512 --window 64 --align 2 --min-width 4",
     "recover": "--tokens 2048 --window 64 --steps 2 --batch 2 --held-out 256 --eval-tokens 512 --eval-window 64",
     "eval": "--tokens 512",
     "bench": "--batch 1,2 --context 8,16 --new-tokens 2 --rounds 1",
     "fit": "--context 64",
+    "study": "--tokens 512 --window 128",
 }
 
 
@@ -23,9 +27,18 @@ def blocks(language: str) -> list[str]:
 
 def test_console_commands(checkpoint, texts, tmp_path):
     commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ kvprune")]
-    assert {shlex.split(c)[1] for c in commands} >= {"prune", "recover", "eval", "bench", "fit", "generate", "show"}
+    assert {shlex.split(c)[1] for c in commands} >= {
+        "prune",
+        "recover",
+        "eval",
+        "bench",
+        "fit",
+        "generate",
+        "show",
+        "study",
+    }
     for command in commands:
-        words = shlex.split(command.replace(HUB_ID, str(checkpoint)))
+        words = shlex.split(LAYERS.sub("2,1", command.replace(HUB_ID, str(checkpoint))))
         words += SMALLER.get(words[1], "").split()
         result = subprocess.run(
             [sys.executable, "-m", "kvprune.cli", *words[1:]], capture_output=True, text=True, cwd=tmp_path
@@ -37,6 +50,7 @@ def test_python_example(checkpoint, texts, tmp_path, monkeypatch):
     code = "\n".join(blocks("python"))
     quick = "calibration_tokens=512, eval_tokens=512, windows=(64,), align=2, min_width=4"
     code = code.replace(HUB_ID, str(checkpoint)).replace("ratio=0.5", f"ratio=0.5, {quick}")
+    code = LAYERS.sub("2, 1", code)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
 

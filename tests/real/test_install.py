@@ -43,6 +43,6 @@ def test_install_and_first_example(tmp_path):
         verbs.add(words[0])
         words += FEWER.get(words[0], "").split()
         subprocess.run([binaries / program, *words], check=True, cwd=tmp_path, env=environment)
-    assert verbs == {"prune", "recover", "show", "eval", "bench", "report", "fit", "generate"}
+    assert verbs == {"prune", "recover", "show", "eval", "bench", "report", "fit", "study", "generate"}
     size = (tmp_path / "pruned" / "model.safetensors").stat().st_size
     assert 0.8 * 269e6 < size < 0.95 * 269e6  # bfloat16: a tenth of the parameters is gone

@@ -52,29 +52,32 @@ def prune(
     """Prune the KV channels of `source` and, if `out` is given, save the result there.
 
     options: the fields of Settings, and preset="kvpruner"; or, in place of ratio, fit=, context=, batch= and reserve=:
-    the memory, and what is to fit in it (see `fit`). Raises a KVPruneError for what the user can mend; nothing is
-    written then but the journal of an unfinished run, which `resume` continues.
+    the memory, and what is to fit in it (see `fit`), which the record then has as "fit". Raises a KVPruneError for what
+    the user can mend; nothing is written then but the journal of an unfinished run, which `resume` continues.
     """
     preset = options.pop("preset", None)
-    options = _to_fit(source, options)
+    options, asked = _to_fit(source, options)
     settings = Settings(source=str(source), **with_preset(preset, options))
-    return _Run(settings, None if out is None else Path(out), resume, progress or Progress()).run()
+    return _Run(settings, None if out is None else Path(out), resume, progress or Progress(), asked).run()
 
 
-def _to_fit(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
-    """The options with the ratio that is needed, where they ask for a memory to fit in."""
-    asked = {name: options.pop(name) for name in ("fit", "context", "batch", "reserve") if name in options}
+def _to_fit(source: str | Path, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The options with the ratio that is needed, where they ask for a memory to fit in, and what they asked."""
+    asked: dict[str, Any] = {
+        name: options.pop(name) for name in ("fit", "context", "batch", "reserve") if name in options
+    }
     if asked.get("fit") is None:
         if asked:
             raise BadOption(f"--{next(iter(asked))} needs --fit: the memory to fit in")
-        return options
+        return options, None
     if options.get("ratio") is not None or options.get("plan") is not None:
         raise BadOption("--fit finds the ratio itself; leave out --ratio and --plan")
     if "context" not in asked:
         raise BadOption("--fit needs --context: how many tokens a sequence has")
     shared = ("dtype", "layout", "min_width", "align", "revision", "trust_remote_code")
     known = {name: options[name] for name in shared if name in options}
-    report = fit(source, memory=asked.pop("fit"), **asked, **known)
+    asked["memory"] = asked.pop("fit")
+    report = fit(source, **asked, **known)
     if report["ratio"] is None:
         raise UnreachableRatio(
             f"not even --ratio {report['largest_ratio']:.3g} makes this fit: at that, the memory takes a --batch of "
@@ -82,14 +85,17 @@ def _to_fit(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
         )
     if report["ratio"] == 0:
         raise BadOption("--fit: the dense model fits as it is; there is nothing to remove")
-    return {**options, "ratio": report["ratio"]}
+    told = {name: report[name] for name in ("memory_bytes", "reserve_bytes", "context", "batch")}
+    return {**options, "ratio": report["ratio"]}, told
 
 
 class _Run:
     """One run of `prune`, phase by phase."""
 
-    def __init__(self, settings: Settings, out: Path | None, resume: bool, progress: Progress):
-        self.settings, self.out, self.resume, self.progress = settings, out, resume, progress
+    def __init__(
+        self, settings: Settings, out: Path | None, resume: bool, progress: Progress, fit: dict[str, Any] | None
+    ):
+        self.settings, self.out, self.resume, self.progress, self.fit = settings, out, resume, progress, fit
 
     def run(self) -> Pruned:
         s = self.settings
@@ -136,7 +142,7 @@ class _Run:
         def record() -> dict[str, Any]:
             seconds = self.progress.seconds
             found = record_of(s, view, pruned, plan, perplexities, refitted, seconds)
-            return found | memory_of(view, peak, texts.scored, texts.repaired if refitted else [])
+            return found | {"fit": self.fit} | memory_of(view, peak, texts.scored, texts.repaired if refitted else [])
 
         if self.out is None:
             return Pruned(pruned, tokenizer, plan, record())

@@ -7,15 +7,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvprune.errors import BadOption
+from kvprune.errors import BadOption, NotFinite
 from kvprune.measure import memory
 from kvprune.measure.perplexity import perplexity
 from kvprune.measure.tasks import load_tasks, run_tasks
-from kvprune.models.source import load_model, one_tokenizer, resolve
+from kvprune.models.source import Source, load_config, load_model, one_tokenizer, resolve
 from kvprune.progress import Progress
 from kvprune.runtime.quantized import RECENT, decoding_pieces, quantized_cache, quantizer
 from kvprune.text.corpus import read_text
 from kvprune.text.windows import windows
+
+WINDOW = 2048  # tokens, where none is asked for and the models take so many
 
 
 def evaluate(
@@ -23,7 +25,7 @@ def evaluate(
     against: str | Path | None = None,
     *,
     texts: Sequence[str] | None = None,
-    window_lengths: Sequence[int] = (2048,),
+    window_lengths: Sequence[int] | None = None,
     tokens: int = 16384,
     tasks: str | Sequence[str] = (),
     task_limit: int | None = None,
@@ -36,18 +38,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity on the test split of each text (or on a file), in windows of each length, and lm-eval's tasks.
 
-    texts: names or files; None is wikitext2, or none where tasks are asked for. A window longer than the model's
-    context becomes that long. tokens: how many of each text, 0 for all. tasks: names that lm-evaluation-harness knows
-    or its .yaml files, also as "piqa,boolq"; task_limit: the first so many samples of each. kv_bits: 8, 4 or 2 for
-    transformers' quantised cache in all perplexities (tasks read no cache); bytes per token then are those of the
-    longest window but half of what stays unquantised, scales included. Returns {"sources": [{"source",
-    "kv_bytes_per_token", "parameters", "dtype", "kv_bits"}], "perplexity": [{"text", "window", "tokens", "values"}],
-    "tasks": [{"task", "metric", "samples", "values", "stderr"}]} with one value per source. Raises BadOption, also
-    when two sources tokenise differently: their figures could not be compared.
+    texts: names or files; None is wikitext2, or none where tasks are asked for. window_lengths: None is 2048, or what
+    the models take. tokens: how many of each text, 0 for all. tasks: names that lm-evaluation-harness knows or its
+    .yaml files, also as "piqa,boolq"; task_limit: the first so many samples of each. kv_bits: 8, 4 or 2 for
+    transformers' quantised cache in all perplexities; bytes per token then are those of the longest window but half of
+    what stays unquantised, scales included. Returns {"sources": [{"source", "kv_bytes_per_token", "parameters",
+    "dtype", "kv_bits"}], "perplexity": [{"text", "window", "tokens", "values"}], "tasks": [{"task", "metric",
+    "samples", "values", "stderr"}]} with one value per source, and "errors": a line for every perplexity that is None,
+    since the model's loss was not finite or memory ran out. Raises BadOption, also when two sources tokenise
+    differently: their figures could not be compared.
     """
     progress = progress or Progress()
-    if min(window_lengths, default=0) < 2:
-        raise BadOption("a window must have at least 2 tokens")
     if tokens and tokens < 2:
         raise BadOption(f"--tokens {tokens} is too few: give at least 2, or 0 for the whole text")
     if task_limit is not None and task_limit < 2:
@@ -56,27 +57,34 @@ def evaluate(
     if texts is None:
         texts = () if names else ("wikitext2",)
     if kv_bits is not None:
+        if names:
+            raise BadOption("--kv-bits is for perplexity: tasks are answered without a cache; leave one of them out")
         quantizer(kv_bits)
     sources = [resolve(s, revision, trust_remote_code) for s in (source, against) if s is not None]
+    lengths = _lengths(window_lengths, sources, tokens, kv_bits)
     tokenizer = one_tokenizer(sources)
     contents = {name: read_text(name, "test") for name in texts}
+    cut = {(t, n): windows(contents[t], tokenizer, n, tokens or None, t) for t in texts for n in lengths}
     loaded = load_tasks(names) if names else []
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = [{"text": t, "window": n, "tokens": 0, "values": []} for t, n in cut]
     scores: list[list[dict[str, Any]]] = []
-    costs = []
+    costs, errors = [], []
     for index, one in enumerate(sources):
         with progress.phase(f"load {index + 1}"):
             model = load_model(one, device, dtype)
-        if index == 0:
-            limit = model.config.max_position_embeddings
-            lengths = sorted({min(n, limit, tokens or limit) for n in window_lengths})
-            cut = {(t, n): windows(contents[t], tokenizer, n, tokens or None, t) for t in texts for n in lengths}
-            rows = [{"text": t, "window": n, "tokens": 0, "values": []} for t, n in cut]
         with progress.phase(f"evaluate {index + 1}", sum(len(ids) for ids in cut.values())) as advance:
             for row, ids in zip(rows, cut.values(), strict=True):
-                result = perplexity(model, ids, advance, kv_bits)
-                row["tokens"] = result.tokens
-                row["values"].append(result.value)
+                try:
+                    result = perplexity(model, ids, advance, kv_bits)
+                except (NotFinite, RuntimeError, MemoryError) as error:
+                    if not (isinstance(error, NotFinite) or memory.is_out_of_memory(error)):
+                        raise
+                    says = error if isinstance(error, NotFinite) else "out of memory"
+                    errors.append(f"{one.name}, {row['text']}, window {row['window']}: {says}")
+                    row["values"].append(None)
+                else:
+                    row["tokens"] = result.tokens
+                    row["values"].append(result.value)
         if loaded:
             scores.append(run_tasks(model, tokenizer, loaded, task_limit))
         costs.append(
@@ -89,7 +97,24 @@ def evaluate(
             }
         )
         del model
-    return {"sources": costs, "perplexity": rows, "tasks": _side_by_side(scores)}
+    return {"sources": costs, "perplexity": rows, "tasks": _side_by_side(scores), "errors": errors}
+
+
+def _lengths(asked: Sequence[int] | None, sources: list[Source], tokens: int, kv_bits: int | None) -> list[int]:
+    """Window lengths that every source takes. Raises BadOption."""
+    limits = {source.name: load_config(source).max_position_embeddings for source in sources}
+    least = min(limits, key=lambda name: limits[name])
+    lengths = sorted(set((min(WINDOW, limits[least]),) if asked is None else asked))
+    if min(lengths, default=0) < 2:
+        raise BadOption("a window must have at least 2 tokens")
+    if lengths[-1] > limits[least]:
+        raise BadOption(f"--window {lengths[-1]} is more than the {limits[least]} tokens that {least} takes")
+    lengths = sorted({min(n, tokens or n) for n in lengths})
+    if kv_bits is not None and lengths[0] <= RECENT:
+        raise BadOption(
+            f"--kv-bits: windows of up to {RECENT} tokens are read before any is quantised; give longer ones"
+        )
+    return lengths
 
 
 def _side_by_side(scores: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

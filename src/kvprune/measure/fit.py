@@ -5,7 +5,8 @@ and O all shrink with the width [ours].
 """
 
 import math
-import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvprune.errors import BadOption
-from kvprune.measure.context import held_tokens, longest
+from kvprune.measure.context import held_tokens, longest, windows_of
 from kvprune.measure.memory import kv_bytes_per_token
 from kvprune.measure.shapes import dense_config
 from kvprune.models.family import dense_head_dim, family_of
 from kvprune.models.source import find_dtype
+from kvprune.options import size_in_bytes
+from kvprune.runtime.quantized import BACKENDS, bytes_per_number, recent_tokens
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+TWO_BITS = 0.35  # of the width, recovered, beside 4 bits: more loses more than 2 bits alone
 
 
 def fit(
@@ -48,8 +50,7 @@ def fit(
     longer than the model takes; pruned at the ratio, or the largest)}. Raises a KVPruneError.
     """
     _check(context, batch, reserve, align, min_width)
-    room = _bytes(memory)
-    usable = int(room * (1 - reserve))
+    room = size_in_bytes(memory)
     asked = None if dtype == "auto" else find_dtype(dtype)
     config, own = dense_config(source, revision, trust_remote_code)
     kind = asked or own
@@ -60,40 +61,110 @@ def fit(
     weights, shrinking = (count * kind.itemsize for count in _parameters(config))
     head_dim, layers = dense_head_dim(config), config.num_hidden_layers
     per_layer = kv_bytes_per_token([head_dim], config.num_key_value_heads, kind)
-    largest = max(1 - math.ceil(min_width / align) * align / head_dim, 0.0)
+    grid = _Grid(layout, layers, head_dim, math.ceil(min_width / align) * align, align)
+    sizes = _Sizes(weights, shrinking, int(room * (1 - reserve)), grid)
     kv = batch * held_tokens(config, context) * per_layer
-    ratio = _round_up((weights + kv - usable) / (shrinking + kv), head_dim * layers, align, layers, layout)
-    enough = ratio <= largest + 1e-9
+    ratio = sizes.needed(kv)
+    sliding = any(most is not None for most in windows_of(config))
+    with_bits = [] if sliding else [_quantized(sizes, kind, bits, kv, context) for bits in BACKENDS]
 
-    def parts(removed: float) -> dict[str, Any]:
-        lighter, held = weights - removed * shrinking, (1 - removed) * kv
-        total = math.ceil(lighter + held)
-        return {"weights": round(lighter), "kv_cache": round(held), "total": total, "fits": total <= usable}
-
-    def left(removed: float) -> float:
-        """Bytes of the dense cache for which there is room once so much of it is removed."""
-        return max(usable - (weights - removed * shrinking), 0) / (1 - removed)
-
-    def both(of: Any) -> dict[str, int]:
-        return {"dense": of(left(0.0)), "pruned": of(left(ratio if enough else largest))}
+    def both(of: Callable[[float], int]) -> dict[str, int]:
+        return {"dense": of(sizes.left(0.0)), "pruned": of(sizes.left(grid.largest if ratio is None else ratio))}
 
     return {
         "source": str(source),
         "dtype": str(kind).removeprefix("torch."),
         "memory_bytes": room,
-        "reserve_bytes": room - usable,
+        "reserve_bytes": room - sizes.usable,
         "context": context,
         "batch": batch,
         "kv_bytes_per_token": layers * per_layer,
-        "ratio": ratio if enough else None,
-        "largest_ratio": largest,
-        "dense": parts(0.0),
-        "pruned": parts(ratio) if enough else None,
+        "ratio": ratio,
+        "largest_ratio": grid.largest,
+        "dense": sizes.parts(kv, 0.0),
+        "pruned": None if ratio is None else sizes.parts(kv, ratio),
         "largest_batch": both(lambda n: int(n / (held_tokens(config, context) * per_layer))),
         "largest_context": both(
             lambda n: longest(config, lambda tokens: batch * held_tokens(config, tokens) * per_layer <= n)
         ),
+        "quantized": with_bits,
+        "recommended": _recommended(ratio, with_bits),
     }
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The widths that a KV head may be cut to: multiples of `align`, from `least` on."""
+
+    layout: str
+    layers: int
+    head_dim: int
+    least: int
+    align: int
+
+    @property
+    def largest(self) -> float:
+        """The largest ratio."""
+        return max(1 - self.least / self.head_dim, 0.0)
+
+    def round_up(self, needed: float) -> float:
+        """The ratio that widths on the grid reach: as needed, or a little more."""
+        if needed <= 0:
+            return 0.0
+        channels = self.head_dim * self.layers
+        step = self.align if self.layout == "per-layer" else self.align * self.layers  # otherwise layers have one width
+        return 1 - math.floor((1 - needed) * channels / step + 1e-9) * step / channels
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes of the dense weights, of those of them that shrink with the width, and of the memory that may be used."""
+
+    weights: int
+    shrinking: int
+    usable: int
+    grid: _Grid
+
+    def parts(self, kv: float, removed: float) -> dict[str, Any]:
+        """What is held with so much removed; kv: bytes of the cache with nothing removed."""
+        lighter, held = self.weights - removed * self.shrinking, (1 - removed) * kv
+        total = math.ceil(lighter + held)
+        return {"weights": round(lighter), "kv_cache": round(held), "total": total, "fits": total <= self.usable}
+
+    def needed(self, kv: float) -> float | None:
+        """The ratio that makes a cache of `kv` bytes fit, 0 where all fits as it is, None where none is enough."""
+        ratio = self.grid.round_up((self.weights + kv - self.usable) / (self.shrinking + kv))
+        return ratio if ratio <= self.grid.largest + 1e-9 else None
+
+    def left(self, removed: float) -> float:
+        """Bytes of a cache, nothing removed, for which there is room once so much of it is."""
+        return max(self.usable - (self.weights - removed * self.shrinking), 0) / (1 - removed)
+
+
+def _quantized(sizes: _Sizes, dtype: torch.dtype, bits: int, kv: float, context: int) -> dict[str, Any]:
+    """The dense model with a cache of so many bits, and the ratio needed beside them: counted with the scales of the
+    width that has most of them, since it is not known which layer gets which."""
+    grid = sizes.grid
+    recent = kv * min(recent_tokens(bits) / context, 1)  # as it is
+
+    def held(width: int) -> float:
+        return recent + (kv - recent) * bytes_per_number(bits, width, dtype) / dtype.itemsize
+
+    found = sizes.parts(held(grid.head_dim), 0.0)
+    del found["weights"]
+    worst = max(map(held, range(grid.least, grid.head_dim + 1, grid.align)), default=kv)
+    return {"kv_bits": bits, **found, "ratio": 0.0 if found["fits"] else sizes.needed(worst)}
+
+
+def _recommended(ratio: float | None, quantized: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What loses least of what fits: nothing, fewer bits down to 4, width beside 4 bits, 2 bits where that would take
+    more than TWO_BITS of the width, then width again [ours, docs/results.md]."""
+    options: list[dict[str, Any]] = [{"kv_bits": None, "ratio": ratio}]
+    options += [{"kv_bits": q["kv_bits"], "ratio": q["ratio"]} for q in quantized if q["kv_bits"] >= 4]
+    reachable = [option for option in options if option["ratio"] is not None]
+    best = min(reachable, key=lambda option: option["ratio"], default=None)  # the first of equals has most bits
+    two_fit = any(q["kv_bits"] == 2 and q["fits"] for q in quantized)
+    return {"kv_bits": 2, "ratio": 0.0} if two_fit and (best is None or best["ratio"] > TWO_BITS) else best
 
 
 def _check(context: int, batch: int, reserve: float, align: int, min_width: int) -> None:
@@ -103,22 +174,6 @@ def _check(context: int, batch: int, reserve: float, align: int, min_width: int)
             raise BadOption(f"--{name} must be at least 1, not {value}")
     if not 0 <= reserve < 1:
         raise BadOption(f"--reserve {reserve:g} must lie from 0 to below 1")
-
-
-def _round_up(needed: float, channels: int, align: int, layers: int, layout: str) -> float:
-    """The ratio that widths on the grid reach: as needed, or a little more. channels: of a KV head, all layers."""
-    if needed <= 0:
-        return 0.0
-    step = align if layout == "per-layer" else align * layers  # otherwise all layers have one width
-    return 1 - math.floor((1 - needed) * channels / step + 1e-9) * step / channels
-
-
-def _bytes(given: str | int) -> int:
-    """ "24GiB" -> bytes."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(given))
-    if found is None or found[2].upper() not in UNITS:
-        raise BadOption(f"--memory {given!r} is no amount of memory; give one as 24GiB or 80GB")
-    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def _parameters(config: PreTrainedConfig) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Cache
 
-from kvprune.runtime.quantized import is_quantized, quantized_bytes
+from kvprune.runtime.quantized import quantized_bytes, stores_of
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -23,8 +23,9 @@ def cache_bytes(cache: Cache) -> int:
 def kv_bytes(layer: Any) -> int:
     """Bytes of the keys and values of the tokens in a layer of a cache, without room that is kept free; of a quantised
     one with its scales."""
-    if is_quantized(layer):
-        return quantized_bytes(layer)
+    stores = stores_of(layer)
+    if stores:
+        return sum(map(quantized_bytes, stores))
     lengths = getattr(layer, "lengths", None)  # of a token filter's layer, whose sequences differ
     if lengths is None:
         return layer.keys.nbytes + layer.values.nbytes
@@ -33,8 +34,8 @@ def kv_bytes(layer: Any) -> int:
 
 def held_bytes(layer: Any) -> int:
     """Bytes of the tensors of a layer of a cache, room included."""
-    if is_quantized(layer):
-        return quantized_bytes(layer)
+    if stores_of(layer):
+        return kv_bytes(layer)
     keys, values = getattr(layer, "key_room", None), getattr(layer, "value_room", None)
     if keys is None or values is None:
         keys, values = layer.keys, layer.values
@@ -78,13 +79,39 @@ class PeakMemory:
         return _peak_resident() - self.baseline
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """What PyTorch, the CUDA driver and its libraries say."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    words = ("out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def free(device: torch.device) -> int | None:
     """Bytes that can still be allocated on the device; None where nobody says."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     info = Path("/proc/meminfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return min([*found, *_left_to_container()], default=None)
+
+
+def _left_to_container(folder: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes up to the limit of this process's control group (Linux, version 2 or 1), if it has one; what it holds of
+    files that are not in use does not count."""
+    for place, most, now in (
+        (folder, "memory.max", "memory.current"),
+        (folder / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            limit, held = (place / most).read_text().strip(), int((place / now).read_text())
+            lines = (place / "memory.stat").read_text().splitlines()
+        except OSError:
+            continue
+        files = [int(line.split()[1]) for line in lines if line.startswith("inactive_file ")]
+        return [] if limit == "max" else [int(limit) - held + sum(files)]
+    return []
 
 
 def forget_peak() -> bool:

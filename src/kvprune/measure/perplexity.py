@@ -13,6 +13,7 @@ from kvprune.models.family import supported
 from kvprune.runtime.quantized import decoding_pieces, quantized_cache
 
 BATCH_TOKENS = 4096
+LARGEST = 700.0  # nats a token: exp of more is no number that a JSON file can hold
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def perplexity(
     mean = total / count
     if not math.isfinite(mean):
         raise NotFinite("the model's loss is not finite on the evaluation text; try --dtype float32")
-    return Perplexity(math.exp(mean) if mean < 700 else math.inf, windows.shape[1], count)
+    return Perplexity(math.exp(min(mean, LARGEST)), windows.shape[1], count)
 
 
 def _hidden(model: PreTrainedModel, ids: torch.Tensor, kv_bits: int | None) -> torch.Tensor:

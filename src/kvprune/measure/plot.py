@@ -2,7 +2,7 @@
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from kvprune.errors import BadOption
 
@@ -18,9 +18,9 @@ def check() -> None:
         raise BadOption("a picture is drawn with matplotlib, which is missing: pip install matplotlib")
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
+def draw(report: dict[str, Any], target: IO[bytes]) -> None:
     """Write a bench's picture as PNG."""
-    figure(report).savefig(path, dpi=150)
+    figure(report).savefig(target, dpi=150, format="png")
 
 
 def figure(report: dict[str, Any]) -> "Figure":
@@ -55,5 +55,5 @@ def figure(report: dict[str, Any]) -> "Figure":
     if where.get("kv_bits") is not None:
         second += f", a cache of {where['kv_bits']} bits"
     axes.set_title(f"{Path(where['source']).name} against {second}\n{where['device']}", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower right")
+    drawn.legend(frameon=False, fontsize=8, ncols=3, loc="outside lower center")
     return drawn

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from kvprune.measure import memory
 from kvprune.models.family import family_of
@@ -68,6 +68,12 @@ class Side:
         self.cache = copy.copy(self.filled)
         self.cache.layers = [copy.copy(i) if is_quantized(i) else copy.deepcopy(i) for i in self.filled.layers]
 
+    @property
+    def copies(self) -> bool:
+        """Whether `rewind` copies what it goes back to."""
+        layers: list[Any] = list(DynamicCache(config=self.model.config).layers)
+        return self.token_filter is not None or any(layer.is_sliding for layer in layers)
+
     def forget(self) -> None:
         self.cache = self.filled = None
 
@@ -77,12 +83,10 @@ class Side:
         sequences skip, each for itself."""
         embedding = cast(torch.Tensor, self.model.get_input_embeddings().weight)
         head = cast(torch.Tensor, self.model.get_output_embeddings().weight)
-        own = embedding.nbytes if embedding.data_ptr() != head.data_ptr() else 0
-        layers = self.cache.layers
-        f = self.token_filter
-        rates = {} if f is None else f.settings.rates(f.settings.ratio, len(layers))
-        read = memory.weight_bytes(self.model) - own
-        read += sum((1 - rates.get(i, 0.0)) * memory.kv_bytes(layer) for i, layer in enumerate(layers))
+        shared = head.layout is torch.strided and embedding.data_ptr() == head.data_ptr()
+        own = 0 if shared else embedding.nbytes
+        layers, rates = self.cache.layers, self._rates()
+        read = memory.weight_bytes(self.model) - own + self.kv_bytes_read()
         family = family_of(self.model.config.model_type)
         blocks = family.blocks(self.model)
         for i, rate in rates.items():
@@ -90,6 +94,16 @@ class Side:
             projections = (getattr(attention, name).weight.nbytes for name in (family.q, family.o))
             read -= rate ** layers[i].keys.shape[0] * sum(projections)
         return read
+
+    def kv_bytes_read(self) -> float:
+        """Keys and values of them."""
+        rates = self._rates()
+        return sum((1 - rates.get(i, 0.0)) * memory.kv_bytes(layer) for i, layer in enumerate(self.cache.layers))
+
+    def _rates(self) -> dict[int, float]:
+        """The share of tokens that skips, of the layers in which some do."""
+        f = self.token_filter
+        return {} if f is None else f.settings.rates(f.settings.ratio, len(self.cache.layers))
 
 
 @dataclass(frozen=True)

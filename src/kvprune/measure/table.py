@@ -50,6 +50,9 @@ def bench_table(report: dict[str, Any]) -> RenderableType:
         held.add_row(
             *place, *("\n".join("-" if n is None else f"{n / 1e6:,.0f}" for n in pair) for pair in sizes), latency
         )
+        if "largest_batch" in cell:
+            sizes_of = (f"{name} {'unknown' if n is None else f'{n:,}'}" for name, n in cell["largest_batch"].items())
+            words.append(f"largest batch of context {place[1]}, as batch {place[0]} took: {', '.join(sizes_of)}")
         slower = [what for what in ("prefill", "decode") if cell["spread"][what][1] < 1]
         if slower:
             words.append(f"batch {place[0]}, context {place[1]}: the second is slower in {' and '.join(slower)}")
@@ -84,7 +87,24 @@ def fit_table(report: dict[str, Any]) -> RenderableType:
         verdict = "the dense model fits: ratio 0"
     else:
         verdict = f"--ratio {report['ratio']:.4g} is needed"
-    return Group(table, verdict)
+    return Group(table, verdict, *_with_bits(report))
+
+
+def _with_bits(report: dict[str, Any]) -> list[str]:
+    """What a quantised cache would need instead, and what to try first, where that is not the dense model."""
+    if report["ratio"] == 0:
+        return []
+    found = []
+    for way in report["quantized"]:
+        ratio = way["ratio"]
+        says = "fits as it is" if ratio == 0 else "does not fit" if ratio is None else f"needs --ratio {ratio:.4g}"
+        found.append(f"with a KV cache of {way['kv_bits']} bits it {says}")
+    best = report["recommended"]
+    if best is not None and best["kv_bits"] is not None:
+        beside = "the dense model" if best["ratio"] == 0 else f"--ratio {best['ratio']:.4g}"
+        why = "down to 4, bits cost less quality than width" if best["kv_bits"] > 2 else "so much width would cost more"
+        found.append(f"recommended: {best['kv_bits']} bits with {beside}: {why}")
+    return found
 
 
 def evaluation_table(result: dict[str, Any]) -> RenderableType:
@@ -95,14 +115,16 @@ def evaluation_table(result: dict[str, Any]) -> RenderableType:
         table.add_column(source["source"], justify="right", overflow="fold")
     table.add_row("KV bytes per token", *(f"{s['kv_bytes_per_token']:,}" for s in result["sources"]))
     table.add_row("parameters", *(f"{s['parameters']:,}" for s in result["sources"]))
+    if result["sources"][0]["kv_bits"] is not None:
+        table.add_row("bits of the cache", *(str(s["kv_bits"]) for s in result["sources"]))
     for row in result["perplexity"]:
         name = f"perplexity, {row['text']}, window {row['window']}, {row['tokens']:,} tokens"
-        table.add_row(name, *(f"{value:.2f}" for value in row["values"]))
+        table.add_row(name, *("-" if value is None else f"{value:.2f}" for value in row["values"]))
     for row in result["tasks"]:
         samples = "" if row["samples"] is None else f", {row['samples']:,} samples"
         pairs = zip(row["values"], row["stderr"], strict=True)
         table.add_row(f"{row['task']}, {row['metric']}{samples}", *(_with_error(*pair) for pair in pairs))
-    return table
+    return Group(table, *result["errors"])
 
 
 def _with_error(value: float, error: Any) -> str:

@@ -1,8 +1,11 @@
 """Tasks of lm-evaluation-harness on a loaded model: accuracies with standard errors."""
 
+import contextlib
+import functools
 import json
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvprune.errors import BadOption
 
-METRICS = ("acc", "acc_norm", "exact_match")  # the ones reported, where a task has them
 BATCH = 16
+RESAMPLES = 1000  # for standard errors that no formula gives
 PIQA = {  # as lm-eval has it, but for where the rows come from
     "task": "piqa",
     "output_type": "multiple_choice",
@@ -31,15 +34,23 @@ def load_tasks(names: Sequence[str]) -> list[Any]:
     the folder that $KVPRUNE_DATA names has them. Raises BadOption: lm-eval is missing, no such task, no data.
     """
     try:
-        from lm_eval.tasks import TaskManager
+        import lm_eval.tasks  # noqa: F401
     except ImportError:
         raise BadOption("tasks are run by lm-evaluation-harness, which is missing: pip install lm-eval") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager()
+    manager = _manager()
     for name in names:
         if name not in manager.all_tasks and not (name.endswith(".yaml") and Path(name).is_file()):
             raise BadOption(f"unknown task {name!r}; give names that `lm-eval ls tasks` shows, or .yaml files")
     return [_load(manager, name) for name in dict.fromkeys(names)]
+
+
+@functools.cache
+def _manager() -> Any:
+    """lm-eval's list of all its tasks, which takes it many seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _load(manager: Any, name: str) -> Any:
@@ -67,8 +78,11 @@ def local_rows(name: str) -> list[dict[str, Any]] | None:
     try:
         questions = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
         answers = [int(line) for line in labels.read_text(encoding="utf-8").split()]
-        return [{**question, "label": answer} for question, answer in zip(questions, answers, strict=True)]
-    except ValueError as error:
+        return [
+            {name: str(question[name]) for name in ("goal", "sol1", "sol2")} | {"label": (0, 1).index(answer)}
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+    except (ValueError, TypeError, KeyError) as error:
         raise BadOption(f"{rows} and {labels} are not PIQA's questions and answers: {error}") from None
 
 
@@ -84,19 +98,25 @@ def run_tasks(
 ) -> list[dict[str, Any]]:
     """[{"task", "metric", "samples", "value", "stderr"}] of a model on what `load_tasks` returned.
 
-    No examples stand in the prompt unless a task brings its own. limit: the first so many samples of each task.
+    No examples stand in the prompt unless a task brings its own. limit: the first so many samples of each task. A
+    metric behind one of lm-eval's filters is called "metric, filter". Raises BadOption for a task without figures.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH)
-    found = simple_evaluate(wrapped, tasks=list(tasks), limit=limit, log_samples=False)
+    with contextlib.redirect_stdout(sys.stderr):  # where lm-eval's own words do not belong to what we print
+        found = simple_evaluate(wrapped, tasks=list(tasks), limit=limit, log_samples=False, bootstrap_iters=RESAMPLES)
     assert found is not None  # None only on the other ranks of a distributed run
     rows = []
     for name, figures in found["results"].items():
         samples = found["n-samples"].get(name, {}).get("effective")
-        for metric in METRICS:
-            value, error = figures.get(f"{metric},none"), figures.get(f"{metric}_stderr,none")
-            if value is not None:
-                rows.append({"task": name, "metric": metric, "samples": samples, "value": value, "stderr": error})
+        for key, value in figures.items():
+            metric, _, chosen = key.partition(",")
+            if chosen and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+                error = figures.get(f"{metric}_stderr,{chosen}")
+                row = {"metric": metric if chosen == "none" else f"{metric}, {chosen}", "samples": samples}
+                rows.append({"task": name, **row, "value": value, "stderr": error})
+    if not rows:
+        raise BadOption(f"lm-eval found no figures for {', '.join(found['results'])}; check the metrics of the task")
     return rows

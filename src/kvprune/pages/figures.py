@@ -51,6 +51,11 @@ def quality(rows: list[dict[str, Any]]) -> Figure:
         places = [(100.0, 1.0), *((100 * row["share"], row["ratio"]) for row in mine)]
         colour, marker = (KEPT, SENSITIVE, SECOND)[number % 3], "osD^vPX"[number % 7]
         axes.plot(*zip(*places, strict=True), marker, color=colour, label=f"{text}, windows of {window}")
+    folders = list(dict.fromkeys((row["name"], row["share"]) for row in rows))
+    for name, share in folders if len(folders) > 1 else ():
+        lowest = min(row["ratio"] for row in rows if (row["name"], row["share"]) == (name, share))
+        where: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "ha": "center", "va": "top"}
+        axes.annotate(name, (100 * share, lowest), (0, -6), **where)
     axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
     axes.set_xlabel("KV bytes per token, % of dense")
     axes.set_ylabel("perplexity / dense")

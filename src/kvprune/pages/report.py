@@ -11,7 +11,7 @@ import jinja2
 
 from kvprune.errors import BadOption, BrokenCheckpoint
 from kvprune.measure import plot
-from kvprune.runtime.files import read_record, write_whole, writing_to
+from kvprune.runtime.files import read_shown, write_whole, writing_to
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,15 +33,21 @@ def report(
     wrote. Each figure is written as PNG too, beside the report. Raises BrokenCheckpoint and BadOption.
     """
     plot.check()
-    record, target = read_record(Path(folder)), Path(folder) / NAME if out is None else Path(out)
+    record, target = read_shown(Path(folder)), Path(folder) / NAME if out is None else Path(out)
     if target.suffix != ".html":
         raise BadOption(f"--out {target} is no .html file")
-    records = {Path(folder).name: record} | {Path(other).name: read_record(Path(other)) for other in others}
+    if not target.parent.is_dir():
+        raise BadOption(f"--out {target}: {target.parent} is no folder; make it first")
+    here, *beside = dict.fromkeys(Path(one).resolve() for one in (folder, *others))
+    records = [(here.name, record), *((one.name, read_shown(one)) for one in beside)]
+    for name, other in records:
+        if Path(other["source"]).name != Path(record["source"]).name:
+            raise BadOption(f"--with: {name} was made of {other['source']}, not of {record['source']}; leave it out")
     timed = None if bench is None else _read_bench(Path(bench))
     drawings = _drawings(record, quality_rows(records), timed)
     environment = jinja2.Environment(loader=jinja2.PackageLoader("kvprune.pages", "."), autoescape=True)
     page = environment.get_template("report.html.j2").render(
-        name=Path(folder).name,
+        name=here.name,
         record=record,
         bench=timed,
         images={name: {theme: _image(draw, theme) for theme in THEMES} for name, draw in drawings.items()},
@@ -68,8 +74,8 @@ def _drawings(record: dict[str, Any], rows: list, timed: dict[str, Any] | None) 
     return found
 
 
-def quality_rows(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """What every record says of quality: {"name", "share" (of the dense KV bytes), "text", "window", "ratio"}."""
+def quality_rows(records: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What every named record says of quality: {"name", "share" (of the dense KV bytes), "text", "window", "ratio"}."""
     return [
         {
             "name": name,
@@ -78,7 +84,7 @@ def quality_rows(records: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
             "window": row["window"],
             "ratio": row["pruned"] / row["dense"],
         }
-        for name, record in records.items()
+        for name, record in records
         for row in record["perplexity"]
         if row["dense"]
     ]
@@ -140,7 +146,11 @@ def _draw(draw: "Callable[[], Figure]", theme: str, target: Any, **how: Any) -> 
 def _read_bench(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-        found["cells"], found["environment"]["device"]
+        where, cells = found["environment"], found["cells"]
+        whole = {"device", "source", "against", "skip", "pruned_shape_ratio"} <= set(where) and cells
+        figures = {"decode_ratio", "prefill_ratio", "decode_limit", "spread", "memory_bytes", "latency_seconds"}
+        if not whole or any("error" not in cell and not figures <= set(cell) for cell in cells):
+            raise KeyError
     except OSError:
         raise BadOption(f"--bench {path} cannot be read; give the file that bench --out wrote") from None
     except (ValueError, KeyError, TypeError):

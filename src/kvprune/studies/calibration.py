@@ -29,14 +29,13 @@ from kvprune.models.view import ModelView
 from kvprune.progress import Progress
 from kvprune.runtime.files import writing_to
 from kvprune.studies import plot
-from kvprune.studies.journal import StudyJournal
+from kvprune.studies.journal import PICTURE, StudyJournal
 from kvprune.studies.stretches import Stretches, find_stretches
 from kvprune.studies.summary import summarise
 from kvprune.text.corpus import SELF, is_file, read_text, text_names
 from kvprune.text.windows import windows
 from kvprune.versions import versions
 
-PICTURE = "study.png"
 _OWN = ("calibration", "calibration_tokens", "repair_tokens", "seed", "plan", "windows")  # what the study decides
 
 

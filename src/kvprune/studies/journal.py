@@ -9,7 +9,7 @@ from kvprune.channels.journal import check_same
 from kvprune.errors import OutputExists
 from kvprune.runtime.files import write_whole, writing_to
 
-CELLS, REPORT = "study.jsonl", "study.json"
+CELLS, REPORT, PICTURE = "study.jsonl", "study.json", "study.png"
 
 
 class StudyJournal:

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito
 _MARKERS = "osD^vPX"
 _MARGIN = 1.35  # the axis goes on by this factor at both ends
 _LOG_FROM = 6.0  # a ratio above this makes the axis logarithmic
@@ -47,7 +47,7 @@ def _line(axes, rows: list[dict[str, Any]], number: int, aside: float):
     shift = (rows[-1]["tokens"] / rows[0]["tokens"] * _MARGIN**2) ** aside
     x = [row["tokens"] * shift for row in rows]
     mean, low, high = ([row[name] for row in rows] for name in ("mean", "min", "max"))
-    colour = _COLOURS[number % len(_COLOURS)]
+    colour = COLOURS[number % len(COLOURS)]
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     axes.vlines(x, low, high, color=colour, linewidth=1.5, alpha=0.7)
     (line,) = axes.plot(x, mean, color=colour, marker=_MARKERS[number % len(_MARKERS)], markersize=5, linewidth=1.6)

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 
 from kvprune.errors import BadOption, KVPruneError, NotFinite, TextTooShort
 from kvprune.measure import memory
+from kvprune.measure.perplexity import LARGEST
 from kvprune.measure.plot import check as check_matplotlib
 from kvprune.models.source import Source, load_config, load_model, one_tokenizer, resolve
 from kvprune.progress import Progress
 from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.cache import GrowingCache
 from kvprune.runtime.files import writing_to
-from kvprune.studies.journal import StudyJournal
+from kvprune.studies.journal import PICTURE, StudyJournal
 from kvprune.text.corpus import read_text
 from kvprune.text.windows import digest, token_ids
 from kvprune.versions import versions
@@ -31,7 +32,6 @@ FIRST = 512  # tokens of the first stretch
 GRAM = 4  # tokens of a repetition
 PROMPT = 64  # tokens that the answer begins behind
 PIECE = 512  # tokens read at once
-PICTURE = "study.png"
 
 
 def study_robustness(
@@ -128,7 +128,7 @@ def reading(losses: torch.Tensor) -> list[dict[str, Any]]:
         mean = losses[max(first, 1) : last].double().mean().item()
         if not math.isfinite(mean):
             raise NotFinite(f"the model's loss is not finite at positions {first} to {last}; try --dtype float32")
-        rows.append({"from": first, "to": last, "perplexity": math.exp(mean) if mean < 700 else math.inf})
+        rows.append({"from": first, "to": last, "perplexity": math.exp(min(mean, LARGEST))})
     return rows
 
 

@@ -14,9 +14,8 @@ from kvprune.errors import OutputExists
 from kvprune.measure.plot import check as check_matplotlib
 from kvprune.progress import Progress
 from kvprune.runtime.files import write_whole, writing_to
-
-REPORT, PICTURE = "study.json", "study.png"
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito
+from kvprune.studies.journal import PICTURE, REPORT
+from kvprune.studies.plot import COLOURS
 
 
 def study_scaling(
@@ -56,9 +55,10 @@ def study_scaling(
 
 def _row(cell: dict[str, Any]) -> dict[str, Any]:
     dense, pruned = (cell["memory_bytes"][name] for name in ("dense", "pruned"))
+    read = cell["decode_bytes_read"]["dense"]
     return {
         **{name: cell[name] for name in ("batch", "context", "decode_ratio", "decode_limit")},
-        "kv_share": dense["kv_cache"] / (dense["kv_cache"] + dense["weights"]),
+        "kv_share": read["kv_cache"] / read["all"],
         "kv_bytes_saved": dense["kv_cache"] - pruned["kv_cache"],
     }
 
@@ -72,7 +72,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     by_context, by_share = figure.subplots(1, 2, sharey=True)
     for number, batch in enumerate(sorted({row["batch"] for row in rows})):
         mine = sorted((row for row in rows if row["batch"] == batch), key=lambda row: row["context"])
-        style = {"color": _COLOURS[number % len(_COLOURS)], "marker": "o", "markersize": 4}
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": "o", "markersize": 4}
         by_context.plot(
             [r["context"] for r in mine], [r["decode_ratio"] for r in mine], label=f"batch {batch}", **style
         )
@@ -81,7 +81,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     by_share.plot(*zip(*limits, strict=True), color="0.4", linestyle="--", linewidth=1, label="what the bytes allow")
     by_context.set_xscale("log", base=2)
     by_context.set_xlabel("context, tokens")
-    by_share.set_xlabel("share of KV cache in weights and cache, dense")
+    by_share.set_xlabel("share of KV cache in what a step reads, dense")
     by_context.set_ylabel("decoding, times as fast as dense")
     for axes in (by_context, by_share):
         axes.axhline(1, color="0.35", linewidth=1)
