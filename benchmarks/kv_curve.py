@@ -1,12 +1,12 @@
 """Quality against KV bytes: fewer bits, less width, fewer tokens, and their products, all on the same text.
 
-    KVPRUNE_DATA=DIR python benchmarks/kv_curve.py MODEL NAME=FOLDER ... [--only PATTERN ...] [--out OUT]
+    KVPRUNE_DATA=DIR python benchmarks/kv_curve.py MODEL NAME=FOLDER ... [--window 512] [--only PATTERN ...] [--out OUT]
 
 MODEL is the dense one; every FOLDER, pruned or not, is a model called NAME: `half=work/closed-form-0.5`. A name that
 begins with "dense+" was trained on WikiText-2 and is compared with the model called "dense+", which was too. Each is
 read as it is, on caches of 8, 4 and 2 bits (transformers' own), under a token filter of 25 %, and both. Judged on the
-first 8,192 tokens of the test splits of WikiText-2 and PTB, windows of 512. KV bytes are those of a real cache of 448
-tokens, where a quantised one holds 64 at full size: its mean, of any length up to 512. Longer contexts need fewer.
+first 8,192 tokens of the test splits of WikiText-2 and PTB. KV bytes are those of a real cache of 64 tokens less than a
+window, where a quantised one holds 64 at full size, its mean while decoding: longer contexts need a smaller share.
 Finished cells are kept in OUT.json; OUT.md and OUT.png are drawn from it.
 """
 
@@ -25,8 +25,7 @@ from kvprune.runtime.cache import GrowingCache
 from kvprune.runtime.quantized import RECENT, decoding_pieces, quantized_cache
 from kvprune.text.windows import judged_windows
 
-TEXTS, TOKENS, WINDOW = ("wikitext2", "ptb"), 8192, 512
-HELD = WINDOW - RECENT // 2
+TEXTS, TOKENS = ("wikitext2", "ptb"), 8192
 BITS = (None, 8, 4, 2)
 SKIPS = (None, 0.25)
 DENSE, PLUS = "dense", "dense+"
@@ -44,9 +43,10 @@ def ways() -> list[tuple[str, int | None, float | None]]:
 
 @torch.no_grad()
 def held(model, ids: torch.Tensor, bits: int | None, token_filter) -> int:
-    """KV bytes of HELD tokens, ids (1, HELD)."""
+    """KV bytes of the tokens of ids (1, T)."""
     cache: Any = GrowingCache(model.config) if bits is None else quantized_cache(model.config, bits)
-    pieces = [HELD] if bits is None else decoding_pieces(bits, HELD)
+    tokens = ids.shape[1]
+    pieces = [tokens] if bits is None else decoding_pieces(bits, tokens)
     with nullcontext() if token_filter is None else token_filter(model):
         for piece in ids.split(pieces, dim=1):
             model(piece, past_key_values=cache, logits_to_keep=1)
@@ -59,13 +59,13 @@ def measure(model, texts, bits: int | None, skip: float | None, layers: list[int
     for name, windows in texts:
         with torch.no_grad(), nullcontext() if token_filter is None else token_filter(model):
             value = perplexity(model, windows, kv_bits=bits).value
-        found[name] = {"perplexity": value, "kv_bytes": held(model, windows[:1, :HELD], bits, token_filter)}
+        found[name] = {"perplexity": value, "kv_bytes": held(model, windows[:1, : -RECENT // 2], bits, token_filter)}
     return found
 
 
-def run(cells: Cells, models: dict[str, str]) -> None:
-    texts = judged_windows(TEXTS, kvprune.load_tokenizer(models[DENSE]), (WINDOW,), TOKENS)
-    study = {"text": "wikitext2", "tokens": 4096, "window": WINDOW}
+def run(cells: Cells, models: dict[str, str], window: int) -> None:
+    texts = judged_windows(TEXTS, kvprune.load_tokenizer(models[DENSE]), (window,), TOKENS)
+    study = {"text": "wikitext2", "tokens": 4096, "window": 512}
     cells.run("layers", lambda: kvprune.study_layers(models[DENSE], **study), needed=True)
     layers = cells.cells["layers"]["layers"]
     for name, source in models.items():
@@ -143,12 +143,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("others", nargs="*", metavar="NAME=FOLDER")
+    parser.add_argument("--window", type=int, default=512, help="tokens")
     parser.add_argument("--only", nargs="*", default=[], metavar="PATTERN", help="names of cells; * matches anything")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kv_curve"))
     arguments = parser.parse_args()
     models = {DENSE: arguments.model, **dict(other.split("=", 1) for other in arguments.others)}
-    cells = Cells(arguments.out, arguments.model, arguments.only)
-    run(cells, models)
+    cells = Cells(arguments.out, arguments.model, arguments.only, {"window": arguments.window})
+    run(cells, models, arguments.window)
     arguments.out.with_suffix(".md").write_text(table(cells))
     print(table(cells))
     draw(cells, arguments.out.with_suffix(".png"))

@@ -82,9 +82,9 @@ class Bench:
         out = self.folder(name) if keep else None
 
         def run() -> dict[str, Any]:
-            model = self.model if source is None else plain(self.model, self.folder(source))
             if out is not None and finished(out):
-                return judged(kvprune.read_record(out), kvprune.load(out), kvprune.load_tokenizer(out))
+                return judged_again(out)
+            model = self.model if source is None else plain(self.model, self.folder(source))
             result = kvprune.prune(model, out, ratio=ratio, resume=True, progress=Bars(), **PRUNE, **options)
             return judged(result.record, result.model, result.tokenizer)
 
@@ -94,7 +94,7 @@ class Bench:
         def run() -> dict[str, Any]:
             out = self.folder(name)
             if finished(out):
-                return judged(kvprune.read_record(out), kvprune.load(out), kvprune.load_tokenizer(out))
+                return judged_again(out)
             settings = options if "preset" in options else {**RECOVER, **options}
             result = kvprune.recover(self.folder(source), out, resume=True, progress=Bars(), **settings)
             assert result.record is not None
@@ -111,7 +111,7 @@ class Bench:
 
 def finished(folder: Path) -> bool:
     """Whether prune or recover wrote it whole, and a kill came only later."""
-    return (folder / "kvprune.json").exists()
+    return (folder / "config.json").exists()  # the last that is written
 
 
 def plain(model: str, folder: Path) -> Path:
@@ -140,6 +140,11 @@ def judged(record: dict[str, Any], model, tokenizer) -> dict[str, Any]:
         found = perplexity(model, ids)
         rows.append({"text": text, "window": found.window, "tokens": found.tokens, "pruned": found.value})
     return {**record, "perplexity": rows, "repetition": repetition(model, tokenizer)}
+
+
+def judged_again(folder: Path) -> dict[str, Any]:
+    """The same of a finished folder."""
+    return judged(kvprune.read_record(folder), kvprune.load(folder), kvprune.load_tokenizer(folder))
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
 """What skipping costs: Token Filtering as published, as it is here, and a random choice at the same rates.
 
-    KVPRUNE_DATA=DIR python benchmarks/token_filter.py MODEL [--only PATTERN ...] [--out OUT]
+    KVPRUNE_DATA=DIR python benchmarks/token_filter.py MODEL [--pruned FOLDER] [--only PATTERN ...] [--out OUT]
 
 DIR holds wikitext2-{valid,test}.txt and ptb-test.txt. Judged on the first 16,384 tokens of the test splits, windows of
 512. "dropped": the K/V of as many tokens leave the cache; "kept": all stay cached. "studied": the layers that `kvprune
 study layers` finds on 4,096 tokens of the WikiText-2 valid split; otherwise the last ones. Random choice of the tokens
 is the mean of three seeds. Cells "rate ...": the ratio achieved on one prompt of 4,096 tokens of prose, code and text
-that repeats itself. Finished cells are kept in OUT.json; OUT.md is drawn from it.
+that repeats itself, and on prose with the pruned model in FOLDER. Finished cells are kept in OUT.json; OUT.md is drawn
+from it.
 """
 
 import argparse
@@ -33,7 +34,6 @@ WAYS: dict[str, dict[str, Any]] = {  # "studied" stands for the layers
     "last layers, dropped": {},
     "last layers, kept": {"drop_ratio": 0.0},
     "random, last layers, dropped": {"signal": "random"},
-    "random, last layers, kept": {"signal": "random", "drop_ratio": 0.0},
     "studied, dropped": {"layers": "studied"},
     "studied, kept": {"layers": "studied", "drop_ratio": 0.0},
     "random, studied, dropped": {"layers": "studied", "signal": "random"},
@@ -42,6 +42,12 @@ WAYS: dict[str, dict[str, Any]] = {  # "studied" stands for the layers
     "studied, by values": {"layers": "studied", "fusion": "value"},
     "studied, by the mean": {"layers": "studied", "fusion": "mean"},
     "studied, by keys behind RoPE": {"layers": "studied", "fusion": "key", "keys": "post-rope"},
+    "studied, by anchors of gamma 0.7": {"layers": "studied", "gamma": 0.7},
+    "studied, by anchors of gamma 0.97": {"layers": "studied", "gamma": 0.97},
+    "studied, at 0.95 a layer": {"layers": "studied", "layer_ratio": 0.95},
+    "studied, at 0.95 a layer, kept": {"layers": "studied", "layer_ratio": 0.95, "drop_ratio": 0.0},
+    "studied, at 0.6 a layer": {"layers": "studied", "layer_ratio": 0.6},
+    "studied, zero": {"layers": "studied", "on_skip": "zero"},
 }
 
 
@@ -59,7 +65,8 @@ def measure(model, texts: list[tuple[str, torch.Tensor]], options: dict[str, Any
     return found
 
 
-def run(cells: Cells, source: str, model, tokenizer) -> None:
+def run(cells: Cells, source: str, pruned: str | None) -> None:
+    model, tokenizer = kvprune.load(source), kvprune.load_tokenizer(source)
     texts = judged_windows(TEXTS, tokenizer, (WINDOW,), TOKENS)
     study = {"text": "wikitext2", "tokens": 4096, "window": WINDOW}
     cells.run("layers", lambda: kvprune.study_layers(source, **study), needed=True)
@@ -67,7 +74,7 @@ def run(cells: Cells, source: str, model, tokenizer) -> None:
     layers = cells.cells["layers"]["layers"]
     for ratio in (0.25, 0.4, 0.1):
         for way, options in WAYS.items():
-            if ", by " in way and ratio != 0.25:
+            if variant(way) and ratio != 0.25:
                 continue
             studied = {"layers": layers} if "layers" in options else {}
             for seed in SEEDS if "random" in way else SEEDS[:1]:
@@ -81,6 +88,11 @@ def run(cells: Cells, source: str, model, tokenizer) -> None:
             for way in ("paper", "studied, dropped"):
                 chosen = {"ratio": ratio, **WAYS[way]} | ({"layers": layers} if "layers" in WAYS[way] else {})
                 cells.run(f"rate {ratio}, {way}, {name}", lambda ids=ids, o=chosen: rates(model, ids, o))
+    if pruned is not None:
+        small, ids = kvprune.load(pruned), token_ids(read_text("wikitext2", "test"), tokenizer, RATE_TOKENS)
+        for ratio in (0.0, *RATIOS):
+            chosen = {"ratio": ratio, "layers": layers}
+            cells.run(f"rate {ratio}, pruned, prose", lambda o=chosen: rates(small, ids, o))
 
 
 def kinds_of_text() -> dict[str, str]:
@@ -115,7 +127,7 @@ def table(cells: Cells) -> str:
             achieved = statistics.fmean(c[t]["ratio_achieved"] for c in found for t in TEXTS)
             columns = (
                 f"{ratio:g}",
-                "the paper's" if way == "paper" else "random" if "random" in way else f"ours{by_what(way)}",
+                "the paper's" if way == "paper" else "random" if "random" in way else f"ours{variant(way)}",
                 "last half" if way == "paper" else "studied" if "studied" in way else "last",
                 "kept" if "kept" in way else "dropped",
                 *(entry for t in TEXTS for entry in (f"{values[t]:.2f}", f"{values[t] / dense[t]:.3f}")),
@@ -125,9 +137,10 @@ def table(cells: Cells) -> str:
     return "\n".join(rows) + "\n" + rates_table(cells)
 
 
-def by_what(way: str) -> str:
-    """The signal, where it is not the default."""
-    return f", {way.split(', ')[1]}" if ", by " in way else ""
+def variant(way: str) -> str:
+    """What is not as it is by default: the signal, the share of a layer, what stands for the output."""
+    named = way.split(", ")[1] if ", " in way else ""
+    return f", {named}" if named.startswith(("by ", "at ", "zero")) else ""
 
 
 def rates_table(cells: Cells) -> str:
@@ -143,7 +156,7 @@ def rates_table(cells: Cells) -> str:
     for name, cell in found.items():
         way, text = name.split(", ", 1)[1].rsplit(", ", 1)
         asked, achieved = cell["ratio_asked"], cell["ratio_achieved"]
-        who = "the paper's" if way == "paper" else "ours"
+        who = {"paper": "the paper's", "pruned": "ours, pruned model"}.get(way, "ours")
         share = cell["kv_bytes"] / cell["kv_bytes_dense"]
         rows.append(f"| {text} | {who} | {asked:g} | {achieved:.4f} | {achieved - asked:+.4f} | {share:.3f} |")
     return "\n".join(rows) + "\n"
@@ -152,13 +165,12 @@ def rates_table(cells: Cells) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument("--pruned", metavar="FOLDER", help="a model that `kvprune prune` wrote")
     parser.add_argument("--only", nargs="*", default=[], metavar="PATTERN", help="names of cells; * matches anything")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/token_filter"))
     arguments = parser.parse_args()
     cells = Cells(arguments.out, arguments.model, arguments.only)
-    model = kvprune.load(arguments.model)
-    tokenizer = kvprune.load_tokenizer(arguments.model)
-    run(cells, arguments.model, model, tokenizer)
+    run(cells, arguments.model, arguments.pruned)
     arguments.out.with_suffix(".md").write_text(table(cells))
     print(table(cells))
 

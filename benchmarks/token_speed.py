@@ -18,6 +18,7 @@ from cells import Cells
 
 import kvprune
 from kvprune.measure.speed import Side, Timing, alternate
+from kvprune.models.family import family_of
 
 STEPS = 16
 PREFILL = 2048
@@ -50,17 +51,20 @@ def prefill(model, options: dict[str, Any], rounds: int) -> dict[str, Any]:
     ids = prompt(model, 1, PREFILL)
     timing = alternate((dense, ours), lambda side: side.prefill(ids), rounds)
     rates = ours.token_filter.report["per_layer"]
-    return summary(timing, prefill_limit(model.config, rates), ours.token_filter)
+    return summary(timing, prefill_limit(model, rates), ours.token_filter)
 
 
-def prefill_limit(config, rates: list[float]) -> float:
+def prefill_limit(model, rates: list[float]) -> float:
     """Multiplications of one prompt, dense / filtered."""
-    hidden, heads, kv, d = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    rest = 3 * hidden * config.intermediate_size + 2 * hidden * kv * d
-    query = 2 * hidden * heads * d
-    scores = 2 * heads * d * PREFILL / 2
-    dense = len(rates) * (rest + query + scores)
-    ours = sum(rest + (1 - r) * query + (1 - r) ** 2 * scores for r in rates)
+    family = family_of(model.config.model_type)
+    dense = ours = 0.0
+    for block, rate in zip(family.blocks(model), rates, strict=True):
+        attention = getattr(block, family.attention)
+        weights = sum(weight.numel() for weight in block.parameters() if weight.dim() == 2)
+        query = sum(getattr(attention, name).weight.numel() for name in (family.q, family.o))
+        scores = getattr(attention, family.q).out_features * PREFILL  # Q K and A V, half of each behind the causal mask
+        dense += weights + scores
+        ours += weights - rate * query + (1 - rate) ** 2 * scores
     return dense / ours
 
 
