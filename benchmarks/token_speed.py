@@ -19,6 +19,7 @@ from cells import Cells
 import kvprune
 from kvprune.measure.speed import Side, Timing, alternate
 from kvprune.models.family import family_of
+from kvprune.runtime.linear import pack_weights
 
 STEPS = 16
 PREFILL = 2048
@@ -107,6 +108,7 @@ def main() -> None:
     options = {"ratio": arguments.skip, "layers": arguments.layers}
     cells = Cells(arguments.out, arguments.model, arguments.only, {**options, "rounds": arguments.rounds})
     model = kvprune.load(arguments.model)
+    pack_weights(model)  # as `kvprune generate` and `bench` do
     for context, batch in DECODE:
         name = f"decode, context {context}, batch {batch}"
         cells.run(name, lambda c=context, b=batch: decode(model, options, arguments.rounds, c, b))

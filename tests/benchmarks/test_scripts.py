@@ -58,3 +58,18 @@ def test_the_curve_of_quality_against_bytes(tmp_path, texts, monkeypatch):
     assert "| dense | 8 bits | 25.0%" in (tmp_path / "curve.md").read_text()
     points = [("a", "x", 0.5, 1.2), ("b", "x", 0.4, 1.1), ("c", "x", 0.3, 1.3)]
     assert script.best(points) == {("b", "x"), ("c", "x")}
+
+
+def test_speed_against_bytes(checkpoint, tmp_path, monkeypatch):
+    ways = ("other: as it is", "dense: 25%*")
+    words = ("--batch", 2, "--context", 64, "--new-tokens", 2, "--rounds", 1, "--only", *ways, "--out", tmp_path / "s")
+    run(monkeypatch, "kv_speed", checkpoint, f"other={checkpoint}", *words, "--layers", 1, 0)
+    cells = json.loads((tmp_path / "s.json").read_text())["cells"]
+    assert list(cells) == ["dense: 25% of tokens skip", "other: as it is"]
+    same, fewer = (cells[name]["memory_bytes"] for name in ("other: as it is", "dense: 25% of tokens skip"))
+    assert same["pruned"]["kv_cache"] == same["dense"]["kv_cache"] == fewer["dense"]["kv_cache"]
+    share = fewer["pruned"]["kv_cache"] / fewer["dense"]["kv_cache"]
+    assert 0.75 <= share < 1
+    first, second = (tmp_path / "s.md").read_text().splitlines()[2:]
+    assert first.startswith(f"| other | as it is | 100.0% | {cells['other: as it is']['decode_ratio']:.2f} |")
+    assert second.startswith(f"| dense | 25% of tokens skip | {share:.1%} |")

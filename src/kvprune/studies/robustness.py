@@ -23,6 +23,7 @@ from kvprune.progress import Progress
 from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.cache import GrowingCache
 from kvprune.runtime.files import writing_to
+from kvprune.runtime.linear import pack_weights
 from kvprune.studies.journal import PICTURE, StudyJournal
 from kvprune.text.corpus import read_text
 from kvprune.text.windows import digest, token_ids
@@ -101,6 +102,7 @@ def _study_one(
     with progress.phase(f"load {index + 1}"):
         model = load_model(source, device, dtype)
         pack_groups(model)
+        pack_weights(model)
     if "reading" not in done:
         with progress.phase(f"read {index + 1}", len(ids)) as advance:
             rows = reading(read(model, ids, context, advance))
