@@ -47,6 +47,10 @@ WAYS: dict[str, dict[str, Any]] = {  # "studied" stands for the layers
     "studied, at 0.95 a layer": {"layers": "studied", "layer_ratio": 0.95},
     "studied, at 0.95 a layer, kept": {"layers": "studied", "layer_ratio": 0.95, "drop_ratio": 0.0},
     "studied, at 0.6 a layer": {"layers": "studied", "layer_ratio": 0.6},
+    "last, every third decides": {"decide_every": 3},
+    "studied, every third decides": {"layers": "studied", "decide_every": 3},
+    "studied, every third decides, kept": {"layers": "studied", "decide_every": 3, "drop_ratio": 0.0},
+    "studied, every fifth decides": {"layers": "studied", "decide_every": 5},
     "studied, zero": {"layers": "studied", "on_skip": "zero"},
 }
 
@@ -140,7 +144,7 @@ def table(cells: Cells) -> str:
 def variant(way: str) -> str:
     """What is not as it is by default: the signal, the share of a layer, what stands for the output."""
     named = way.split(", ")[1] if ", " in way else ""
-    return f", {named}" if named.startswith(("by ", "at ", "zero")) else ""
+    return f", {named}" if named.startswith(("by ", "at ", "every ", "zero")) else ""
 
 
 def rates_table(cells: Cells) -> str:

@@ -1,6 +1,6 @@
 """Speed of a token filter against the dense model, prefill and decode, in alternating runs.
 
-    python benchmarks/token_speed.py MODEL [--skip 0.25] [--layers 28 25 ...] [--rounds 5] [--out OUT]
+    python benchmarks/token_speed.py MODEL [--skip 0.25] [--layers 28 25 ...] [--decide-every 3] [--rounds 5] [--out OUT]
 
 Prefill: one prompt. Decode: both caches are filled once, then the two sides take turns, `STEPS` steps each, and grow
 alike. Ratios are medians of the pairs, with their spread. The limit is what the bytes that a step reads would allow,
@@ -101,11 +101,12 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--skip", type=float, default=0.25)
     parser.add_argument("--layers", type=int, nargs="*", help="those that may skip, best first")
+    parser.add_argument("--decide-every", type=int, default=1, help="layers in a row that follow one decision")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[], metavar="PATTERN", help="names of cells; * matches anything")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/token_speed"))
     arguments = parser.parse_args()
-    options = {"ratio": arguments.skip, "layers": arguments.layers}
+    options = {"ratio": arguments.skip, "layers": arguments.layers, "decide_every": arguments.decide_every}
     cells = Cells(arguments.out, arguments.model, arguments.only, {**options, "rounds": arguments.rounds})
     model = kvprune.load(arguments.model)
     pack_weights(model)  # as `kvprune generate` and `bench` do

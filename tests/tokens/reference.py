@@ -89,10 +89,15 @@ def run(model, ids, *, rates, drop_rates=None, prompt_ends=(), options):
                 state["av"] = o["gamma"] * state["av"] + (1 - o["gamma"]) * v
                 first = max(math.ceil(max(o["warmup"], o["sinks"]) / o["block"]), 1) * o["block"]
                 free = t >= first and t + 1 not in prompt_ends
+                alike = [i for i in sorted(rates) if (drop_rates or rates)[i] == (drop_rates or rates)[index]]
+                every = o.get("decide_every", 1)
+                leader = layers[alike[alike.index(index) // every * every]]
                 skip = free and s > state["level"]
                 drop_level = state["level"] if drop_rates is None else state["drop"]
                 dropped = free and s > drop_level
-                if free:
+                if leader is not state:
+                    skip, dropped = leader["flags"][t], leader["dropped"][t]
+                elif free:
                     found.margin = min(found.margin, abs(s - state["level"]), abs(s - drop_level))
                 state["flags"].append(skip)
                 state["dropped"].append(dropped)

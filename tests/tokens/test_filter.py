@@ -72,6 +72,8 @@ def test_a_prompt_is_what_the_plain_loop_makes_of_it(family, attention):
         {"tail": 1.0, "layer_ratio": None, "block": 5, "warmup": 0, "sinks": 0},
         {"warmup": 20},
         {"sinks": 11},
+        {"tail": 1.0, "layer_ratio": None, "decide_every": 3},
+        {"decide_every": 2, "threshold": "adaptive", "alpha": 0.5, "beta": 0.8, "eta": 0.01},
         {"fusion": "mean"},
         {"fusion": "key"},
         {"fusion": "value"},
@@ -121,6 +123,34 @@ def test_dropping_is_a_decision_of_its_own(drop, drops):
         assert f.report["kv_bytes"] == f.report["kv_bytes_dense"]
 
 
+@pytest.mark.parametrize(("drop", "drops"), [(0.1, {2: 0.0, 3: 0.4}), (0.4, {2: 0.8, 3: 0.8})], ids=str)
+def test_a_layer_decides_for_the_next_if_they_drop_alike(drop, drops):
+    model, ids = model_of(), ids_of(60, seed=1)
+    every = {**OPTIONS, "decide_every": 2}
+    expected = run(model, ids[0].tolist(), rates={2: 0.5, 3: 0.5}, drop_rates=drops, options=every)
+    assert expected.margin > MARGIN
+    assert (expected.skipped[2] == expected.skipped[3]) == (drop == 0.4)
+    for pieces in (None, [1] * 60, [5, 30, 25]):
+        logits, f = filtered(model, ids, pieces, drop_ratio=drop, decide_every=2)
+        torch.testing.assert_close(logits[0], expected.logits, atol=1e-4, rtol=0)
+        assert f.report["kv_bytes"] == sum(expected.kept) * 2 * 2 * 16 * 4
+
+
+def test_a_layer_that_follows_decides_nothing(monkeypatch):
+    model, ids, calls = model_of(), ids_of(60), []
+    kind = kvprune.tokens.attention.FilteredAttention
+    similarity = kind._similarity
+    monkeypatch.setattr(kind, "_similarity", lambda self, *a: calls.append(self.index) or similarity(self, *a))
+    _, each = filtered(model, ids, ratio=0.5, tail=1.0)
+    assert calls == [1, 2, 3]
+    _, f = filtered(model, ids, ratio=0.5, tail=1.0, decide_every=2)
+    assert calls[3:] == [1, 3]
+    assert np.array_equal(f.skipped[1], f.skipped[2])
+    anchors, outputs = 2 * 2 * 16 * 4, model.config.hidden_size * 4
+    assert each.report["anchor_bytes"] == 3 * (anchors + outputs)
+    assert f.report["anchor_bytes"] == 2 * anchors + 3 * outputs
+
+
 @pytest.mark.parametrize(
     ("ratio", "options", "rates"),
     [
@@ -144,8 +174,9 @@ def test_as_few_layers_skip_as_the_ratio_needs(ratio, options, rates):
     assert [i for i, rate in enumerate(f.report["per_layer"]) if rate] == sorted(rates)
 
 
+@pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_neighbours_in_a_batch_change_nothing(family):
+def test_neighbours_in_a_batch_change_nothing(family, every):
     """Left-padded sequences of three lengths, prefill in two pieces and then steps, each as it is alone."""
     model = model_of(family)
     lengths, total = [40, 29, 12], 40
@@ -155,13 +186,13 @@ def test_neighbours_in_a_batch_change_nothing(family):
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     cache = DynamicCache(config=model.config)
     logits = []
-    with torch.no_grad(), kvprune.TokenFilter(ratio=0.25, **OPTIONS)(model):
+    with torch.no_grad(), kvprune.TokenFilter(ratio=0.25, decide_every=every, **OPTIONS)(model):
         for start, end in ((0, 20), (20, 33), *((i, i + 1) for i in range(33, total))):
             inputs = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
             logits.append(model(ids[:, start:end], past_key_values=cache, **inputs).logits)
     logits = torch.cat(logits, dim=1)
     for b, n in enumerate(lengths):
-        alone, _ = filtered(model, ids[b : b + 1, total - n :])
+        alone, _ = filtered(model, ids[b : b + 1, total - n :], decide_every=every)
         torch.testing.assert_close(logits[b, total - n :], alone[0], atol=1e-4, rtol=0)
 
 
@@ -274,10 +305,11 @@ def test_a_padded_batch_counts_real_tokens_and_the_padding_apart():
     assert f.report["position_bytes"] == sum(layer.columns.nbytes for layer in cache.layers[2:])
 
 
-def test_beam_search_reorders_all_state():
+@pytest.mark.parametrize("every", [1, 2])
+def test_beam_search_reorders_all_state(every):
     """Each beam's answer scores what a run of that very text alone gives it."""
     model, ids = model_of(), ids_of(20, batch=2, seed=2)
-    with kvprune.TokenFilter(ratio=0.25, **OPTIONS)(model):
+    with kvprune.TokenFilter(ratio=0.25, decide_every=every, **OPTIONS)(model):
         found = model.generate(
             ids,
             num_beams=3,
@@ -290,7 +322,7 @@ def test_beam_search_reorders_all_state():
             length_penalty=0.0,
         )
     for sequence, score in zip(found.sequences, found.sequences_scores, strict=True):
-        logits, _ = filtered(model, sequence[None], prompt_length=20)
+        logits, _ = filtered(model, sequence[None], prompt_length=20, decide_every=every)
         logp = logits[0].log_softmax(-1)
         alone = sum(logp[t - 1, sequence[t]].item() for t in range(20, 40))
         assert score.item() == pytest.approx(alone, abs=2e-3)
@@ -476,6 +508,7 @@ def test_what_stops_the_first_prompt_half_way_comes_out_as_it_is(monkeypatch):
         ({"preset": "paper", "gamma": 0.5}, errors.BadOption, "gamma"),
         ({"sink": 3}, errors.BadOption, "sinks"),
         ({"seed": -1}, errors.BadOption, "seed"),
+        ({"decide_every": 0}, errors.BadOption, "decide_every"),
         ({"ratio": "0.25"}, errors.BadOption, "ratio"),
         ({"gamma": "x"}, errors.BadOption, "gamma"),
         ({"warmup": 3.5}, errors.BadOption, "warmup"),

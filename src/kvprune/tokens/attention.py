@@ -74,7 +74,8 @@ class Counts:
 class FilteredAttention:
     """Stands in for the `forward` of one attention module. Everything is per sequence: no result depends on neighbours.
 
-    skip_rate, drop_rate: shares of this layer's tokens; drop_rate None: those that are skipped.
+    skip_rate, drop_rate: shares of this layer's tokens; drop_rate None: those that are skipped. leader: a layer before
+    this one whose decisions hold here too.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class FilteredAttention:
         self.module: Any = module
         self.index, self.settings = index, settings
         self.q, self.k, self.v, self.o = (getattr(module, getattr(family, name)) for name in "qkvo")
-        self.skip_rate, self.drop_rate = skip_rate, drop_rate
+        self.rates = skip_rate, drop_rate
+        self.leader: FilteredAttention | None = None
+        self.decided: tuple[np.ndarray, np.ndarray] | None = None  # in the last call
         self.fusion = FUSIONS[settings.fusion]()
         self.counts = Counts()
         self.decisions: list[np.ndarray] | None = None  # (B, T) bool a call, where they are recorded
@@ -272,11 +275,15 @@ class FilteredAttention:
         """Which tokens are skipped, and which are not cached: (B, T) bool each. Moves anchors and thresholds on."""
         assert self.step is not None
         started, s, step = time.perf_counter(), self.settings, self.step
+        layer.settings = s
+        if self.leader is not None:
+            assert self.leader.decided is not None
+            return self.leader.decided
         if layer.skip is None:
-            layer.settings = s
             kind = Fixed if s.signal == "random" else THRESHOLDS[s.threshold]
-            layer.skip = kind(s.rule(self.skip_rate), len(step.real))
-            layer.drop = None if self.drop_rate is None else kind(s.rule(self.drop_rate), len(step.real))
+            skip_rate, drop_rate = self.rates
+            layer.skip = kind(s.rule(skip_rate), len(step.real))
+            layer.drop = None if drop_rate is None else kind(s.rule(drop_rate), len(step.real))
         if s.signal == "random":
             similarity = uniform(step.positions, s.seed, self.index)
         else:
@@ -288,8 +295,9 @@ class FilteredAttention:
         skipped = dropped = _back(layer.skip.take(similarity, layer.counts, step.final), step.order)
         if layer.drop is not None:
             dropped = _back(layer.drop.take(similarity, layer.counts, step.final), step.order)
+        self.decided = skipped, dropped
         self.counts.seconds += time.perf_counter() - started
-        return skipped, dropped
+        return self.decided
 
     def _similarity(
         self, layer: FilteredLayer, k: torch.Tensor, v: torch.Tensor, order: np.ndarray | None, numbers: np.ndarray

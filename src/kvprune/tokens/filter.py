@@ -83,6 +83,7 @@ class TokenFilter:
             )
             for i in sorted(skip | drop)
         ]
+        _share_decisions(self._layers, s.decide_every)
         self._model, self._cache, self._bytes = model, None, no_bytes()
         return self
 
@@ -105,7 +106,7 @@ class TokenFilter:
         self._active = False
         self._undo.close()
         for layer in self._layers:
-            layer.step = None
+            layer.step = layer.decided = None
         assert self._model is not None
         self._bytes, self._cache = bytes_of(self._model, self._cache), None
 
@@ -224,6 +225,17 @@ def asked_filter(
     if skip is None:
         return None
     return TokenFilter(skip, preset=preset, layers=None if layers is None else whole_numbers("skip-layers", layers))
+
+
+def _share_decisions(layers: list[FilteredAttention], every: int) -> None:
+    """Let the first of every so many layers in a row decide for all of them, if they are to skip and drop alike."""
+    leader, led = None, 0
+    for layer in layers:
+        if leader is not None and led < every and layer.rates == leader.rates:
+            layer.leader = leader
+        else:
+            leader, led = layer, 0
+        led += 1
 
 
 def _filtered(layer: Any, window: int | None) -> FilteredLayer:

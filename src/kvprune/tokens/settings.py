@@ -24,6 +24,7 @@ class Settings:
     that may skip. layers: the layers that may, in the order in which they are taken [ours]; None: the tail's, from the
     last backwards. layer_ratio: as few of them skip as the ratio needs if each may skip this share of its tokens, and
     all where that is not enough [ours]; None: all of them, as the paper has it. Those that skip do so at one rate.
+    decide_every: of so many of these layers in a row, the first one's decisions hold for all [ours]; 1: each its own.
     warmup: first tokens that are never skipped; sinks: the same, beside it, for cached K/V and output [ours]. gamma,
     output_gamma [ours]: memory of the anchors of keys and values, and of the outputs. on_skip: what a skipped token's
     attention gives: the output anchor [ours], or zero. keys: similarity before or behind RoPE [ours]. threshold, block
@@ -37,6 +38,7 @@ class Settings:
     tail: float = 0.5
     layers: tuple[int, ...] | None = None
     layer_ratio: float | None = 0.75
+    decide_every: int = 1
     warmup: int = 32
     sinks: int = 4
     gamma: float = 0.9
@@ -76,7 +78,8 @@ class Settings:
             raise BadOption(f"tail must lie above 0 and be at most 1, not {self.tail!r}")
         if self.layer_ratio is not None and not (_is_number(self.layer_ratio) and 0 < self.layer_ratio <= MOST):
             raise BadOption(f"layer_ratio must lie above 0 and be at most {MOST}, or None, not {self.layer_ratio!r}")
-        for name, least in (("warmup", 0), ("sinks", 0), ("block", 1), ("seed", 0), ("prompt_length", 1)):
+        least_of = {"warmup": 0, "sinks": 0, "block": 1, "seed": 0, "prompt_length": 1, "decide_every": 1}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= least):
                 raise BadOption(f"{name} must be a whole number, at least {least}, not {value}")
