@@ -1,6 +1,6 @@
 """Speed of a token filter against the dense model, prefill and decode, in alternating runs.
 
-    python benchmarks/token_speed.py MODEL [--skip 0.25] [--layers 28 25 ...] [--decide-every 3] [--rounds 5] [--out OUT]
+    python benchmarks/token_speed.py MODEL [--skip 0.25] [--layers 28 25 ...] [--decide-every 3] [--out OUT]
 
 Prefill: one prompt. Decode: both caches are filled once, then the two sides take turns, `STEPS` steps each, and grow
 alike. Ratios are medians of the pairs, with their spread. The limit is what the bytes that a step reads would allow,
