@@ -115,6 +115,35 @@ def test_other_metrics_are_reported_and_stdout_is_ours(checkpoint, piqa, tmp_pat
     assert capsys.readouterr().out == ""
 
 
+def test_too_little_memory_for_one_models_tasks_leaves_the_rest(checkpoint, tmp_path, monkeypatch, capsys):
+    row = {"task": "t", "metric": "acc", "samples": 9, "value": 0.5, "stderr": 0.25}
+    answers = [[row], RuntimeError("DefaultCPUAllocator: can't allocate memory")] * 2
+
+    def run(*args):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("kvprune.measure.evaluate.load_tasks", lambda names: names)
+    monkeypatch.setattr("kvprune.measure.evaluate.run_tasks", run)
+    (tmp_path / "text.txt").write_text(words(600, seed=0))
+    found = kvprune.evaluate(checkpoint, checkpoint, tasks="t", texts=[str(tmp_path / "text.txt")], tokens=512)
+    assert found["tasks"] == [
+        {"task": "t", "metric": "acc", "samples": 9, "values": [0.5, None], "stderr": [0.25, None]}
+    ]
+    assert found["errors"] == [f"{checkpoint}, t: out of memory"]
+    assert None not in found["perplexity"][0]["values"]
+    asked = ["eval", checkpoint, "--against", checkpoint, "--tasks", "t"]
+    monkeypatch.setattr(sys, "argv", ["kvprune", *map(str, asked)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "│ 0.5000 ± 0.2500 │ - │" in " ".join(shown.split())
+    assert "out of memory" in shown
+
+
 def test_what_cannot_be_run(checkpoint, piqa, tmp_path, monkeypatch):
     with pytest.raises(BadOption, match="unknown task 'none'"):
         kvprune.evaluate(checkpoint, tasks="none")

@@ -1,6 +1,7 @@
 """`evaluate`: perplexity and tasks of one source, or of two on the very same tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,9 @@ def evaluate(
     transformers' quantised cache in all perplexities; bytes per token then are those of the longest window but half of
     what stays unquantised, scales included. Returns {"sources": [{"source", "kv_bytes_per_token", "parameters",
     "dtype", "kv_bits"}], "perplexity": [{"text", "window", "tokens", "values"}], "tasks": [{"task", "metric",
-    "samples", "values", "stderr"}]} with one value per source, and "errors": a line for every perplexity that is None,
-    since the model's loss was not finite or memory ran out. Raises BadOption, also when two sources tokenise
-    differently: their figures could not be compared.
+    "samples", "values", "stderr"}]} with one value per source, and "errors": a line for every perplexity and for all
+    tasks of a source that are None, since the model's loss was not finite or memory ran out. Raises BadOption, also
+    when two sources tokenise differently: their figures could not be compared.
     """
     progress = progress or Progress()
     if tokens and tokens < 2:
@@ -67,26 +68,22 @@ def evaluate(
     cut = {(t, n): windows(contents[t], tokenizer, n, tokens or None, t) for t in texts for n in lengths}
     loaded = load_tasks(names) if names else []
     rows: list[dict[str, Any]] = [{"text": t, "window": n, "tokens": 0, "values": []} for t, n in cut]
-    scores: list[list[dict[str, Any]]] = []
-    costs, errors = [], []
+    scores: list[list[dict[str, Any]] | None] = []
+    costs: list[dict[str, Any]] = []
+    errors: list[str] = []
     for index, one in enumerate(sources):
         with progress.phase(f"load {index + 1}"):
             model = load_model(one, device, dtype)
         with progress.phase(f"evaluate {index + 1}", sum(len(ids) for ids in cut.values())) as advance:
             for row, ids in zip(rows, cut.values(), strict=True):
-                try:
+                row["values"].append(None)
+                with _noted(errors, f"{one.name}, {row['text']}, window {row['window']}"):
                     result = perplexity(model, ids, advance, kv_bits)
-                except (NotFinite, RuntimeError, MemoryError) as error:
-                    if not (isinstance(error, NotFinite) or memory.is_out_of_memory(error)):
-                        raise
-                    says = error if isinstance(error, NotFinite) else "out of memory"
-                    errors.append(f"{one.name}, {row['text']}, window {row['window']}: {says}")
-                    row["values"].append(None)
-                else:
-                    row["tokens"] = result.tokens
-                    row["values"].append(result.value)
+                    row["tokens"], row["values"][-1] = result.tokens, result.value
         if loaded:
-            scores.append(run_tasks(model, tokenizer, loaded, task_limit))
+            scores.append(None)
+            with _noted(errors, f"{one.name}, {', '.join(names)}"):
+                scores[-1] = run_tasks(model, tokenizer, loaded, task_limit)
         costs.append(
             {
                 "source": one.name,
@@ -117,13 +114,27 @@ def _lengths(asked: Sequence[int] | None, sources: list[Source], tokens: int, kv
     return lengths
 
 
-def _side_by_side(scores: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A source's rows from `run_tasks` each -> a row a task and metric."""
-    rows = []
-    for same in zip(*scores, strict=True):
-        shared = {key: same[0][key] for key in ("task", "metric", "samples")}
-        rows.append({**shared, "values": [row["value"] for row in same], "stderr": [row["stderr"] for row in same]})
-    return rows
+@contextmanager
+def _noted(errors: list[str], what: str) -> Iterator[None]:
+    """A loss that is not finite, or too little memory, ends what is inside and becomes a line of `errors`."""
+    try:
+        yield
+    except (NotFinite, RuntimeError, MemoryError) as error:
+        if not (isinstance(error, NotFinite) or memory.is_out_of_memory(error)):
+            raise
+        errors.append(f"{what}: {error if isinstance(error, NotFinite) else 'out of memory'}")
+    memory.release()
+
+
+def _side_by_side(scores: list[list[dict[str, Any]] | None]) -> list[dict[str, Any]]:
+    """A source's rows from `run_tasks` each, or None -> a row a task and metric."""
+    known = [rows for rows in scores if rows is not None]
+    found: list[dict[str, Any]] = []
+    for number, one in enumerate(known[0] if known else []):
+        same = [{} if rows is None else rows[number] for rows in scores]
+        shared = {key: one[key] for key in ("task", "metric", "samples")}
+        found.append({**shared, "values": [s.get("value") for s in same], "stderr": [s.get("stderr") for s in same]})
+    return found
 
 
 @torch.no_grad()

@@ -127,8 +127,10 @@ def evaluation_table(result: dict[str, Any]) -> RenderableType:
     return Group(table, *result["errors"])
 
 
-def _with_error(value: float, error: Any) -> str:
+def _with_error(value: float | None, error: Any) -> str:
     """lm-eval writes "N/A" where a metric has no standard error."""
+    if value is None:
+        return "-"
     return f"{value:.4f} ± {error:.4f}" if isinstance(error, float) else f"{value:.4f}"
 
 
