@@ -44,6 +44,9 @@ WAYS: dict[str, dict[str, Any]] = {  # "studied" stands for the layers
     "studied, by keys behind RoPE": {"layers": "studied", "fusion": "key", "keys": "post-rope"},
     "studied, by anchors of gamma 0.7": {"layers": "studied", "gamma": 0.7},
     "studied, by anchors of gamma 0.97": {"layers": "studied", "gamma": 0.97},
+    "studied, by norms too": {"layers": "studied", "norms": 0.5},
+    "studied, by norms too, kept": {"layers": "studied", "norms": 0.5, "drop_ratio": 0.0},
+    "studied, by norms too, every third decides": {"layers": "studied", "norms": 0.5, "decide_every": 3},
     "studied, at 0.95 a layer": {"layers": "studied", "layer_ratio": 0.95},
     "studied, at 0.95 a layer, kept": {"layers": "studied", "layer_ratio": 0.95, "drop_ratio": 0.0},
     "studied, at 0.6 a layer": {"layers": "studied", "layer_ratio": 0.6},
@@ -143,8 +146,8 @@ def table(cells: Cells) -> str:
 
 def variant(way: str) -> str:
     """What is not as it is by default: the signal, the share of a layer, what stands for the output."""
-    named = way.split(", ")[1] if ", " in way else ""
-    return f", {named}" if named.startswith(("by ", "at ", "every ", "zero")) else ""
+    named = [part for part in way.split(", ") if part.startswith(("by ", "at ", "every ", "zero"))]
+    return "".join(f", {part}" for part in named)
 
 
 def rates_table(cells: Cells) -> str:
