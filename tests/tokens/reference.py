@@ -84,10 +84,6 @@ def run(model, ids, *, rates, drop_rates=None, prompt_ends=(), options):
                     vk, vv = sum((c - mk) ** 2 for c in ck) / kv_heads, sum((c - mv) ** 2 for c in cv) / kv_heads
                     wk = (1 / (vk + 1e-6)) / (1 / (vk + 1e-6) + 1 / (vv + 1e-6))
                     s = wk * mk + (1 - wk) * mv
-                if o.get("norms"):
-                    sizes = [float((signal[i].norm() / state["ak"][i].norm()).log()) for i in range(kv_heads)]
-                    sizes += [float((state["av"][i].norm() / v[i].norm()).log()) for i in range(kv_heads)]
-                    s += o["norms"] * sum(sizes) / kv_heads
                 s += 1e-5 * (t * 0.6180339887498949 % 1)
                 state["ak"] = o["gamma"] * state["ak"] + (1 - o["gamma"]) * signal
                 state["av"] = o["gamma"] * state["av"] + (1 - o["gamma"]) * v

@@ -40,13 +40,6 @@ def _powers(n: int, gamma: float, like: torch.Tensor) -> tuple[torch.Tensor, tor
     return weights.to(like), (gamma ** t.double()).to(like)
 
 
-def log_norms(x: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
-    """log(|token| / |anchor it meets|), both (..., T, D) -> (..., T); of nothing beside nothing 0."""
-    tiny = torch.finfo(x.dtype).tiny
-    both = (torch.linalg.vector_norm(t, dim=-1).clamp_min(tiny).log() for t in (x, anchors))
-    return next(both) - next(both)
-
-
 def cosine(x: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """Cosine of the angle between tokens and the anchors they meet, both (..., T, D) -> (..., T)."""
     return torch.nn.functional.cosine_similarity(x, anchors, dim=-1)

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvprune.models.family import Family
 from kvprune.runtime.modeling import rotate_half
-from kvprune.tokens.anchors import cosine, log_norms, moving_average
+from kvprune.tokens.anchors import cosine, moving_average
 from kvprune.tokens.cache import FilteredLayer
 from kvprune.tokens.fusion import FUSIONS
 from kvprune.tokens.settings import Settings
@@ -305,9 +305,9 @@ class FilteredAttention:
         """Similarity of every token to the anchors before it, in `order`, (B, T) float64. Moves the anchors on."""
         x = torch.stack((k, v), dim=1).float()  # (B, 2, KV heads, T, head_dim)
         if x.shape[3] == 1 and order is None and layer.anchor is not None and layer.counts.all():
-            fused = self._fuse(x, layer.anchor.unsqueeze(3))  # a step of decoding, with as few operations as can be
+            cosines = cosine(x, layer.anchor.unsqueeze(3))  # a step of decoding, with as few operations as can be
             layer.anchor = torch.lerp(x[:, :, :, 0], layer.anchor, self.settings.gamma)
-            return fused
+            return self.fusion(cosines).cpu().double().numpy()
         if order is not None:
             index = torch.from_numpy(order).to(x.device)[:, None, None, :, None]
             x = x.gather(3, index.expand(-1, *x.shape[1:3], -1, x.shape[4]))
@@ -316,18 +316,10 @@ class FilteredAttention:
             new = torch.from_numpy(layer.counts == 0).to(x.device)  # padding so far: they start here
             start = torch.where(new[:, None, None, None], start, layer.anchor) if new.any() else layer.anchor
         anchors = moving_average(x, start, self.settings.gamma)
-        fused = self._fuse(x, anchors[..., :-1, :])
+        cosines = cosine(x, anchors[..., :-1, :])
         rows = torch.arange(len(numbers), device=x.device)
         layer.anchor = anchors[rows, :, :, torch.from_numpy(numbers).to(x.device)]
-        return fused
-
-    def _fuse(self, x: torch.Tensor, anchors: torch.Tensor) -> np.ndarray:
-        """One number for what a token's keys and values (B, 2, KV heads, T, head_dim) are beside the anchors."""
-        similarity = self.fusion(cosine(x, anchors))
-        if self.settings.norms:
-            keys, values = log_norms(x, anchors).mean(2).unbind(1)
-            similarity = similarity + self.settings.norms * (keys - values)
-        return similarity.cpu().double().numpy()
+        return self.fusion(cosines).cpu().double().numpy()
 
     def _count(self, step: Step, skipped: np.ndarray, dropped: np.ndarray) -> None:
         counts = self.counts

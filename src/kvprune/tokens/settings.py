@@ -26,9 +26,7 @@ class Settings:
     all where that is not enough [ours]; None: all of them, as the paper has it. Those that skip do so at one rate.
     decide_every: of so many of these layers in a row, the first one's decisions hold for all [ours]; 1: each its own.
     warmup: first tokens that are never skipped; sinks: the same, beside it, for cached K/V and output [ours]. gamma,
-    output_gamma [ours]: memory of the anchors of keys and values, and of the outputs. norms: what weight the tokens'
-    norms have beside the similarity, since large keys are attended to less (arXiv 2406.11430) and small values say less
-    [ours]; 0 is the paper's. on_skip: what a skipped token's
+    output_gamma [ours]: memory of the anchors of keys and values, and of the outputs. on_skip: what a skipped token's
     attention gives: the output anchor [ours], or zero. keys: similarity before or behind RoPE [ours]. threshold, block
     [ours], alpha, beta [ours], eta: see threshold.py. signal: "random" is a baseline that takes tokens at the same rate
     [ours], drawn with `seed`. prompt_length: absolute position behind the prompt's final token, which is never skipped
@@ -47,7 +45,6 @@ class Settings:
     output_gamma: float = 0.7
     on_skip: str = "anchor"
     keys: str = "pre-rope"
-    norms: float = 0.0
     fusion: str = "variance"
     signal: str = "similarity"
     threshold: str = "quantile"
@@ -69,7 +66,7 @@ class Settings:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise BadOption(f"unknown {name} {getattr(self, name)!r}; choose {', '.join(known)}")
-        for name in ("ratio", "drop_ratio", "norms", "alpha", "eta"):
+        for name in ("ratio", "drop_ratio", "alpha", "eta"):
             value = getattr(self, name)
             if value is not None and not (_is_number(value) and value >= 0):
                 raise BadOption(f"{name} must be a finite number, at least 0, not {value!r}")
