@@ -14,6 +14,11 @@ def windows_of(config: PreTrainedConfig) -> list[int | None]:
     return found or [None] * config.num_hidden_layers  # older transformers make plain layers as they go
 
 
+def slides(config: PreTrainedConfig) -> bool:
+    """Whether some layer forgets what has left its window."""
+    return any(most is not None for most in windows_of(config))
+
+
 def held_tokens(config: PreTrainedConfig, context: int) -> int:
     """Tokens in the cache of one sequence, summed over layers."""
     return sum(context if most is None else min(context, most) for most in windows_of(config))

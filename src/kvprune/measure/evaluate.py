@@ -119,11 +119,12 @@ def _noted(errors: list[str], what: str) -> Iterator[None]:
     """A loss that is not finite, or too little memory, ends what is inside and becomes a line of `errors`."""
     try:
         yield
+        return
     except (NotFinite, RuntimeError, MemoryError) as error:
         if not (isinstance(error, NotFinite) or memory.is_out_of_memory(error)):
             raise
         errors.append(f"{what}: {error if isinstance(error, NotFinite) else 'out of memory'}")
-    memory.release()
+    memory.release()  # not before the error, which holds on to the tensors, is gone
 
 
 def _side_by_side(scores: list[list[dict[str, Any]] | None]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvprune.errors import BadOption
-from kvprune.measure.context import held_tokens, longest, windows_of
+from kvprune.measure.context import held_tokens, longest, slides
 from kvprune.measure.memory import kv_bytes_per_token
 from kvprune.measure.shapes import dense_config
 from kvprune.models.family import dense_head_dim, family_of
@@ -65,8 +65,7 @@ def fit(
     sizes = _Sizes(weights, shrinking, int(room * (1 - reserve)), grid)
     kv = batch * held_tokens(config, context) * per_layer
     ratio = sizes.needed(kv)
-    sliding = any(most is not None for most in windows_of(config))
-    with_bits = [] if sliding else [_quantized(sizes, kind, bits, kv, context) for bits in BACKENDS]
+    with_bits = [] if slides(config) else [_quantized(sizes, kind, bits, kv, context) for bits in BACKENDS]
 
     def both(of: Callable[[float], int]) -> dict[str, int]:
         return {"dense": of(sizes.left(0.0)), "pruned": of(sizes.left(grid.largest if ratio is None else ratio))}

@@ -14,9 +14,10 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from kvprune.measure import memory
+from kvprune.measure.context import slides
 from kvprune.models.family import family_of
 from kvprune.runtime.cache import GrowingCache, GrowingLayer
 from kvprune.runtime.quantized import is_quantized, quantized_cache
@@ -71,8 +72,7 @@ class Side:
     @property
     def copies(self) -> bool:
         """Whether `rewind` copies what it goes back to."""
-        layers: list[Any] = list(DynamicCache(config=self.model.config).layers)
-        return self.token_filter is not None or any(layer.is_sliding for layer in layers)
+        return self.token_filter is not None or slides(self.model.config)
 
     def forget(self) -> None:
         self.cache = self.filled = None
