@@ -22,6 +22,7 @@ import kvprune
 from kvprune.measure.memory import cache_bytes
 from kvprune.measure.perplexity import perplexity
 from kvprune.runtime.cache import GrowingCache
+from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import RECENT, decoding_pieces, quantized_cache
 from kvprune.text.windows import judged_windows
 
@@ -49,7 +50,7 @@ def held(model, ids: torch.Tensor, bits: int | None, token_filter) -> int:
     pieces = [tokens] if bits is None else decoding_pieces(bits, tokens)
     with nullcontext() if token_filter is None else token_filter(model):
         for piece in ids.split(pieces, dim=1):
-            model(piece, past_key_values=cache, logits_to_keep=1)
+            model(piece, logits_to_keep=1, **{CACHE: cache})
     return cache_bytes(cache)
 
 

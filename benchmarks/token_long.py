@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvprune
 from kvprune.measure.memory import held_bytes, release
+from kvprune.runtime.modeling import CACHE
 from kvprune.versions import versions
 
 POINTS = 10
@@ -51,7 +52,7 @@ def decode(model, tokens: int, token_filter: kvprune.TokenFilter | None) -> list
     rows, skipped, late = [], 0.0, 0
     start = time.perf_counter()
     for t in range(tokens):
-        model(ids[:, t : t + 1], past_key_values=cache, logits_to_keep=1)
+        model(ids[:, t : t + 1], logits_to_keep=1, **{CACHE: cache})
         if (t + 1) % (tokens // POINTS) == 0:
             row: dict[str, Any] = {"tokens": t + 1}
             row["ms_per_token"] = 1000 * (time.perf_counter() - start) / (tokens // POINTS)

@@ -11,6 +11,7 @@ import kvprune
 from kvprune import benchmark, cli, errors
 from kvprune.measure import shapes, speed
 from kvprune.measure.memory import cache_bytes
+from kvprune.runtime.modeling import CACHE
 from tiny import tiny_model
 
 QUICK = {"new_tokens": 4, "rounds": 2, "device": "cpu"}
@@ -34,7 +35,7 @@ def test_a_grid(checkpoint, halved, tmp_path):
     for cell in report["cells"]:
         b, c, held = cell["batch"], cell["context"], cell["memory_bytes"]
         with torch.no_grad():
-            cache = dense(torch.zeros(b, c, dtype=torch.long)).past_key_values
+            cache = dense(torch.zeros(b, c, dtype=torch.long))[CACHE]
         assert held["dense"]["kv_cache"] == cache_bytes(cache) == 2 * held["pruned"]["kv_cache"]
         assert held["dense"]["weights"] == weights > held["pruned"]["weights"]
         for name in ("dense", "pruned"):
@@ -271,6 +272,7 @@ for name in ("rich", "typer", "pydantic", "peft", "accelerate", "jinja2", "matpl
     sys.modules[name] = None
 from kvprune.benchmark import bench
 from kvprune.measure import shapes
+from kvprune.runtime.modeling import CACHE
 small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 shapes.SHAPES["small"] = {"model_type": "llama", "num_key_value_heads": 2, "vocab_size": 100, **small}
 (cell,) = bench("small", pruned_shape=True, context=64, new_tokens=4, rounds=1, device="cpu", dtype="float32")["cells"]

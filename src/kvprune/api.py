@@ -14,6 +14,7 @@ from kvprune.models import source as sources
 from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.cache import GrowingCache
 from kvprune.runtime.linear import pack_weights
+from kvprune.runtime.modeling import CACHE
 from kvprune.tokens.filter import asked_filter
 
 
@@ -85,17 +86,18 @@ def generate(
     with nullcontext() if token_filter is None else token_filter(model):
         output: Any = model.generate(  # type: ignore[operator]
             **inputs,
-            past_key_values=GrowingCache(model.config),
             max_new_tokens=max_new_tokens,
             return_dict_in_generate=True,
+            **{CACHE: GrowingCache(model.config)},
             **how,
         )
     new = output.sequences[0, inputs["input_ids"].shape[1] :]
+    cache = output[CACHE]
     return {
         "prompt": prompt,
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "new_tokens": len(new),
-        "cache_tokens": output.past_key_values.get_seq_length(),
-        "cache_bytes": cache_bytes(output.past_key_values),
+        "cache_tokens": cache.get_seq_length(),
+        "cache_bytes": cache_bytes(cache),
         **({} if token_filter is None else {"filter": token_filter.report}),
     }

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import kvprune
 from kvprune import errors
 from kvprune.measure.memory import cache_bytes
+from kvprune.runtime.modeling import CACHE
 from tiny import COARSE, QUICK, tiny_tokenizer
 
 
@@ -33,7 +34,7 @@ def test_half_of_the_bytes_go_and_the_folder_loads(checkpoint, texts, tmp_path, 
     model = AutoModelForCausalLM.from_pretrained(out)
     ids = torch.randint(3, 300, (1, 9))
     generated = model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, return_dict_in_generate=True)
-    cache = generated.past_key_values
+    cache = generated[CACHE]
     assert cache_bytes(cache) == kv["pruned"] * cache.get_seq_length()
     by_hand = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     assert cache_bytes(cache) == by_hand
@@ -109,6 +110,7 @@ def test_a_file_is_calibrated_on_its_beginning_and_judged_on_its_end(checkpoint,
 RUN = """
 import sys, json, time, kvprune
 from kvprune.channels import journal
+from kvprune.runtime.modeling import CACHE
 slow = journal.Journal.add
 def add(*a):
     slow(*a)

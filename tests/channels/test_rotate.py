@@ -16,6 +16,7 @@ from kvprune.channels.statistics import measure_attention
 from kvprune.channels.surgery import cut
 from kvprune.errors import BadOption, PlanMismatch
 from kvprune.models.view import ModelView
+from kvprune.runtime.modeling import CACHE
 from tiny import COARSE, FAMILIES, VOCABULARY, make_plan, tiny_model
 
 D, KV, GROUPS = 16, 2, 3
@@ -186,7 +187,7 @@ def test_rotated_cut_equals_the_projected_dense_model(family, groups):
     torch.testing.assert_close(pruned(ids).logits, expected, rtol=1e-4, atol=2e-5)
     assert (expected - model(ids).logits).abs().max() > 1e-3
     prefill = pruned(ids[:, :6], use_cache=True)
-    decoded = pruned(ids[:, 6:], past_key_values=prefill.past_key_values).logits
+    decoded = pruned(ids[:, 6:], **{CACHE: prefill[CACHE]}).logits
     torch.testing.assert_close(decoded, expected[:, 6:], rtol=1e-4, atol=2e-5)
 
 

@@ -13,6 +13,7 @@ from kvprune.channels.surgery import cut
 from kvprune.measure import fit as fitting
 from kvprune.measure.memory import cache_bytes, weight_bytes
 from kvprune.models.view import ModelView
+from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import quantized_cache
 from tiny import make_plan, random_layers, tiny_model
 
@@ -33,7 +34,7 @@ def saved(tmp_path):
 
 def real_bytes(model, batch, context):
     with torch.no_grad():
-        cache = model(torch.zeros(batch, context, dtype=torch.long)).past_key_values
+        cache = model(torch.zeros(batch, context, dtype=torch.long))[CACHE]
     return weight_bytes(model), cache_bytes(cache)
 
 
@@ -64,7 +65,7 @@ def test_a_quantised_cache_is_what_a_real_one_holds(tmp_path, bits, dtype):
     ids = torch.zeros(3, 500, dtype=torch.long)
     with torch.no_grad():
         for piece in (ids[:, :374], *ids[:, 374:].split(1, dim=1)):
-            model(piece, past_key_values=cache)
+            model(piece, **{CACHE: cache})
     way = next(
         way for way in kvprune.fit(tmp_path, memory="1GiB", context=500, batch=3)["quantized"] if way["kv_bits"] == bits
     )

@@ -12,6 +12,7 @@ from kvprune import errors
 from kvprune.measure import loss as loss_module
 from kvprune.measure.memory import cache_bytes, kv_bytes_per_token, parameters
 from kvprune.measure.perplexity import perplexity
+from kvprune.runtime.modeling import CACHE
 from tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
 
@@ -48,7 +49,7 @@ def test_a_broken_model_is_an_error():
 
 def test_bytes_of_a_real_cache():
     model = tiny_model("llama", kv_heads=2, groups=2, layers=3)
-    cache = model(torch.randint(3, VOCABULARY, (2, 5)), use_cache=True).past_key_values
+    cache = model(torch.randint(3, VOCABULARY, (2, 5)), use_cache=True)[CACHE]
     assert cache_bytes(cache) == 2 * 5 * kv_bytes_per_token([16] * 3, 2, torch.float32)
     assert parameters(model) == model.num_parameters()
 

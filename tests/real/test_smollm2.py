@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kvprune
+from kvprune.runtime.modeling import CACHE
 
 MODEL = os.environ.get("KVPRUNE_TEST_MODEL", "missing")
 QUICK = ["--calibration", "wiki", "--calibration-tokens", "8192", "--eval-tokens", "4096", "--window", "512"]
@@ -42,10 +43,10 @@ def test_half_of_the_bytes_in_a_real_cache(pruned):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer("The Eiffel Tower is", return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
-    tensors = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
+    tensors = [t for layer in out[CACHE].layers for t in (layer.keys, layer.values)]
     assert len(tensors) == 60
     size = sum(t.numel() * t.element_size() for t in tensors)
-    assert size == kv["pruned"] * out.past_key_values.get_seq_length()
+    assert size == kv["pruned"] * out[CACHE].get_seq_length()
 
 
 def test_memory_stays_within_the_formula(pruned):

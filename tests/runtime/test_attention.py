@@ -8,6 +8,7 @@ import kvprune
 from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.runtime import attention
+from kvprune.runtime.modeling import CACHE
 from tiny import VOCABULARY, make_plan, random_layers, tiny_model
 
 
@@ -16,7 +17,7 @@ def decoded(model, ids, mask, steps=6):
     cache, logits = DynamicCache(config=model.config), []
     with torch.no_grad():
         for t in [slice(0, 20), *(slice(t, t + 1) for t in range(20, 20 + steps))]:
-            logits.append(model(ids[:, t], attention_mask=mask[:, : t.stop], past_key_values=cache).logits)
+            logits.append(model(ids[:, t], attention_mask=mask[:, : t.stop], **{CACHE: cache}).logits)
     return torch.cat(logits, dim=1)
 
 

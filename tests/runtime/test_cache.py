@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from kvprune.runtime import cache as growing
 from kvprune.runtime.cache import GrowingCache, GrowingLayer
+from kvprune.runtime.modeling import CACHE
 from tiny import VOCABULARY, tiny_model
 
 OPERATIONS = st.lists(
@@ -53,10 +54,10 @@ def test_a_step_writes_in_place():
     model = tiny_model("llama")
     cache = GrowingCache(model.config)
     ids = torch.randint(3, VOCABULARY, (2, 30))
-    model(ids, past_key_values=cache)
+    model(ids, **{CACHE: cache})
     places = [layer.keys.data_ptr() for layer in cache.layers]
     for _ in range(20):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **{CACHE: cache})
     assert [layer.keys.data_ptr() for layer in cache.layers] == places
     assert cache.get_seq_length() == 50
     assert all(layer.key_room.shape[2] == growing.STEP for layer in cache.layers)
@@ -70,7 +71,7 @@ def test_generate_is_the_same(family, how):
     settings = {**how, "max_new_tokens": 15, "min_new_tokens": 15, "pad_token_id": 0}
     cache = GrowingCache(model.config)
     assert any(isinstance(layer, GrowingLayer) for layer in cache.layers)
-    found = model.generate(ids, past_key_values=cache, **settings)
+    found = model.generate(ids, **{CACHE: cache}, **settings)
     assert torch.equal(found, model.generate(ids, **settings))
 
 
@@ -78,8 +79,8 @@ def test_what_inference_mode_filled_can_grow_outside_it():
     model = tiny_model("llama")
     cache, ids = GrowingCache(model.config), torch.randint(3, VOCABULARY, (1, 8))
     with torch.inference_mode():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
     with torch.no_grad():
-        logits = model(ids[:, :1], past_key_values=cache).logits[:, -1]
+        logits = model(ids[:, :1], **{CACHE: cache}).logits[:, -1]
         expected = model(torch.cat((ids, ids[:, :1]), dim=1)).logits[:, -1]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)

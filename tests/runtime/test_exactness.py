@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
+from kvprune.runtime.modeling import CACHE
 from tiny import FAMILIES, VOCABULARY, make_plan, mask_dense, random_layers, tiny_model
 
 TOLERANCE = 1e-5
@@ -39,9 +40,9 @@ def test_prefill_decode_and_left_padding(family, shape, attention):
     close(pruned(ids).logits, expected)
 
     cache = DynamicCache(config=pruned.config)
-    steps = [pruned(ids[:, :9], past_key_values=cache, use_cache=True).logits]
+    steps = [pruned(ids[:, :9], **{CACHE: cache}, use_cache=True).logits]
     for position in range(9, 14):
-        steps.append(pruned(ids[:, position : position + 1], past_key_values=cache, use_cache=True).logits)
+        steps.append(pruned(ids[:, position : position + 1], **{CACHE: cache}, use_cache=True).logits)
     close(torch.cat(steps, 1), expected)
 
     padded, mask = ids.clone(), torch.ones_like(ids)
@@ -83,7 +84,7 @@ def test_any_shape_and_plan(family, kv_heads, groups, head_dim, shares, attentio
     pruned = cut(ModelView(dense), make_plan(dense, layers))
     ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(seed))
     close(pruned(ids).logits, mask_dense(dense, layers)(ids).logits)
-    cache = pruned(ids, use_cache=True).past_key_values
+    cache = pruned(ids, use_cache=True)[CACHE]
     expected = [(2, kv_heads, width) for width in widths]
     assert [tuple(layer.keys.shape[i] for i in (0, 1, 3)) for layer in cache.layers] == expected
     assert [tuple(layer.values.shape[i] for i in (0, 1, 3)) for layer in cache.layers] == expected

@@ -13,6 +13,7 @@ from kvprune.measure.speed import Side
 from kvprune.models.view import ModelView
 from kvprune.runtime import linear
 from kvprune.runtime.linear import PackedLinear, pack_weights
+from kvprune.runtime.modeling import CACHE
 from tiny import VOCABULARY, make_plan, random_layers, tiny_model
 
 here = pytest.mark.skipif(not linear._can_pack(), reason="this CPU or PyTorch cannot pack bfloat16 weights")
@@ -29,7 +30,7 @@ def models(family):
 def logits(model):
     cache = kvprune.GrowingCache(model.config)
     parts = IDS.split([15, *[1] * 5], dim=1)
-    return torch.cat([model(piece, past_key_values=cache).logits for piece in parts], dim=1)
+    return torch.cat([model(piece, **{CACHE: cache}).logits for piece in parts], dim=1)
 
 
 @here

@@ -12,6 +12,7 @@ import kvprune
 from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.runtime.checkpoint import save
+from kvprune.runtime.modeling import CACHE
 from tiny import VOCABULARY, make_plan, mask_dense, random_layers, tiny_model, tiny_tokenizer
 
 
@@ -110,7 +111,7 @@ def test_generate_as_the_masked_dense_model(saved, how):
 def test_static_cache_has_each_layers_width(saved, ids):
     _, pruned, _ = saved
     cache = StaticCache(config=pruned.config, max_cache_len=16)
-    logits = pruned(ids, past_key_values=cache).logits
+    logits = pruned(ids, **{CACHE: cache}).logits
     torch.testing.assert_close(logits, pruned(ids).logits, rtol=0, atol=1e-5)
     assert [layer.keys.shape[-1] for layer in cache.layers] == [8, 16, 12]
     assert [layer.values.shape[-1] for layer in cache.layers] == [8, 16, 12]

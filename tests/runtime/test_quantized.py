@@ -14,6 +14,7 @@ from kvprune.measure.memory import cache_bytes, kv_bytes
 from kvprune.measure.speed import Side
 from kvprune.models.view import ModelView
 from kvprune.runtime import quantized
+from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import RECENT, group_size, quantized_cache, quantizer
 from kvprune.text.windows import windows
 from tiny import VOCABULARY, make_plan, random_layers, tiny_model, tiny_tokenizer
@@ -44,7 +45,7 @@ def ids_of(n, batch=2):
 
 @torch.no_grad()
 def fed(model, ids, cache, pieces):
-    logits = [model(piece, past_key_values=cache).logits for piece in ids.split(pieces, dim=1)]
+    logits = [model(piece, **{CACHE: cache}).logits for piece in ids.split(pieces, dim=1)]
     return torch.cat(logits, dim=1)
 
 
@@ -164,7 +165,7 @@ def test_a_filter_on_bits_that_round_nothing_is_the_filter(name, drop_ratio):
         with torch.no_grad(), kvprune.TokenFilter(0.3, tail=0.5, drop_ratio=drop_ratio, record=True)(model) as f:
             for piece in ids.split([60, 40, *[1] * 50], dim=1):
                 start += piece.shape[1]
-                found.append(model(piece, attention_mask=mask[:, :start], past_key_values=cache).logits)
+                found.append(model(piece, attention_mask=mask[:, :start], **{CACHE: cache}).logits)
             return torch.cat(found, dim=1), f.skipped, cache_bytes(cache)
 
     plain, skipped, held = logits(DynamicCache(config=model.config))
@@ -181,16 +182,16 @@ def test_beams_and_copies_of_a_filtered_quantised_cache():
     every_layer = kvprune.TokenFilter(0.3, tail=1.0, layer_ratio=None)
     options = {"max_new_tokens": 30, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
     with every_layer(model):
-        plain = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
-        found = model.generate(ids, past_key_values=same_cache(model), **options)
+        plain = model.generate(ids, **{CACHE: DynamicCache(config=model.config)}, **options)
+        found = model.generate(ids, **{CACHE: same_cache(model)}, **options)
     assert torch.equal(plain, found)
     with torch.no_grad(), every_layer(model):
         cache = same_cache(model)
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
         twin = copy.deepcopy(cache.layers[-1])
         before = kv_bytes(twin)
         for _ in range(40):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **{CACHE: cache})
         assert twin.get_seq_length() == 80
         assert kv_bytes(twin) == before < kv_bytes(cache.layers[-1])
 

@@ -12,6 +12,7 @@ import kvprune
 from kvprune import errors
 from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
+from kvprune.runtime.modeling import CACHE
 from tiny import VOCABULARY, make_plan, mask_dense, random_layers, tiny_model
 
 OPTIONS = {
@@ -40,7 +41,7 @@ def filtered(model, ids, pieces=None, ratio=0.25, **options):
     cache, logits, start = DynamicCache(config=model.config), [], 0
     with torch.no_grad(), kvprune.TokenFilter(ratio=ratio, record=True, **{**OPTIONS, **options})(model) as f:
         for n in pieces or [ids.shape[1]]:
-            logits.append(model(ids[:, start : start + n], past_key_values=cache).logits)
+            logits.append(model(ids[:, start : start + n], **{CACHE: cache}).logits)
             start += n
     return torch.cat(logits, dim=1), f
 
@@ -189,7 +190,7 @@ def test_neighbours_in_a_batch_change_nothing(family, every):
     with torch.no_grad(), kvprune.TokenFilter(ratio=0.25, decide_every=every, **OPTIONS)(model):
         for start, end in ((0, 20), (20, 33), *((i, i + 1) for i in range(33, total))):
             inputs = {"attention_mask": mask[:, :end], "position_ids": positions[:, start:end]}
-            logits.append(model(ids[:, start:end], past_key_values=cache, **inputs).logits)
+            logits.append(model(ids[:, start:end], **{CACHE: cache}, **inputs).logits)
     logits = torch.cat(logits, dim=1)
     for b, n in enumerate(lengths):
         alone, _ = filtered(model, ids[b : b + 1, total - n :], decide_every=every)
@@ -294,7 +295,7 @@ def test_a_padded_batch_counts_real_tokens_and_the_padding_apart():
     for b, n in enumerate(lengths):
         mask[b, 60 - n :] = 1
     with torch.no_grad(), kvprune.TokenFilter(ratio=0.25, record=True, **OPTIONS)(model) as f:
-        cache = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).past_key_values
+        cache = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))[CACHE]
     a_token, real = 2 * 2 * 16 * 4, sum(lengths)
     assert not (f.skipped & (mask == 0).numpy()).any()
     assert f.skipped.sum() > 10
@@ -334,7 +335,7 @@ def test_generate_protects_the_prompts_final_token_and_goes_on_in_a_second_call(
     steps = {"max_new_tokens": 15, "min_new_tokens": 15, "do_sample": False, "return_dict_in_generate": True}
     with kvprune.TokenFilter(ratio=0.25, **OPTIONS)(model):
         first = model.generate(ids, **steps)
-        second = model.generate(first.sequences, past_key_values=first.past_key_values, **steps)
+        second = model.generate(first.sequences, **{CACHE: first[CACHE]}, **steps)
     logits, _ = filtered(model, first.sequences, prompt_length=30)
     logits[..., model.config.eos_token_id] = -torch.inf  # as min_new_tokens does
     assert logits[0, 29:-1].argmax(-1).tolist() == first.sequences[0, 30:].tolist()
@@ -344,7 +345,7 @@ def test_generate_protects_the_prompts_final_token_and_goes_on_in_a_second_call(
         model, second.sequences[0, :-1].tolist(), rates={2: 0.5, 3: 0.5}, prompt_ends=(30, 45), options=OPTIONS
     )
     assert expected.margin > MARGIN
-    assert [int(layer.lengths[0]) for layer in second.past_key_values.layers[2:]] == expected.kept[2:]
+    assert [int(layer.lengths[0]) for layer in second[CACHE].layers[2:]] == expected.kept[2:]
 
 
 def test_generate_in_pieces_and_with_a_mask_it_makes_itself():
@@ -448,8 +449,8 @@ def test_autocast_and_inference_mode():
     assert (rough - exact).abs().mean() < 0.05 * exact.abs().mean() + 0.05
     with torch.no_grad(), kvprune.TokenFilter(ratio=0.25, **OPTIONS)(model):
         with torch.inference_mode():
-            cache = model(ids[:, :40]).past_key_values
-        logits = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(40, 60)]
+            cache = model(ids[:, :40])[CACHE]
+        logits = [model(ids[:, t : t + 1], **{CACHE: cache}).logits for t in range(40, 60)]
     torch.testing.assert_close(torch.cat(logits, dim=1), exact[:, 40:], atol=1e-4, rtol=0)
 
 
@@ -537,8 +538,8 @@ def test_misuse_is_one_clear_error_before_anything_changes():
             with pytest.raises(errors.FilterMisuse, match="output_attentions"):
                 model(ids, output_attentions=True)
             with pytest.raises(errors.CacheMismatch, match="StaticCache"):
-                model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=32))
-            cache = model(ids).past_key_values
+                model(ids, **{CACHE: StaticCache(config=model.config, max_cache_len=32)})
+            cache = model(ids)[CACHE]
         with torch.no_grad(), pytest.raises(errors.FilterMisuse, match="start again"):
             model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]]), use_cache=False)
         with torch.no_grad(), pytest.raises(errors.FilterMisuse, match="masks"):
@@ -547,14 +548,14 @@ def test_misuse_is_one_clear_error_before_anything_changes():
         model.set_attn_implementation("eager")
     with torch.no_grad():
         with kvprune.TokenFilter(ratio=0.1)(model), pytest.raises(errors.CacheMismatch, match="another"):
-            model(ids, past_key_values=cache)
+            model(ids, **{CACHE: cache})
         with pytest.raises(errors.CacheMismatch, match="under a TokenFilter"):
-            model(ids, past_key_values=cache)
+            model(ids, **{CACHE: cache})
         with kvprune.TokenFilter(ratio=0.25)(model), pytest.raises(errors.CacheMismatch, match="without its"):
-            model(ids, past_key_values=cache)
-        plain = model(ids).past_key_values
+            model(ids, **{CACHE: cache})
+        plain = model(ids)[CACHE]
         with kvprune.TokenFilter(ratio=0.25)(model), pytest.raises(errors.CacheMismatch, match="without"):
-            model(ids, past_key_values=plain)
+            model(ids, **{CACHE: plain})
     f = kvprune.TokenFilter(ratio=0.25)
     with f(model), pytest.raises(errors.FilterMisuse, match="in use"):
         f(model_of(seed=1))

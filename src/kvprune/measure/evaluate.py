@@ -14,6 +14,7 @@ from kvprune.measure.perplexity import perplexity
 from kvprune.measure.tasks import load_tasks, run_tasks
 from kvprune.models.source import Source, load_config, load_model, one_tokenizer, resolve
 from kvprune.progress import Progress
+from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import RECENT, decoding_pieces, quantized_cache, quantizer
 from kvprune.text.corpus import read_text
 from kvprune.text.windows import windows
@@ -144,10 +145,10 @@ def bytes_per_token(model: PreTrainedModel, kv_bits: int | None = None, window: 
     many of `window` as leave it half of the tokens that it keeps unquantised at most, its mean in decoding."""
     if kv_bits is None:
         ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-        return memory.cache_bytes(model(ids, use_cache=True).past_key_values) // 2
+        return memory.cache_bytes(model(ids, use_cache=True)[CACHE]) // 2
     cache = quantized_cache(model.config, kv_bits)
     tokens = max(window - RECENT // 2, 2)
     ids = torch.zeros(1, tokens, dtype=torch.long, device=model.device)
     for piece in ids.split(decoding_pieces(kv_bits, tokens), dim=1):
-        model(piece, past_key_values=cache, logits_to_keep=1)
+        model(piece, logits_to_keep=1, **{CACHE: cache})
     return round(memory.cache_bytes(cache) / tokens)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from kvprune.errors import NotFinite, UnsupportedArchitecture
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.family import supported
+from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import decoding_pieces, quantized_cache
 
 BATCH_TOKENS = 4096
@@ -64,4 +65,4 @@ def _hidden(model: PreTrainedModel, ids: torch.Tensor, kv_bits: int | None) -> t
         return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     cache = quantized_cache(model.config, kv_bits)
     pieces = ids.split(decoding_pieces(kv_bits, ids.shape[1]), dim=1)
-    return torch.cat([model.base_model(input_ids=p, past_key_values=cache).last_hidden_state for p in pieces], dim=1)
+    return torch.cat([model.base_model(input_ids=p, **{CACHE: cache}).last_hidden_state for p in pieces], dim=1)

@@ -20,6 +20,7 @@ from kvprune.measure import memory
 from kvprune.measure.context import slides
 from kvprune.models.family import family_of
 from kvprune.runtime.cache import GrowingCache, GrowingLayer
+from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import is_quantized, quantized_cache
 
 ENOUGH = 120.0  # seconds of timing, behind which no further round begins
@@ -55,7 +56,7 @@ class Side:
 
     def feed(self, ids: torch.Tensor) -> torch.Tensor:
         """Next tokens (B, 1) behind ids (B, T)."""
-        return self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        return self.model(ids, logits_to_keep=1, **{CACHE: self.cache}).logits[:, -1:].argmax(-1)
 
     def rewind(self, context: int) -> None:
         """Back to the cache with `context` tokens of prompt in it; windows and filters forget and bits

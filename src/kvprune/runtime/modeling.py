@@ -11,6 +11,8 @@ model in which each layer's attention has been replaced by `PrunedAttention`. No
 - `rope_index` holds, per KV head, the dense numbers of the kept Q/K channels: cos and sin are
   gathered with it, so a kept RoPE pair keeps its original frequency.
 - Widths live in `per_layer_config[i].head_dim`, which transformers and vLLM both read.
+- Folders live for years, and transformers renames what a block hands its attention. The KV cache is taken under any
+  name; where none comes although one is wanted, that is an error and never a model without a memory.
 """
 
 import copy
@@ -26,11 +28,38 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    Cache,
 )
+from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 FAMILIES = ("llama", "mistral", "qwen2")  # every dense model_type that has a pruned twin here
 PREFIX = "kvprune_"  # model_type of the twin: kvprune_llama, ...
+VERSION = 2  # of this file: 1 (which said no number) loses the cache from transformers 5.24 on
+CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what transformers has called it, or may
+# What it is called here, in calls of a model and in what a model returns: "cache" from transformers 5.24 on.
+CACHE = CACHE_NAMES[0] if CACHE_NAMES[0] in BaseModelOutputWithPast.__dataclass_fields__ else CACHE_NAMES[1]
+
+
+def take_cache(arguments: dict[str, Any]) -> Any:
+    """Remove the KV cache from keyword arguments, under whatever name it comes; None where there is none.
+
+    A `Cache`, or one layer of a cache, is known by its class too. Raises TypeError for two different ones, and for
+    something else under a cache's name.
+    """
+    names = [n for n, v in arguments.items() if n in CACHE_NAMES or isinstance(v, (Cache, CacheLayerMixin))]
+    found = None
+    for name in names:
+        value = arguments.pop(name)
+        if value is None or value is found:
+            continue
+        if found is not None:
+            raise TypeError(f"two different KV caches came in one call: {', '.join(names)}; give one")
+        if not hasattr(value, "update") or isinstance(value, dict):
+            raise TypeError(f"{name} is a {type(value).__name__}, not a KV cache that kvprune knows; update kvprune")
+        found = value
+    return found
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
@@ -87,14 +116,25 @@ class PrunedAttention(nn.Module):
         grouped = grouped * cos.unsqueeze(2) + rotate_half(grouped) * sin.unsqueeze(2)
         return grouped.flatten(1, 2), key
 
+    def _update(self, cache, key, value, kwargs):
+        """Keys and values (B, kv_heads, T, width) -> all that are cached; a paged cache reads and changes kwargs."""
+        place = () if isinstance(cache, CacheLayerMixin) else (self.layer_idx,)
+        told = {"kwargs": kwargs} if CACHE_NAMES[0] == CACHE else {}
+        return cache.update(key, value, *place, **told)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
         **kwargs,
     ):
+        cache = take_cache(kwargs)
+        if cache is None and kwargs.get("use_cache"):
+            raise TypeError(
+                f"layer {self.layer_idx}: a KV cache is wanted, but this transformers hands none to attention under "
+                f"a name that kvprune knows ({', '.join(CACHE_NAMES)}); update kvprune, and run: kvprune refresh DIR"
+            )
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
         query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
@@ -104,8 +144,8 @@ class PrunedAttention(nn.Module):
         cos, sin = position_embeddings
         query_states, key_states = self._rotate(query_states, key_states, cos, sin)
 
-        if past_key_values is not None:
-            key_states, value_states = past_key_values.update(key_states, value_states, self.layer_idx)
+        if cache is not None:
+            key_states, value_states = self._update(cache, key_states, value_states, kwargs)
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, self.eager_attention

@@ -24,6 +24,7 @@ from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.cache import GrowingCache
 from kvprune.runtime.files import writing_to
 from kvprune.runtime.linear import pack_weights
+from kvprune.runtime.modeling import CACHE
 from kvprune.studies.journal import PICTURE, StudyJournal
 from kvprune.text.corpus import read_text
 from kvprune.text.windows import digest, token_ids
@@ -165,7 +166,7 @@ def read(
         scored = start + half if start else 1  # from here on
         for first in range(start, min(start + 2 * half, len(ids)), PIECE):
             last = min(first + PIECE, start + 2 * half, len(ids))
-            hidden = model.base_model(input_ids=here[None, first:last], past_key_values=cache).last_hidden_state[0]
+            hidden = model.base_model(input_ids=here[None, first:last], **{CACHE: cache}).last_hidden_state[0]
             labels = range(max(first + 1, scored), min(last + 1, start + 2 * half, len(ids)))
             if labels:
                 states = hidden[labels[0] - 1 - first : labels[-1] - first]
@@ -187,7 +188,7 @@ def write(
     ids = prompt.tolist()
     cache, fresh = GrowingCache(model.config), ids
     for _ in range(new_tokens):
-        logits = model(torch.tensor([fresh], device=model.device), past_key_values=cache, logits_to_keep=1).logits
+        logits = model(torch.tensor([fresh], device=model.device), logits_to_keep=1, **{CACHE: cache}).logits
         fresh = [int(logits[0, -1].argmax())]
         ids += fresh
         advance(1)

@@ -16,6 +16,7 @@ from kvprune.errors import BadOption, CacheMismatch, FilterMisuse
 from kvprune.models.family import check_rope, family_of
 from kvprune.options import preset_options, whole_numbers
 from kvprune.runtime.attention import NAME as PACKED
+from kvprune.runtime.modeling import CACHE, take_cache
 from kvprune.runtime.quantized import is_quantized
 from kvprune.tokens.attention import FilteredAttention, Step
 from kvprune.tokens.cache import FilteredLayer
@@ -133,7 +134,7 @@ class TokenFilter:
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, told where the prompts end."""
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        embeds, mask, cache = (kwargs.get(name) for name in ("inputs_embeds", "attention_mask", "past_key_values"))
+        embeds, mask, cache = kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), take_cache(dict(kwargs))
         if self.settings.prompt_length is None:
             if mask is None and ids is not None:
                 mask = self._padding(ids, kwargs, args[1] if len(args) > 1 else kwargs.get("generation_config"))
@@ -167,9 +168,10 @@ class TokenFilter:
         _check_call(self._model, kwargs)
         ids = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         batch, tokens = ids.shape[:2]
-        mask, cache, use_cache = (kwargs.get(name) for name in ("attention_mask", "past_key_values", "use_cache"))
+        mask, cache, use_cache = kwargs.get("attention_mask"), take_cache(kwargs), kwargs.get("use_cache")
         if cache is None and (config.use_cache if use_cache is None else use_cache):
-            cache = kwargs["past_key_values"] = DynamicCache(config=config)
+            cache = DynamicCache(config=config)
+        kwargs[CACHE] = cache
         layers = self._cached(cache) if cache is not None else {i.index: FilteredLayer(i.window) for i in self._layers}
         real = np.ones((batch, tokens), dtype=bool)
         if mask is not None:
