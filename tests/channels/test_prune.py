@@ -110,7 +110,6 @@ def test_a_file_is_calibrated_on_its_beginning_and_judged_on_its_end(checkpoint,
 RUN = """
 import sys, json, time, kvprune
 from kvprune.channels import journal
-from kvprune.runtime.modeling import CACHE
 slow = journal.Journal.add
 def add(*a):
     slow(*a)
