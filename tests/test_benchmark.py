@@ -272,7 +272,6 @@ for name in ("rich", "typer", "pydantic", "peft", "accelerate", "jinja2", "matpl
     sys.modules[name] = None
 from kvprune.benchmark import bench
 from kvprune.measure import shapes
-from kvprune.runtime.modeling import CACHE
 small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 shapes.SHAPES["small"] = {"model_type": "llama", "num_key_value_heads": 2, "vocab_size": 100, **small}
 (cell,) = bench("small", pruned_shape=True, context=64, new_tokens=4, rounds=1, device="cpu", dtype="float32")["cells"]
