@@ -55,6 +55,8 @@ folder, ids = sys.argv[1], torch.tensor(json.loads(sys.argv[2]))
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 AutoModel.from_pretrained(folder, trust_remote_code=True)
 torch.save(model(ids).logits, sys.argv[3])
+options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
 model.save_pretrained(sys.argv[4])
 """
     command = [sys.executable, "-c", code, str(folder), json.dumps(ids.tolist())]
