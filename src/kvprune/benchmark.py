@@ -20,10 +20,11 @@ from kvprune.measure.context import held_tokens
 from kvprune.measure.evaluate import bytes_per_token
 from kvprune.measure.shapes import dense_config, pruned_config, random_model
 from kvprune.measure.speed import Side, alternate
-from kvprune.models.source import Source, find_device, find_dtype, load_config, load_model, one_tokenizer, resolve
+from kvprune.models.source import Source, find_device, load_config, load_model, one_tokenizer, resolve
 from kvprune.options import size_in_bytes, whole_numbers
 from kvprune.progress import Progress
 from kvprune.runtime.attention import pack_groups
+from kvprune.runtime.dtype import computes_in, find_dtype, name_of
 from kvprune.runtime.files import write_whole, writing_to
 from kvprune.runtime.linear import PackedLinear, pack_weights
 from kvprune.runtime.quantized import quantized_cache, quantizer
@@ -177,7 +178,7 @@ def _shapes(source, ratio: float, device, dtype: str, revision, trust, grid: Gri
     """Random weights: the shape, and the shape pruned."""
     dense, _ = dense_config(source, revision, trust)
     grid.check(dense)
-    kind = torch.bfloat16 if dtype == "auto" else find_dtype(dtype)
+    kind = computes_in(torch.bfloat16, device) if dtype == "auto" else find_dtype(dtype)
     pruned = pruned_config(dense, ratio)
     try:
         second = random_model(pruned, device, kind)  # which takes most memory on the way, so it goes first
@@ -196,7 +197,7 @@ def _environment(model: PreTrainedModel, grid: Grid) -> dict[str, Any]:
         "rounds": grid.rounds,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": name_of(model.dtype),
         "engine": "transformers, growing cache" + (", packed weights" if packed else ""),
         "attention": model.config._attn_implementation,
         "versions": versions(),

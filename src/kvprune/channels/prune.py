@@ -27,6 +27,7 @@ from kvprune.models.source import find_device, load_model, load_tokenizer, resol
 from kvprune.models.view import ModelView
 from kvprune.progress import Progress
 from kvprune.runtime.checkpoint import save
+from kvprune.runtime.dtype import round_as_stored
 from kvprune.text.windows import digest
 from kvprune.versions import versions
 
@@ -129,6 +130,7 @@ class _Run:
             dense = self._perplexities(lm, texts.evaluated, "evaluate dense")
             with self.phase("surgery"):
                 pruned = cut(view, plan, rotations)
+                round_as_stored(pruned)
             refitted = self._repair(view, pruned, texts.repaired if _refits(plan) else [], journal)
             after = self._perplexities(pruned, texts.evaluated, "evaluate pruned")
         except (NotFinite, PlanMismatch):

@@ -10,6 +10,7 @@ from kvprune.channels.repair.refit import Refitted
 from kvprune.channels.settings import Settings
 from kvprune.measure import memory
 from kvprune.models.view import ModelView
+from kvprune.runtime.dtype import name_of, stored_dtype
 from kvprune.versions import versions
 
 
@@ -23,7 +24,7 @@ def record_of(
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """All but what memory it took."""
-    shape, dtype = view.shape, view.lm.dtype
+    shape, dtype = view.shape, stored_dtype(view.lm)
     full = [shape.head_dim] * shape.layers
     return {
         "source": s.source,
@@ -44,7 +45,8 @@ def record_of(
         "refit": [vars(matrix) for matrix in refitted],
         "perplexity": perplexities,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": name_of(dtype),
+        "compute_dtype": name_of(view.lm.dtype),
         "device": str(view.device),
         "threads": torch.get_num_threads(),
         "versions": versions(),

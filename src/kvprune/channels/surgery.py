@@ -15,6 +15,7 @@ from kvprune.errors import PlanMismatch
 from kvprune.models.attention import AttentionWeights
 from kvprune.models.view import ModelView
 from kvprune.runtime import modeling
+from kvprune.runtime.dtype import stored_dtype
 from kvprune.runtime.twin import twin_config
 
 
@@ -59,6 +60,7 @@ def cut(view: ModelView, plan: PruningPlan, rotations: Sequence[Rotation] | None
         if name not in state and pruned.get_submodule(module).get_buffer(leaf).is_meta:
             pruned.get_submodule(module).register_buffer(leaf, buffer, persistent=False)
     pruned.tie_weights()
+    pruned.config.dtype = stored_dtype(dense)
     pruned.generation_config = copy.deepcopy(dense.generation_config)
     return pruned.eval()
 

@@ -18,8 +18,8 @@ from kvprune.measure.context import held_tokens, longest, slides
 from kvprune.measure.memory import kv_bytes_per_token
 from kvprune.measure.shapes import dense_config
 from kvprune.models.family import dense_head_dim, family_of
-from kvprune.models.source import find_dtype
 from kvprune.options import size_in_bytes
+from kvprune.runtime.dtype import find_dtype
 from kvprune.runtime.quantized import BACKENDS, bytes_per_number, recent_tokens
 
 TWO_BITS = 0.35  # of the width, recovered, beside 4 bits: more loses more than 2 bits alone

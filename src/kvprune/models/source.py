@@ -29,9 +29,8 @@ from kvprune.errors import (
 )
 from kvprune.models.family import family_of, supported
 from kvprune.runtime import register
+from kvprune.runtime.dtype import compute_in_auto, find_dtype
 from kvprune.runtime.files import RECORD, RESUME, verify_files
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,8 @@ def _check_folder(folder: Path) -> None:
 
 
 def load_model(source: Source, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
-    """The model in eval mode on `device`. dtype "auto" is the checkpoint's own (bfloat16 for GGUF)."""
+    """The model in eval mode on `device`, which is stored (see dtype.py) in the checkpoint's own dtype, bfloat16 for
+    GGUF, and computes in that or in what the CPU has instructions for; or both in the `dtype` that is named."""
     register()
     target = find_device(device)
     _check_architecture(source)
@@ -138,6 +138,8 @@ def load_model(source: Source, device: str = "auto", dtype: str = "auto") -> Pre
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer = None  # type: ignore[assignment]
         model.is_quantized = False  # type: ignore[assignment]
+    if dtype == "auto":
+        compute_in_auto(model, target)
     return model.to(target).eval()  # type: ignore[arg-type]
 
 
@@ -188,13 +190,6 @@ def find_device(name: str) -> torch.device:
         return device
     except (RuntimeError, AssertionError) as error:
         raise BadOption(f"device {name!r} cannot be used: {_first_line(error)}") from None
-
-
-def find_dtype(name: str) -> torch.dtype:
-    """The dtype that an option names, other than "auto". Raises BadOption."""
-    if name not in DTYPES:
-        raise BadOption(f"unknown dtype {name!r}; choose auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 @contextmanager

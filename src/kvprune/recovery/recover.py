@@ -23,6 +23,7 @@ from kvprune.recovery.settings import SAMPLED, Settings, from_options
 from kvprune.recovery.train import MICRO_TOKENS, Training
 from kvprune.recovery.trainee import ADAPTER, Trainee, add_adapters, blocks, checkpoint_activations
 from kvprune.runtime.checkpoint import save
+from kvprune.runtime.dtype import name_of, round_as_stored, stored_dtype
 from kvprune.runtime.files import PLAN, read_record
 from kvprune.text.corpus import SELF
 from kvprune.text.sampled import sample_ids
@@ -113,6 +114,7 @@ class _Run:
                 lm = load_model(self.source, str(self.device), s.dtype)
                 peft_model = add_adapters(lm, s, same_dtype=True)
             merged = merge(peft_model, lm, training.best)
+            round_as_stored(merged)
         after = self._perplexities(merged, texts, "evaluate recovered")
         rows = [{**row, "pruned": value.value} for row, value in zip(before, after, strict=True)]
 
@@ -159,7 +161,7 @@ class _Run:
         name = s.teacher or old["source"]
         try:
             source = resolve(name, None if s.teacher else old.get("revision"))
-            teacher = load_model(source, str(self.device), str(lm.dtype).removeprefix("torch."))
+            teacher = load_model(source, str(self.device), name_of(lm.dtype))
         except KVPruneError as error:
             raise UnknownSource(f"the teacher {name}: {error}; name the dense model with --teacher") from error
         for what in ("vocab_size", "hidden_size", "num_hidden_layers"):
@@ -237,7 +239,8 @@ class _Run:
             "recovered": recovered,
             "perplexity": rows,
             "seconds": {name: round(seconds, 3) for name, seconds in self.progress.seconds.items()},
-            "dtype": str(lm.dtype).removeprefix("torch."),
+            "dtype": name_of(stored_dtype(lm)),
+            "compute_dtype": name_of(lm.dtype),
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "versions": _versions(),

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvprune.runtime.dtype import stored_dtype
 from kvprune.runtime.files import PLAN, RECORD, checksums, writing_to
 
 SHARD_SIZE = "4GB"
@@ -47,15 +49,23 @@ def save(
 
 
 def _save_model(model: PreTrainedModel, folder: Path) -> None:
-    """Weights, config and code; the generation config as it came, even where transformers would refuse to write it
-    (a temperature without do_sample, as many checkpoints have)."""
-    generation = model.generation_config
+    """Weights in the dtype that they are stored in, config and code; the generation config as it came, even where
+    transformers would refuse to write it (a temperature without do_sample, as many checkpoints have)."""
+    generation, computes = model.generation_config, model.dtype
     try:
+        _convert(model, stored_dtype(model))
         model.generation_config = GenerationConfig()
         model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     finally:
         model.generation_config = generation
+        _convert(model, computes)
     (folder / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
+
+
+def _convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Parameters alone: `model.to` would round the rotary table too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _move(partial: Path, folder: Path) -> None:

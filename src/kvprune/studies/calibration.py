@@ -24,9 +24,10 @@ from kvprune.channels.settings import Settings, with_preset
 from kvprune.errors import BadOption, KVPruneError
 from kvprune.measure import memory
 from kvprune.measure.plot import check as check_matplotlib
-from kvprune.models.source import DTYPES, Source, find_device, load_config, load_tokenizer, resolve
+from kvprune.models.source import Source, find_device, load_config, load_tokenizer, resolve
 from kvprune.models.view import ModelView
 from kvprune.progress import Progress
+from kvprune.runtime.dtype import find_dtype
 from kvprune.runtime.files import writing_to
 from kvprune.studies import plot
 from kvprune.studies.journal import PICTURE, StudyJournal
@@ -108,8 +109,8 @@ class _Study:
 
     def _resolve(self, s: Settings) -> Source:
         find_device(s.device)
-        if s.dtype != "auto" and s.dtype not in DTYPES:
-            raise BadOption(f"unknown dtype {s.dtype!r}; choose auto, {', '.join(DTYPES)}")
+        if s.dtype != "auto":
+            find_dtype(s.dtype)
         source = resolve(s.source, s.revision, s.trust_remote_code)
         if source.is_pruned:
             raise BadOption(f"{source.name} is pruned already; study the dense model it came from")

@@ -13,6 +13,7 @@ from kvprune.channels.journal import Journal
 from kvprune.errors import NotFinite, TextTooShort
 from kvprune.models.stream import Calls, enter, input_of, learn_calls
 from kvprune.models.view import ModelView
+from kvprune.runtime.dtype import stored_dtype
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the inputs' mean square; the held-out slice chooses
 HELD_OUT = 8  # every eighth window is held out, and of fewer the last
@@ -92,7 +93,7 @@ def refit(
     own_calls = learn_calls(pruned, blocks, batches)  # a stock model's rotary table is its own
     report: list[Refitted] = []
     for index, (dense_block, block) in enumerate(zip(view.blocks, blocks, strict=True)):
-        layer = _Layer(view, index, dense_block, block, (calls, own_calls), len(fitted))
+        layer = _Layer(view, index, dense_block, block, (calls, own_calls), len(fitted), stored_dtype(pruned))
         behind_attention = layer.dense(dense)
         kept = journal.load_refit(index)
         if kept is None:
@@ -110,11 +111,19 @@ class _Layer:
     """One layer, dense and pruned."""
 
     def __init__(
-        self, view: ModelView, index: int, dense: nn.Module, block: nn.Module, calls: tuple[Calls, Calls], fitted: int
+        self,
+        view: ModelView,
+        index: int,
+        dense: nn.Module,
+        block: nn.Module,
+        calls: tuple[Calls, Calls],
+        fitted: int,
+        stored: torch.dtype,
     ):
         family = view.family
         self.index, self.dense_block, self.block, self.fitted = index, dense, block, fitted
         self.dense_calls, self.calls = calls
+        self.stored = stored
         self.dense_attention = getattr(dense, family.attention)
         self.o = getattr(getattr(block, family.attention), family.o)
         mlp = getattr(block, family.mlp)
@@ -180,8 +189,8 @@ class _Layer:
             raise NotFinite(f"layer {self.index}: what {name} is fitted to is not finite; try --dtype float32")
         old = _as_matrix(module)
         before = held.error(old)
-        # Judged as they will be written: rounding to the model's dtype can cost more than a fit gains.
-        candidates = [ridge_fit(fitted, old, ridge).to(module.weight.dtype) for ridge in RIDGES]
+        # Judged as they will be written: rounding can cost more than a fit gains.
+        candidates = [ridge_fit(fitted, old, ridge).to(self.stored) for ridge in RIDGES]
         errors = [held.error(weight) for weight in candidates]
         best = min(range(len(RIDGES)), key=errors.__getitem__)
         scale = max(float(held.yy), 1e-300)
