@@ -66,6 +66,7 @@ def memory_of(
         "logits of one batch": tokens * view.lm.config.vocab_size * size,
     }
     if repaired:
-        text = sum(batch.numel() for batch in repaired) * view.shape.hidden * size
-        formula["hidden states of the repair text, three times"] = 3 * text
+        tokens = sum(batch.numel() for batch in repaired)
+        formula["hidden states of the repair text, three times"] = 3 * tokens * view.shape.hidden * size
+        formula["what reaches the MLP's last matrix of it"] = tokens * view.lm.config.intermediate_size * size
     return {"peak_memory_bytes": peak.bytes(), "memory_formula_bytes": formula}

@@ -1,12 +1,13 @@
 """Least squares of the layers' last matrices, so that the residual stream stays the dense model's."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from kvprune.channels.journal import Journal
@@ -16,6 +17,7 @@ from kvprune.models.view import ModelView
 from kvprune.runtime.dtype import stored_dtype
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # of the inputs' mean square; the held-out slice chooses
+PIECES = 4  # in which a symmetric product is computed: five eighths of the work
 HELD_OUT = 8  # every eighth window is held out, and of fewer the last
 
 
@@ -41,7 +43,7 @@ class Moments:
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         x, y = x.flatten(0, -2).float(), y.flatten(0, -2).float()
-        self.xx = self.xx + (x.T @ x).double()
+        self.xx = self.xx + gram(x).double()
         self.xy = self.xy + (x.T @ y).double()
         self.yy = self.yy + y.square().sum(dtype=torch.float64)
 
@@ -52,6 +54,15 @@ class Moments:
         """Sum of |weight x - y|^2; weight (m, n)."""
         weight = weight.double()
         return float(((weight @ self.xx) * weight).sum() - 2 * (weight.T * self.xy).sum() + self.yy)
+
+
+def gram(x: torch.Tensor) -> torch.Tensor:
+    """x^T x of x (rows, n): one half of it, which the other mirrors."""
+    found = x.new_zeros(x.shape[1], x.shape[1])
+    for columns in torch.arange(x.shape[1], device=x.device).chunk(PIECES):
+        first, behind = int(columns[0]), int(columns[-1]) + 1
+        found[first:behind, first:] = x[:, first:behind].T @ x[:, first:]
+    return found.triu() + found.triu(1).T
 
 
 def ridge_fit(moments: Moments, weight: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -65,7 +76,7 @@ def ridge_fit(moments: Moments, weight: torch.Tensor, ridge: float) -> torch.Ten
     assert isinstance(xy, torch.Tensor)
     pull = (ridge * xx.diagonal().mean()).clamp_min(1e-300)
     system = xx + pull * torch.eye(len(xx), dtype=torch.float64, device=xx.device)
-    return torch.linalg.solve(system, xy + pull * weight.double().T, left=True).T
+    return torch.cholesky_solve(xy + pull * weight.double().T, torch.linalg.cholesky(system)).T
 
 
 @torch.no_grad()
@@ -81,9 +92,9 @@ def refit(
     Two streams walk through the layers, the dense model's and the pruned one's, whose earlier layers are repaired
     already. O is fitted so that the residual stream behind the attention becomes the dense model's, then the MLP's
     last matrix so that the one behind the block does. Batches (B, T). Every eighth window is held out: it chooses
-    the ridge, and where no ridge lowers its error the matrix stays. Memory: the hidden states of the text
-    before one block, three times, and one layer's moments. A layer that the journal has is taken from there: the
-    streams only pass through it. Raises NotFinite.
+    the ridge, and where no ridge lowers its error the matrix stays. Memory: of the text before one block the hidden
+    states, four times, or three times and the inputs of the MLP's last matrix; and one layer's moments. A layer that
+    the journal has is taken from there: the streams only pass through it. Raises NotFinite.
     """
     journal = journal or Journal()
     fitted, held = split(batches)
@@ -97,11 +108,10 @@ def refit(
         behind_attention = layer.dense(dense)
         kept = journal.load_refit(index)
         if kept is None:
-            found = [layer.fit_o(ours, behind_attention), layer.fit_down(ours, dense)]
+            found = layer.fit(ours, behind_attention, dense)
             journal.save_refit(index, layer.tensors(), [asdict(row) for row in found])
         else:
-            found = layer.restore(*kept)
-        layer.advance(ours)
+            found = layer.restore(*kept, ours)
         report += found
         advance(1)
     return report
@@ -125,9 +135,8 @@ class _Layer:
         self.dense_calls, self.calls = calls
         self.stored = stored
         self.dense_attention = getattr(dense, family.attention)
-        self.o = getattr(getattr(block, family.attention), family.o)
-        mlp = getattr(block, family.mlp)
-        self.down = getattr(mlp, family.down)
+        self.attention, self.mlp = getattr(block, family.attention), getattr(block, family.mlp)
+        self.o, self.down = getattr(self.attention, family.o), getattr(self.mlp, family.down)
         for name, parameter in list(self.down.named_parameters()):  # shared with the dense model, which must stay
             setattr(self.down, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
 
@@ -144,44 +153,77 @@ class _Layer:
             hook.remove()
         return behind_attention
 
-    def fit_o(self, states: list[torch.Tensor], targets: list[torch.Tensor]) -> Refitted:
+    def fit(
+        self, states: list[torch.Tensor], behind_attention: list[torch.Tensor], behind: list[torch.Tensor]
+    ) -> list[Refitted]:
+        """Fit O and the MLP's last matrix to the dense stream, and take `states` behind the block, in place.
+
+        Attention and MLP run once: what reaches their last matrices is kept, and the block is called again with what
+        the new matrices make of it. behind_attention is used up.
+        """
+        attended = [input_of(self.o, partial(self._run, state)) for state in states]
+        found = [self._fit_o(states, attended, behind_attention)]
+        behind_attention.clear()
+        inner: list[torch.Tensor] = []
+        found.append(self._fit_down(states, attended, behind, inner))
+        for number, (z, h) in enumerate(zip(attended, inner, strict=True)):
+            with _answering(self.attention, (self.o(z), None)), _answering(self.mlp, self.down(h)):
+                states[number] = self._run(states[number])
+        return found
+
+    def _fit_o(self, states: list[torch.Tensor], attended: list[torch.Tensor], targets: list[torch.Tensor]) -> Refitted:
         """Fit O, so that behind the attention `states` become the targets."""
         moments = Moments(), Moments()
-        for number, (state, target) in enumerate(zip(states, targets, strict=True)):
-            z = input_of(self.o, partial(self.calls.run, self.block, self.index, state))
+        for number, (state, z, target) in enumerate(zip(states, attended, targets, strict=True)):
             moments[number >= self.fitted].add(_with_one(z, self.o), target.float() - state.float())
         return self._fit("o", self.o, *moments)
 
-    def fit_down(self, states: list[torch.Tensor], targets: list[torch.Tensor]) -> Refitted:
-        """Fit the MLP's last matrix, so that behind the block `states` become the targets."""
+    def _fit_down(
+        self,
+        states: list[torch.Tensor],
+        attended: list[torch.Tensor],
+        targets: list[torch.Tensor],
+        inner: list[torch.Tensor],
+    ) -> Refitted:
+        """Fit the MLP's last matrix, so that behind the block `states` become the targets. What reaches it is added to
+        `inner`."""
         moments = Moments(), Moments()
-        inputs: list[torch.Tensor] = []
-        hook = self.down.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
+        added: list[torch.Tensor] = []
+
+        def keep(_module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            inner.append(args[0])
+            added.append(output)
+
+        hook = self.down.register_forward_hook(keep)
         try:
-            for number, (state, target) in enumerate(zip(states, targets, strict=True)):
-                output = self.calls.run(self.block, self.index, state)
+            for number, (state, z, target) in enumerate(zip(states, attended, targets, strict=True)):
+                with _answering(self.attention, (self.o(z), None)):
+                    output = self._run(state)
                 # What the MLP should have added is what it added and what is still missing behind the block.
-                h = inputs.pop()
-                missing = target.float() - output.float() + linear(h, self.down.weight, self.down.bias).float()
-                moments[number >= self.fitted].add(_with_one(h, self.down), missing)
+                missing = target.float() - output.float() + added.pop().float()
+                moments[number >= self.fitted].add(_with_one(inner[-1], self.down), missing)
         finally:
             hook.remove()
         return self._fit("down", self.down, *moments)
 
-    def advance(self, states: list[torch.Tensor]) -> None:
-        """Take the pruned residual stream behind the block, in place."""
-        for number, state in enumerate(states):
-            states[number] = self.calls.run(self.block, self.index, state)
+    def _run(self, state: torch.Tensor) -> torch.Tensor:
+        """The pruned residual stream behind the block, (B, T, hidden)."""
+        return self.calls.run(self.block, self.index, state)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights that are fitted here, "o.weight", ..."""
         modules = {"o": self.o, "down": self.down}
         return {f"{name}.{part}": p for name, module in modules.items() for part, p in module.named_parameters()}
 
-    def restore(self, tensors: dict[str, torch.Tensor], report: list[dict]) -> list[Refitted]:
-        """Take the weights, and what was reported of them, from where an interrupted run kept them."""
+    def restore(
+        self, tensors: dict[str, torch.Tensor], report: list[dict], states: list[torch.Tensor]
+    ) -> list[Refitted]:
+        """Take the weights, and what was reported of them, from where an interrupted run kept them, and `states` behind
+        the block, in place."""
         for name, parameter in self.tensors().items():
             parameter.copy_(tensors[name])
+        for number, state in enumerate(states):
+            states[number] = self._run(state)
         return [Refitted(**row) for row in report]
 
     def _fit(self, name: str, module: nn.Linear, fitted: Moments, held: Moments) -> Refitted:
@@ -198,6 +240,16 @@ class _Layer:
             return Refitted(self.index, name, before / scale, before / scale, None)
         _write(module, candidates[best])
         return Refitted(self.index, name, before / scale, errors[best] / scale, RIDGES[best])
+
+
+@contextmanager
+def _answering(module: nn.Module, output: Any) -> Iterator[None]:
+    """`module` gives this output, whatever it is called with."""
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def split(batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
