@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 OLDEST_TRANSFORMERS := 5.16.1
 CACHE := .cache
+PRUNED := $(CACHE)/pruned
 MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := $(shell find src -name "*.py")
 PIP := -m pip install --quiet --disable-pip-version-check
@@ -52,8 +53,9 @@ constraints:
 	test ! -d .venv-vllm || .venv-vllm/bin/python tests/constraints.py > constraints/vllm.txt
 
 # A real model: figures, memory, the demo's commands.
-test-models: .venv/done $(MODEL)
-	KVPRUNE_DATA=$(CACHE) KVPRUNE_TEST_MODEL=$(MODEL) .venv/bin/python -m pytest tests/real/test_smollm2.py tests/real/test_tokens.py -s
+test-models: .venv/done $(PRUNED)/config.json
+	KVPRUNE_DATA=$(CACHE) KVPRUNE_TEST_MODEL=$(MODEL) KVPRUNE_TEST_PRUNED=$(PRUNED) \
+		.venv/bin/python -m pytest tests/real/test_smollm2.py tests/real/test_tokens.py -s
 
 # Caches of 4 and 2 bits, whose kernels a C++ compiler makes on the spot; without one that is left out, in words.
 test-bits: .venv/done
@@ -74,16 +76,21 @@ test-report: .venv/done
 	.venv/bin/python -m pytest tests/real/test_browser.py
 
 # vLLM's CPU build serves a folder with mixed widths.
-test-vllm: .venv-vllm/done $(CACHE)/vllm/pruned/config.json
-	KVPRUNE_VLLM_MODELS=$(CACHE)/vllm .venv-vllm/bin/python -m pytest tests/real/test_vllm.py -s -p no:cacheprovider --noconftest
+test-vllm: .venv-vllm/done $(PRUNED)/config.json $(CACHE)/dense/config.json
+	KVPRUNE_TEST_PRUNED=$(PRUNED) KVPRUNE_TEST_DENSE=$(CACHE)/dense \
+		.venv-vllm/bin/python -m pytest tests/real/test_vllm.py -s -p no:cacheprovider --noconftest
 
-$(CACHE)/vllm/pruned/config.json: $(MODEL) $(SOURCES) | .venv/done
-	rm -rf $(CACHE)/vllm && mkdir -p $(CACHE)/vllm
+# One prune for all tests that need one of a real model. Its widths are those that vLLM's CPU build takes.
+$(PRUNED)/config.json: $(MODEL) $(SOURCES) | .venv/done
+	rm -rf $(PRUNED)
+	KVPRUNE_DATA=$(CACHE) .venv/bin/kvprune prune $(MODEL) --out $(PRUNED) --ratio 0.25 --align 32 --min-width 32 \
+		--calibration wiki --calibration-tokens 4096 --repair-tokens 8192 --eval-tokens 4096 --window 512
+
+$(CACHE)/dense/config.json: $(MODEL) | .venv/done
+	rm -rf $(CACHE)/dense
 	.venv/bin/python -c "import kvprune; \
-		kvprune.load('$(MODEL)').save_pretrained('$(CACHE)/vllm/dense'); \
-		kvprune.load_tokenizer('$(MODEL)').save_pretrained('$(CACHE)/vllm/dense')"
-	KVPRUNE_DATA=$(CACHE) .venv/bin/kvprune prune $(CACHE)/vllm/dense --out $(CACHE)/vllm/pruned --ratio 0.25 \
-		--align 32 --min-width 32 --calibration wiki --calibration-tokens 2048 --repair-tokens 4096 --eval-tokens 2048 --window 512
+		kvprune.load('$(MODEL)', dtype='float32').save_pretrained('$(CACHE)/dense'); \
+		kvprune.load_tokenizer('$(MODEL)').save_pretrained('$(CACHE)/dense')"
 
 $(MODEL): demo/fetch.py
 	$(PYTHON) demo/fetch.py $(CACHE)

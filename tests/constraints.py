@@ -1,4 +1,4 @@
-"""Prints what this environment holds as pip constraints: every package but PyTorch, which is the platform's, and kvprune.
+"""Prints what this environment holds as pip constraints: all but kvprune, and PyTorch, which is the platform's.
 
 They hold for Python 3.11 and newer: an older one gets the newest releases that still support it.
 """

@@ -19,7 +19,7 @@ def main(folder: str, prompts_file: str, answers_file: str) -> None:
         model_impl="transformers",
         trust_remote_code=True,
         enforce_eager=True,
-        dtype="bfloat16",
+        dtype="float32",
         max_model_len=1024,
         enable_prefix_caching=False,
     )
