@@ -71,6 +71,9 @@ def prune(
     repair_tokens: Annotated[
         int | None, typer.Option(help="how much of it refit takes, at most  [default: 65536]")
     ] = None,
+    probes: Annotated[
+        str | None, typer.Option(help="estimated (one backward pass) or measured  [default: estimated]")
+    ] = None,
     probe: Annotated[float | None, typer.Option(help="fraction a probe removes  [default: the ratio]")] = None,
     probe_tokens: Annotated[int | None, typer.Option(help="calibration tokens a probe reads  [default: all]")] = None,
     tau: Annotated[float | None, typer.Option(help="softness of the allocation by sensitivity  [default: 3]")] = None,

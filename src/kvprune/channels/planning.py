@@ -1,5 +1,6 @@
 """Phase A and B: scores, sensitivities, widths, and the channels that stay."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from kvprune.channels import allocation
+from kvprune.channels.estimate import estimate_sensitivity
 from kvprune.channels.importance import IMPORTANCE, Scores
 from kvprune.channels.journal import Journal
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
@@ -31,6 +33,18 @@ def reachable(s: Settings, grid: allocation.Grid) -> None:
         allocation.one_width(s.ratio, grid)
     else:
         allocation.round_widths(allocation.uniform(grid.layers, s.ratio), s.ratio, grid)
+
+
+def first_windows(batches: list[torch.Tensor], tokens: int | None) -> list[torch.Tensor]:
+    """As many whole windows of batches (B, T) as hold so many tokens, at least one; None: all."""
+    if tokens is None:
+        return batches
+    found, left = [], tokens
+    for batch in batches:
+        if left > 0:
+            found.append(batch[: math.ceil(left / batch.shape[1])])
+            left -= found[-1].numel()
+    return found
 
 
 @dataclass
@@ -133,13 +147,12 @@ class Planner:
 
     def _sensitivity(self, scores: list[Scores], rotations: list[Rotation] | None, widths: list[int]) -> list[float]:
         """Changes of the mean loss, block by block, for one width after another."""
-        s, tokens = self.settings, 0
-        batches = []
-        for batch in self.batches:
-            if s.probe_tokens is None or tokens < s.probe_tokens:
-                batches.append(batch)
-                tokens += batch.numel()
+        s = self.settings
+        batches = first_windows(self.batches, s.probe_tokens)
         probes = [probe for width in widths for probe in self._probes(scores, rotations, width)]
+        if s.probes == "estimated":
+            with self.phase("sensitivity", len(batches)) as advance:
+                return estimate_sensitivity(self.view, batches, probes, advance)
         with self.phase("sensitivity", len(probes) * len(batches)) as advance:
             return measure_sensitivity(self.view, batches, probes, self.journal, advance)
 
@@ -189,6 +202,7 @@ def _method(s: Settings) -> dict[str, Any]:
         "channels",
         "allocation",
         "repair",
+        "probes",
         "probe",
         "tau",
         "align",

@@ -11,6 +11,7 @@ from kvprune.text.corpus import text_names
 
 CHANNELS = ("split", "joint")
 ALLOCATIONS = ("sensitivity", "rank", "uniform", "budget")
+PROBES = ("estimated", "measured")
 LAYOUTS = ("per-layer", "uniform", "portable")
 
 
@@ -20,6 +21,7 @@ class Settings:
 
     ratio: fraction of the KV bytes per token to remove. probe: fraction of a block's channels that its sensitivity
     probe removes (None: the ratio); probe_tokens: how much of the calibration text a probe reads (None: all of it).
+    probes: sensitivities are estimated from one backward pass (see estimate.py), or measured, as the paper has it.
     repair: None is rotate+refit, or refit for joint channels; repair_tokens: how much text refit takes, at most, from
     the beginning of the calibration text. tau: see allocation.by_sensitivity. calibration_window and windows in tokens.
     """
@@ -32,6 +34,7 @@ class Settings:
     layout: str = "per-layer"
     repair: str | None = None
     repair_tokens: int = 65536
+    probes: str = "estimated"
     probe: float | None = None
     probe_tokens: int | None = None
     tau: float = 3.0
@@ -61,6 +64,7 @@ class Settings:
             "importance": tuple(IMPORTANCE),
             "channels": CHANNELS,
             "allocation": ALLOCATIONS,
+            "probes": PROBES,
             "layout": LAYOUTS,
             "repair": REPAIRS,
         }
@@ -109,7 +113,19 @@ def with_preset(preset: str | None, options: dict[str, Any]) -> dict[str, Any]:
 
 
 DECIDED_BY_A_PLAN = {
-    *("ratio", "importance", "channels", "allocation", "layout", "repair", "probe", "tau", "align", "min_width"),
+    *(
+        "ratio",
+        "importance",
+        "channels",
+        "allocation",
+        "layout",
+        "repair",
+        "probes",
+        "probe",
+        "tau",
+        "align",
+        "min_width",
+    ),
     "repair_tokens",
 }
 
@@ -119,6 +135,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "importance": "taylor",
         "channels": "joint",
         "allocation": "sensitivity",
+        "probes": "measured",
         "layout": "per-layer",
         "repair": "none",
     }

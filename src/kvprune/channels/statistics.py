@@ -12,6 +12,7 @@ from kvprune.channels.repair.rotate import Rotation, key_basis, slow_channels, t
 from kvprune.errors import NotFinite
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.attention import Attention, AttentionWeights
+from kvprune.models.stream import frozen
 from kvprune.models.view import ModelView
 
 Advance = Callable[[int], None]
@@ -107,7 +108,6 @@ def _gradients(view: ModelView, batches: Iterable[torch.Tensor], advance: Advanc
     """
     parameters = [p for attention in view.attention for p in attention.parameters()]
     sums: dict[Any, torch.Tensor] = {p: torch.zeros_like(p, dtype=torch.float32) for p in parameters}
-    before = {p: p.requires_grad for p in view.lm.parameters()}
     hooks = []
 
     def collect(parameter: Any) -> None:
@@ -116,25 +116,22 @@ def _gradients(view: ModelView, batches: Iterable[torch.Tensor], advance: Advanc
         parameter.grad = None
 
     scored = 0
-    try:
-        for parameter in before:
-            parameter.requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-            hooks.append(parameter.register_post_accumulate_grad_hook(collect))
-        for batch in batches:
-            for window in batch.to(view.device).split(1):
-                with torch.enable_grad():
-                    hidden = view.lm.base_model(input_ids=window, use_cache=False).last_hidden_state
-                _, tokens, grad = next_token_loss(view.head, hidden.detach(), window, gradient=True)
-                hidden.backward(grad)
-                scored += tokens
-            advance(len(batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, required in before.items():
-            parameter.requires_grad_(required)
+    with frozen(view.lm):
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+                hooks.append(parameter.register_post_accumulate_grad_hook(collect))
+            for batch in batches:
+                for window in batch.to(view.device).split(1):
+                    with torch.enable_grad():
+                        hidden = view.lm.base_model(input_ids=window, use_cache=False).last_hidden_state
+                    _, tokens, grad = next_token_loss(view.head, hidden.detach(), window, gradient=True)
+                    hidden.backward(grad)
+                    scored += tokens
+                advance(len(batch))
+        finally:
+            for hook in hooks:
+                hook.remove()
     for total in sums.values():
         total /= scored
     return [Statistics(gradients=_as_gradients(attention, sums)) for attention in view.attention]

@@ -5,7 +5,8 @@ masking is written a second time here. `enter` and `Calls` take a long text thro
 are the hidden states before one block. `BlockRunner` holds those of one batch before every block.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -134,3 +135,15 @@ def input_of(module: nn.Module, forward: Callable[[], object]) -> torch.Tensor:
     finally:
         hook.remove()
     return found[0]
+
+
+@contextmanager
+def frozen(lm: PreTrainedModel) -> Iterator[None]:
+    """No parameter of the model wants a gradient."""
+    before = {parameter: parameter.requires_grad for parameter in lm.parameters()}
+    try:
+        lm.requires_grad_(False)
+        yield
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
