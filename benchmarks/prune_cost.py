@@ -31,20 +31,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     **{f"uniform, refit on {n:,}": {"allocation": "uniform", "repair_tokens": n} for n in (8192, 16384, 32768, 65536)},
     **{
-        f"budget of {probes:,} probe tokens, refit on {n:,}": {
+        f"budget, estimated on {probes:,}, refit on {n:,}": {
             "allocation": "budget",
             "probe_tokens": probes,
             "repair_tokens": n,
         }
-        for probes, n in ((512, 16384), (1024, 16384), (1024, 32768), (2048, 32768), (4096, 65536))
+        for probes, n in ((2048, 16384), (4096, 16384), (4096, 32768))
     },
     **{
-        f"sensitivity of {probes:,} probe tokens, refit on 65,536": {
-            "allocation": "sensitivity",
+        f"{allocation}, measured on {probes:,}, refit on {n:,}": {
+            "allocation": allocation,
+            "probes": "measured",
             "probe_tokens": probes,
-            "repair_tokens": 65536,
+            "repair_tokens": n,
         }
-        for probes in (2048, TOKENS)
+        for allocation, probes, n in (
+            ("budget", 512, 16384),
+            ("budget", 1024, 32768),
+            ("budget", 4096, 65536),
+            ("sensitivity", TOKENS, 65536),
+        )
     },
 }
 PARTS = {  # phases of a prune, as the table sums them
