@@ -19,7 +19,7 @@ import torch
 import kvprune
 from kvprune.channels.texts import BATCH_TOKENS
 from kvprune.measure.perplexity import perplexity
-from kvprune.progress import Bars
+from kvprune.progress import on_stderr
 from kvprune.text.corpus import read_text
 from kvprune.text.windows import windows
 from kvprune.versions import versions
@@ -54,7 +54,7 @@ def main() -> None:
     passes = [dense_seconds(model, ids) for _ in range(3)]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        progress = Bars()
+        progress = on_stderr()
         options = {"importance": arguments.importance, "repair_tokens": arguments.repair_tokens}
         record = kvprune.prune(arguments.model, out, progress=progress, **options).record
     passes += [dense_seconds(model, ids) for _ in range(3)]

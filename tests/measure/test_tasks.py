@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import lm_eval
@@ -15,7 +16,7 @@ import kvprune
 from kvprune import cli
 from kvprune.errors import BadOption
 from kvprune.measure.tasks import PIQA, load_tasks, run_tasks
-from tiny import words
+from tiny import Counted, words
 
 ROWS = 12
 
@@ -43,7 +44,7 @@ def log_probability(model, tokenizer, prompt: str, answer: str) -> float:
     return sum(scores[i - 1, ids[0, i]].item() for i in range(start, ids.shape[1]))
 
 
-def test_piqa_against_a_plain_loop(checkpoint, piqa):
+def test_piqa_against_a_plain_loop(checkpoint, piqa, capsys):
     model, tokenizer = kvprune.load(checkpoint, dtype="float32"), kvprune.load_tokenizer(checkpoint)
     hits = {"acc": 0, "acc_norm": 0}
     for goal, answers, label in piqa:
@@ -52,7 +53,10 @@ def test_piqa_against_a_plain_loop(checkpoint, piqa):
         hits["acc_norm"] += (scores[1] / len(answers[1]) > scores[0] / len(answers[0])) == label
     assert 0 < hits["acc"] < ROWS
     assert hits["acc"] != hits["acc_norm"]
-    rows = run_tasks(model, tokenizer, load_tasks(["piqa"]))
+    progress = Counted()
+    rows = run_tasks(model, tokenizer, load_tasks(["piqa"]), phase=partial(progress.phase, "piqa"))
+    assert progress.phases == [["piqa", 2 * ROWS, 2 * ROWS]]  # in place of lm-eval's bars
+    assert "%|" not in capsys.readouterr().err
     assert [row["metric"] for row in rows] == ["acc", "acc_norm"]
     for row in rows:
         share = hits[row["metric"]] / ROWS

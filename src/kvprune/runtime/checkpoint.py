@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvprune.progress import without_bars
 from kvprune.runtime.files import PLAN, RECORD, checksums, writing_to
 
 SHARD_SIZE = "4GB"
@@ -52,7 +53,8 @@ def _save_model(model: PreTrainedModel, folder: Path) -> None:
     generation = model.generation_config
     try:
         model.generation_config = GenerationConfig()
-        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        with without_bars():
+            model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     finally:
         model.generation_config = generation
     (folder / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
