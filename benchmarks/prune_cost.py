@@ -20,7 +20,7 @@ from cells import Cells
 
 import kvprune
 from kvprune.measure.perplexity import perplexity
-from kvprune.progress import Bars
+from kvprune.progress import on_stderr
 from kvprune.runtime.dtype import cpu_flags, name_of
 from kvprune.text.corpus import read_text
 from kvprune.text.windows import windows
@@ -85,7 +85,7 @@ def cell(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, An
     passes = dense_passes(model, ids)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        progress = Bars()
+        progress = on_stderr()
         start = time.perf_counter()
         record = kvprune.prune(arguments.model, out, progress=progress, dtype=arguments.dtype, **options).record
         seconds = time.perf_counter() - start

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import kvprune
 from kvprune.measure.perplexity import perplexity
-from kvprune.progress import Bars
+from kvprune.progress import on_stderr
 from kvprune.text.windows import judged_windows
 
 RATIOS = (0.25, 0.5, 0.75)
@@ -85,7 +85,7 @@ class Bench:
             if out is not None and finished(out):
                 return judged_again(out)
             model = self.model if source is None else plain(self.model, self.folder(source))
-            result = kvprune.prune(model, out, ratio=ratio, resume=True, progress=Bars(), **PRUNE, **options)
+            result = kvprune.prune(model, out, ratio=ratio, resume=True, progress=on_stderr(), **PRUNE, **options)
             return judged(result.record, result.model, result.tokenizer)
 
         self.cell(name, run)
@@ -96,7 +96,7 @@ class Bench:
             if finished(out):
                 return judged_again(out)
             settings = options if "preset" in options else {**RECOVER, **options}
-            result = kvprune.recover(self.folder(source), out, resume=True, progress=Bars(), **settings)
+            result = kvprune.recover(self.folder(source), out, resume=True, progress=on_stderr(), **settings)
             assert result.record is not None
             return judged(result.record, result.model, result.tokenizer)
 

@@ -1,16 +1,18 @@
 """For users: load any source, and generate with it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from kvprune.errors import BadOption
 from kvprune.measure.memory import cache_bytes
 from kvprune.models import source as sources
+from kvprune.progress import Progress
 from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.cache import GrowingCache
 from kvprune.runtime.linear import pack_weights
@@ -62,6 +64,7 @@ def generate(
     seed: int = 0,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Continue `prompt`; greedily, or sampled at `temperature`.
 
@@ -78,16 +81,20 @@ def generate(
         raise BadOption("--temperature must not be negative")
     token_filter = asked_filter(skip, skip_preset, skip_layers)
     resolved = sources.resolve(source, revision, trust_remote_code)
-    model, tokenizer = _ready(resolved, device, dtype), sources.load_tokenizer(resolved)
-    pack_weights(model)
+    progress = progress or Progress()
+    with progress.phase("load"):
+        model, tokenizer = _ready(resolved, device, dtype), sources.load_tokenizer(resolved)
+        pack_weights(model)
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     how = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with nullcontext() if token_filter is None else token_filter(model):
+    filtering = nullcontext() if token_filter is None else token_filter(model)
+    with progress.phase("generate", max_new_tokens) as advance, filtering:
         output: Any = model.generate(  # type: ignore[operator]
             **inputs,
             max_new_tokens=max_new_tokens,
             return_dict_in_generate=True,
+            streamer=_Counter(advance),
             **{CACHE: GrowingCache(model.config)},
             **how,
         )
@@ -101,3 +108,18 @@ def generate(
         "cache_bytes": cache_bytes(cache),
         **({} if token_filter is None else {"filter": token_filter.report}),
     }
+
+
+class _Counter(BaseStreamer):
+    """Tells `advance` of every new token."""
+
+    def __init__(self, advance: Callable[..., None]) -> None:
+        self.advance = advance
+        self.steps = 0  # the prompt comes first
+
+    def put(self, value: torch.Tensor) -> None:
+        self.advance(self.steps)
+        self.steps = 1
+
+    def end(self) -> None:
+        pass

@@ -29,7 +29,7 @@ from kvprune.cli_options import (
 from kvprune.cli_study import study
 from kvprune.errors import KVPruneError
 from kvprune.measure.memory import is_out_of_memory
-from kvprune.progress import Bars
+from kvprune.progress import on_stderr
 from kvprune.runtime.files import read_shown
 
 app = typer.Typer(
@@ -89,7 +89,7 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Remove KV channels from a model and write it to a folder that loads again."""
-    _show(kvprune.prune(progress=Bars(), **given(locals())).record, as_json)
+    _show(kvprune.prune(progress=on_stderr(), **given(locals())).record, as_json)
 
 
 @app.command()
@@ -144,7 +144,7 @@ def recover(
     as_json: Json = False,
 ) -> None:
     """Train a pruned model with LoRA and write it, merged, to a folder of the same kind."""
-    result = kvprune.recover(progress=Bars(), **given(locals()))
+    result = kvprune.recover(progress=on_stderr(), **given(locals()))
     if result.record is not None:  # only the main process of several has one
         _show(result.record, as_json)
 
@@ -171,7 +171,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Perplexity and tasks of a source, or of two side by side."""
-    result = kvprune.evaluate(progress=Bars(), **given(locals()))
+    result = kvprune.evaluate(progress=on_stderr(), **given(locals()))
     if as_json:
         print(json.dumps(result))
         return
@@ -199,7 +199,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt."""
-    result = kvprune.generate(**given(locals()))
+    result = kvprune.generate(progress=on_stderr(), **given(locals()))
     if as_json:
         print(json.dumps(result))
     else:
@@ -237,7 +237,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Speed and memory of one model or two, over a grid of batch x context."""
-    report = kvprune.bench(progress=Bars(), **given(locals()))
+    report = kvprune.bench(progress=on_stderr(), **given(locals()))
     if as_json:
         print(json.dumps(report))
         return

@@ -20,7 +20,7 @@ from kvprune.cli_options import (
     Trust,
     given,
 )
-from kvprune.progress import Bars
+from kvprune.progress import on_stderr
 
 study = typer.Typer(help="What a choice would change, measured before it is made.")
 AsBench = typer.Option(help="as for bench")
@@ -56,7 +56,7 @@ def study_calibration(
     as_json: Json = False,
 ) -> None:
     """How far perplexity moves with source, size and seed of the calibration text; with a picture."""
-    report = kvprune.study_calibration(progress=Bars(), **given(locals()))
+    report = kvprune.study_calibration(progress=on_stderr(), **given(locals()))
     if as_json:
         print(json.dumps(report))
         return
@@ -79,7 +79,7 @@ def study_layers(
     as_json: Json = False,
 ) -> None:
     """Which layers should skip attention first: one dense pass, for generate's --skip-layers."""
-    report = kvprune.study_layers(progress=Bars(), **given(locals()))
+    report = kvprune.study_layers(progress=on_stderr(), **given(locals()))
     if as_json:
         print(json.dumps(report))
         return
@@ -105,7 +105,7 @@ def study_robustness(
     as_json: Json = False,
 ) -> None:
     """Perplexity and repetition against position, beyond the model's context too; with a picture."""
-    report = kvprune.study_robustness(progress=Bars(), **given(locals()))
+    report = kvprune.study_robustness(progress=on_stderr(), **given(locals()))
     if as_json:
         print(json.dumps(report))
         return
@@ -134,7 +134,7 @@ def study_scaling(
     as_json: Json = False,
 ) -> None:
     """How decoding speed scales with batch and context, beside what the bytes allow; with a picture."""
-    report = kvprune.study_scaling(progress=Bars(), **given(locals()))
+    report = kvprune.study_scaling(progress=on_stderr(), **given(locals()))
     if as_json:
         print(json.dumps(report))
         return

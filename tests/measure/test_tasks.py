@@ -2,8 +2,7 @@
 
 import json
 import math
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import lm_eval
@@ -12,10 +11,9 @@ import torch
 import yaml
 
 import kvprune
-from kvprune import cli
 from kvprune.errors import BadOption
 from kvprune.measure.tasks import PIQA, load_tasks, run_tasks
-from tiny import words
+from tiny import Counted, words
 
 ROWS = 12
 
@@ -43,7 +41,7 @@ def log_probability(model, tokenizer, prompt: str, answer: str) -> float:
     return sum(scores[i - 1, ids[0, i]].item() for i in range(start, ids.shape[1]))
 
 
-def test_piqa_against_a_plain_loop(checkpoint, piqa):
+def test_piqa_against_a_plain_loop(checkpoint, piqa, capsys):
     model, tokenizer = kvprune.load(checkpoint, dtype="float32"), kvprune.load_tokenizer(checkpoint)
     hits = {"acc": 0, "acc_norm": 0}
     for goal, answers, label in piqa:
@@ -52,7 +50,10 @@ def test_piqa_against_a_plain_loop(checkpoint, piqa):
         hits["acc_norm"] += (scores[1] / len(answers[1]) > scores[0] / len(answers[0])) == label
     assert 0 < hits["acc"] < ROWS
     assert hits["acc"] != hits["acc_norm"]
-    rows = run_tasks(model, tokenizer, load_tasks(["piqa"]))
+    progress = Counted()
+    rows = run_tasks(model, tokenizer, load_tasks(["piqa"]), phase=partial(progress.phase, "piqa"))
+    assert progress.phases == [["piqa", 2 * ROWS, 2 * ROWS]]  # in place of lm-eval's bars
+    assert "%|" not in capsys.readouterr().err
     assert [row["metric"] for row in rows] == ["acc", "acc_norm"]
     for row in rows:
         share = hits[row["metric"]] / ROWS
@@ -65,9 +66,11 @@ def test_piqa_is_asked_as_lm_eval_asks_it():
     assert {key: theirs[key] for key in PIQA} == PIQA
 
 
-def test_eval_puts_tasks_of_both_models_into_one_table(checkpoint, piqa, monkeypatch, capsys):
+def test_eval_puts_tasks_of_both_models_into_one_table(command, checkpoint, piqa, monkeypatch):
     asked = ["eval", str(checkpoint), "--against", str(checkpoint), "--tasks", "piqa", "--task-limit", "4"]
-    result = json.loads(subprocess.check_output([sys.executable, "-m", "kvprune.cli", *asked, "--json"]))
+    code, out, _ = command(*asked, "--json")
+    assert code == 0
+    result = json.loads(out)  # and nothing of lm-eval's is among it
     assert result["perplexity"] == []
     assert [(row["task"], row["metric"], row["samples"]) for row in result["tasks"]] == [
         ("piqa", "acc", 4),
@@ -77,11 +80,8 @@ def test_eval_puts_tasks_of_both_models_into_one_table(checkpoint, piqa, monkeyp
         assert row["values"][0] == row["values"][1]
         assert row["stderr"][0] > 0
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(sys, "argv", ["kvprune", *asked])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 0
-    shown = capsys.readouterr().out
+    code, shown, _ = command(*asked)
+    assert code == 0
     assert "piqa, acc_norm, 4 samples" in shown
     assert "±" in shown
 
@@ -115,7 +115,7 @@ def test_other_metrics_are_reported_and_stdout_is_ours(checkpoint, piqa, tmp_pat
     assert capsys.readouterr().out == ""
 
 
-def test_too_little_memory_for_one_models_tasks_leaves_the_rest(checkpoint, tmp_path, monkeypatch, capsys):
+def test_too_little_memory_for_one_models_tasks_leaves_the_rest(command, checkpoint, tmp_path, monkeypatch):
     row = {"task": "t", "metric": "acc", "samples": 9, "value": 0.5, "stderr": 0.25}
     answers = [[row], RuntimeError("DefaultCPUAllocator: can't allocate memory")] * 2
 
@@ -135,11 +135,8 @@ def test_too_little_memory_for_one_models_tasks_leaves_the_rest(checkpoint, tmp_
     assert found["errors"] == [f"{checkpoint}, t: out of memory"]
     assert None not in found["perplexity"][0]["values"]
     asked = ["eval", checkpoint, "--against", checkpoint, "--tasks", "t"]
-    monkeypatch.setattr(sys, "argv", ["kvprune", *map(str, asked)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 0
-    shown = capsys.readouterr().out
+    code, shown, _ = command(*asked)
+    assert code == 0
     assert "│ 0.5000 ± 0.2500 │ - │" in " ".join(shown.split())
     assert "out of memory" in shown
 

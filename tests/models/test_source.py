@@ -3,8 +3,6 @@
 import json
 import shutil
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +13,7 @@ from kvprune import errors
 from kvprune.models.attention import rope_pairs
 from kvprune.models.stream import BlockRunner
 from kvprune.models.view import ModelView
-from tiny import tiny_model
+from tiny import tiny_model, write_gguf
 
 
 def test_folder(checkpoint):
@@ -123,46 +121,8 @@ def test_a_cut_gguf(tmp_path):
 def test_gguf_loads_dequantised(tmp_path):
     """A float32 GGUF written by hand gives the model it was written from."""
     model = tiny_model("llama", kv_heads=2, groups=2, head_dim=32, layers=1)
-    config = model.config
     path = tmp_path / "tiny.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_key_length(32)
-    writer.add_value_length(32)
-    writer.add_rope_dimension_count(32)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    names = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-        "self_attn.q_proj.weight": "attn_q.weight",
-        "self_attn.k_proj.weight": "attn_k.weight",
-        "self_attn.v_proj.weight": "attn_v.weight",
-        "self_attn.o_proj.weight": "attn_output.weight",
-        "mlp.gate_proj.weight": "ffn_gate.weight",
-        "mlp.up_proj.weight": "ffn_up.weight",
-        "mlp.down_proj.weight": "ffn_down.weight",
-        "input_layernorm.weight": "attn_norm.weight",
-        "post_attention_layernorm.weight": "ffn_norm.weight",
-    }
-    for name, tensor in model.state_dict().items():
-        array = tensor.numpy()
-        if "q_proj" in name or "k_proj" in name:  # llama.cpp interleaves the halves of a head
-            heads = 4 if "q_proj" in name else 2
-            array = array.reshape(heads, 2, 16, -1).swapaxes(1, 2).reshape(array.shape)
-        layer = "blk.0." if "layers.0." in name else ""
-        writer.add_tensor(layer + names[name.removeprefix("model.layers.0.")], np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(model, path)
     ids = torch.randint(3, 300, (1, 7))
     loaded = kvprune.load(path, dtype="float32")
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)

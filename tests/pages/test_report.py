@@ -9,15 +9,13 @@ from xml.etree import ElementTree
 import pytest
 
 import kvprune
-from kvprune import cli, errors
+from kvprune import errors
 from kvprune.pages import report as page
-
-QUICK = {"calibration_tokens": 512, "eval_tokens": 512, "windows": (64,), "align": 2, "min_width": 4}
 
 
 @pytest.fixture
-def pruned(checkpoint, texts, tmp_path):
-    kvprune.prune(checkpoint, tmp_path / "half", ratio=0.5, **QUICK)
+def pruned(pruned_half, tmp_path):
+    shutil.copytree(pruned_half, tmp_path / "half")
     return tmp_path / "half"
 
 
@@ -117,7 +115,7 @@ def test_warnings():
     assert "out of memory" in found[1]
 
 
-def test_what_it_refuses(pruned, tmp_path, monkeypatch, capsys):
+def test_what_it_refuses(command, pruned, tmp_path):
     (tmp_path / "wrong.json").write_text("{}")
     (tmp_path / "none-there.json").write_text('{"cells": [{}], "environment": {"device": "x"}}')
     shutil.copytree(pruned, tmp_path / "stranger")
@@ -139,8 +137,6 @@ def test_what_it_refuses(pruned, tmp_path, monkeypatch, capsys):
             kvprune.report(pruned, **options)
     assert not (pruned / "report.html").exists()
     for words in (["show", tmp_path / "damaged"], ["report", tmp_path / "damaged"], ["report", tmp_path]):
-        monkeypatch.setattr("sys.argv", ["kvprune", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        assert stop.value.code == 2
-        assert "kvprune.json" in capsys.readouterr().err
+        code, _, err = command(*words)
+        assert code == 2
+        assert "kvprune.json" in err

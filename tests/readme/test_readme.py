@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -12,7 +10,7 @@ LAYERS = re.compile(
     r"28, ?25, ?26, ?29, ?27, ?15, ?12, ?7, ?21, ?6\b"
 )  # layer numbers of that model; the tiny one has four
 SMALLER = {
-    "prune": "--calibration-tokens 512 --eval-tokens 512 --window 64 --align 2 --min-width 4",
+    "prune": "--calibration-tokens 512 --repair-tokens 4096 --eval-tokens 512 --window 64 --align 2 --min-width 4",
     "recover": "--tokens 2048 --window 64 --steps 2 --batch 2 --held-out 256 --eval-tokens 512 --eval-window 64",
     "eval": "--tokens 512",
     "bench": "--batch 1,2 --context 8,16 --new-tokens 2 --rounds 1",
@@ -25,7 +23,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
 
-def test_console_commands(checkpoint, texts, tmp_path):
+def test_console_commands(command, checkpoint, texts, tmp_path, monkeypatch):
     commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ kvprune")]
     assert {shlex.split(c)[1] for c in commands} >= {
         "prune",
@@ -37,18 +35,17 @@ def test_console_commands(checkpoint, texts, tmp_path):
         "show",
         "study",
     }
-    for command in commands:
-        words = shlex.split(LAYERS.sub("2,1", command.replace(HUB_ID, str(checkpoint))))
+    monkeypatch.chdir(tmp_path)
+    for line in commands:
+        words = shlex.split(LAYERS.sub("2,1", line.replace(HUB_ID, str(checkpoint))))
         words += SMALLER.get(words[1], "").split()
-        result = subprocess.run(
-            [sys.executable, "-m", "kvprune.cli", *words[1:]], capture_output=True, text=True, cwd=tmp_path
-        )
-        assert result.returncode == 0, f"{command}\n{result.stderr}"
+        code, _, err = command(*words[1:])
+        assert code == 0, f"{line}\n{err}"
 
 
 def test_python_example(checkpoint, texts, tmp_path, monkeypatch):
     code = "\n".join(blocks("python"))
-    quick = "calibration_tokens=512, eval_tokens=512, windows=(64,), align=2, min_width=4"
+    quick = "calibration_tokens=512, repair_tokens=4096, eval_tokens=512, windows=(64,), align=2, min_width=4"
     code = code.replace(HUB_ID, str(checkpoint)).replace("ratio=0.5", f"ratio=0.5, {quick}")
     code = LAYERS.sub("2, 1", code)
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,6 @@
 """A tiny pruned folder, made without `prune`, and settings that train it in a second."""
 
 import pytest
-import torch
 
 from kvprune.channels.surgery import cut
 from kvprune.models.source import load_model, resolve
@@ -49,13 +48,3 @@ def quick():
         "eval_windows": (32,),
         "device": "cpu",
     }
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Models this small are slower on several threads, and far slower where other work runs beside them."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -1,13 +1,12 @@
 """`kvprune recover` as scripts see it, and every mistake a user can make: exit code 2, one line, nothing written."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
-from kvprune import cli
+from kvprune.progress import Lines
 from tiny import words
 
 QUICK = [
@@ -28,21 +27,9 @@ QUICK = [
 ]
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs the command line's own `main`; returns exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kvprune", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code, captured.out, captured.err
-
-    return run
-
-
-def test_recover_and_show(command, pruned, texts, tmp_path):
+def test_recover_and_show(command, pruned, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(Lines, "interval", 0)
+    monkeypatch.setattr(Lines, "look", 0.001)
     code, out, err = command("recover", pruned, "--out", tmp_path / "out", *QUICK, "--json")
     assert code == 0, err
     record = json.loads(out)
@@ -115,10 +102,9 @@ def test_folders(command, pruned, checkpoint, texts, tmp_path):
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["precious"]
 
 
-def test_two_processes_train_as_one(pruned, texts, tmp_path):
+def test_two_processes_train_as_one(command, pruned, texts, tmp_path, monkeypatch):
     """accelerate launch, DDP over gloo: the same curve up to rounding."""
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    one = [sys.executable, "-m"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     two = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     two += [
         "--num_machines",
@@ -131,12 +117,18 @@ def test_two_processes_train_as_one(pruned, texts, tmp_path):
         "0",
         "-m",
     ]
+
+    def launched(*arguments):
+        result = subprocess.run(
+            [*two, "kvprune.cli", *map(str, arguments)], capture_output=True, text=True, timeout=120
+        )
+        return result.returncode, result.stdout, result.stderr
+
     curves = []
-    for name, launcher in (("one", one), ("two", two)):
-        words = [*launcher, "kvprune.cli", "recover", str(pruned), "--out", str(tmp_path / name), *QUICK, "--json"]
-        result = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120)
-        assert result.returncode == 0, result.stderr
-        record = json.loads(result.stdout)
+    for name, run in (("one", command), ("two", launched)):
+        code, out, err = run("recover", pruned, "--out", tmp_path / name, *QUICK, "--json")
+        assert code == 0, err
+        record = json.loads(out)
         curves.append(record["recovered"]["curve"] + record["recovered"]["held_out_curve"])
         assert record["recovered"]["processes"] == (1 if name == "one" else 2)
         assert (tmp_path / name / "config.json").exists()

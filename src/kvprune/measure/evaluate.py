@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,10 @@ def evaluate(
     tokenizer = one_tokenizer(sources)
     contents = {name: read_text(name, "test") for name in texts}
     cut = {(t, n): windows(contents[t], tokenizer, n, tokens or None, t) for t in texts for n in lengths}
-    loaded = load_tasks(names) if names else []
+    loaded = []
+    if names:
+        with progress.phase("load tasks"):
+            loaded = load_tasks(names)
     rows: list[dict[str, Any]] = [{"text": t, "window": n, "tokens": 0, "values": []} for t, n in cut]
     scores: list[list[dict[str, Any]] | None] = []
     costs: list[dict[str, Any]] = []
@@ -83,8 +87,9 @@ def evaluate(
                     row["tokens"], row["values"][-1] = result.tokens, result.value
         if loaded:
             scores.append(None)
+            phase = partial(progress.phase, f"tasks {index + 1}")
             with _noted(errors, f"{one.name}, {', '.join(names)}"):
-                scores[-1] = run_tasks(model, tokenizer, loaded, task_limit)
+                scores[-1] = run_tasks(model, tokenizer, loaded, task_limit, phase)
         costs.append(
             {
                 "source": one.name,

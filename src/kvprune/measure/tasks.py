@@ -1,19 +1,22 @@
 """Tasks of lm-evaluation-harness on a loaded model: accuracies with standard errors."""
 
-import contextlib
 import functools
 import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvprune.errors import BadOption
+from kvprune.progress import replaced
 
+Phase = Callable[[int], AbstractContextManager[Callable[[int], None]]]  # total -> advance(steps): see Progress
 BATCH = 16
 RESAMPLES = 1000  # for standard errors that no formula gives
 PIQA = {  # as lm-eval has it, but for where the rows come from
@@ -42,7 +45,22 @@ def load_tasks(names: Sequence[str]) -> list[Any]:
     for name in names:
         if name not in manager.all_tasks and not (name.endswith(".yaml") and Path(name).is_file()):
             raise BadOption(f"unknown task {name!r}; give names that `lm-eval ls tasks` shows, or .yaml files")
-    return [_load(manager, name) for name in dict.fromkeys(names)]
+    with _without_bars():
+        return [_load(manager, name) for name in dict.fromkeys(names)]
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Within, data is fetched and read without the bars of `datasets`."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 @functools.cache
@@ -93,19 +111,42 @@ def _over_rows(rows: list[dict[str, Any]]) -> Any:
     return ConfigurableTask(config={**PIQA, "custom_dataset": lambda **_: {"validation": Dataset.from_list(rows)}})
 
 
+@contextmanager
+def _as_phases(phase: Phase) -> Iterator[None]:
+    """Every bar that lm-eval shows while a model answers becomes a phase; its other bars are left out."""
+    from lm_eval.api import model, task
+    from lm_eval.models import huggingface
+
+    with ExitStack() as shown:  # one at a time; what an error leaves open ends with it
+
+        def bar(rows: Any = None, total: int = 1, **_: Any) -> Any:
+            if rows is not None:
+                return rows
+            advance = shown.enter_context(phase(total))
+            return SimpleNamespace(update=advance, close=shown.close)
+
+        with replaced(huggingface, tqdm=bar), replaced(model, tqdm=bar), replaced(task, tqdm=bar):
+            yield
+
+
 def run_tasks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Any], limit: int | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Any],
+    limit: int | None = None,
+    phase: Phase = lambda total: nullcontext(lambda steps: None),
 ) -> list[dict[str, Any]]:
     """[{"task", "metric", "samples", "value", "stderr"}] of a model on what `load_tasks` returned.
 
     No examples stand in the prompt unless a task brings its own. limit: the first so many samples of each task. A
-    metric behind one of lm-eval's filters is called "metric, filter". Raises BadOption for a task without figures.
+    metric behind one of lm-eval's filters is called "metric, filter". phase: is entered with a number of requests, and
+    told of those that are answered, in place of lm-eval's own bars. Raises BadOption for a task without figures.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH)
-    with contextlib.redirect_stdout(sys.stderr):  # where lm-eval's own words do not belong to what we print
+    with _as_phases(phase), redirect_stdout(sys.stderr):  # stdout is for what we print
         found = simple_evaluate(wrapped, tasks=list(tasks), limit=limit, log_samples=False, bootstrap_iters=RESAMPLES)
     assert found is not None  # None only on the other ranks of a distributed run
     rows = []

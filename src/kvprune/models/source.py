@@ -28,6 +28,7 @@ from kvprune.errors import (
     UnsupportedArchitecture,
 )
 from kvprune.models.family import family_of, supported
+from kvprune.progress import without_bars
 from kvprune.runtime import register
 from kvprune.runtime.dtype import compute_in_auto, find_dtype
 from kvprune.runtime.files import RECORD, RESUME, verify_files
@@ -126,7 +127,7 @@ def load_model(source: Source, device: str = "auto", dtype: str = "auto") -> Pre
     else:
         arguments["dtype"] = dtype if dtype == "auto" else find_dtype(dtype)
         arguments["use_safetensors"] = True
-    with _as_user_error(source):
+    with _as_user_error(source), without_bars():
         loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **arguments)
     model: PreTrainedModel
     model, found = loaded

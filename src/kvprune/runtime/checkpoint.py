@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvprune.progress import without_bars
 from kvprune.runtime.dtype import stored_dtype
 from kvprune.runtime.files import PLAN, RECORD, checksums, writing_to
 
@@ -55,7 +56,8 @@ def _save_model(model: PreTrainedModel, folder: Path) -> None:
     try:
         _convert(model, stored_dtype(model))
         model.generation_config = GenerationConfig()
-        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        with without_bars():
+            model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     finally:
         model.generation_config = generation
         _convert(model, computes)

@@ -45,9 +45,11 @@ def study_layers(
         raise BadOption(f"--window {window} is more than the {limit} tokens that the model takes")
     tokenizer = sources.load_tokenizer(resolved)
     pages = windows(read_text(str(text), "valid"), tokenizer, window, tokens, f"the text {text}")
-    model = sources.load_model(resolved, device, dtype)
+    progress = progress or Progress()
+    with progress.phase("load"):
+        model = sources.load_model(resolved, device, dtype)
     found = []
-    with (progress or Progress()).phase("layers", len(pages)) as advance:
+    with progress.phase("layers", len(pages)) as advance:
         for page in pages:
             found.append(anchor_errors(model, page[None]))
             advance(1)
