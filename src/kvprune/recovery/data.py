@@ -131,9 +131,8 @@ def _from_examples(examples: Sequence[alpaca.Example], tokenizer, window: int, t
     if not rows:
         raise BadOption(f"no example has an answer within {window} tokens; give a larger --window")
     longest = max(len(ids) for ids, _ in rows)
-    padding = tokenizer.pad_token_id or 0
-    return Data(
-        torch.tensor([ids + [padding] * (longest - len(ids)) for ids, _ in rows]),
+    return Data(  # padded with token 0, which every model has
+        torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows]),
         torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in rows]),
         torch.tensor([len(ids) for ids, _ in rows]),
         left_out,
