@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 import shutil
 
 import pytest
@@ -59,7 +58,7 @@ def strange(texts):
 def test_check_ids():
     check_ids(torch.tensor([[0, ROWS - 1]]), ROWS, "x")
     check_ids(torch.empty(0, dtype=torch.long), ROWS, "x")
-    with pytest.raises(errors.TokenizerMismatch, match="id 301.* 300 rows"):
+    with pytest.raises(errors.TokenizerMismatch, match=r"id 301.* 300 rows"):
         check_ids(torch.tensor([[0], [301]]), ROWS, "x")
 
 
@@ -150,18 +149,16 @@ def test_a_folder_without_a_tokenizer_says_what_belongs_there(tmp_path, family, 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"model": 1, "added_tokens": []}'])
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+DAMAGED = [("tokenizer.json", content) for content in ("", "{", "{}", "[]", '{"model": 1, "added_tokens": []}')]
+
+
+@pytest.mark.parametrize(("name", "content"), [*DAMAGED, ("tokenizer_config.json", "{")])
 def test_a_damaged_tokenizer(changed, name, content):
     folder = changed()
     (folder / name).write_text(content)
-    try:
-        assert kvprune.load_tokenizer(folder)("the cat")["input_ids"] == tiny_tokenizer()("the cat")["input_ids"]
-    except errors.BrokenCheckpoint as error:
-        assert re.match(r"the tokenizer of .* cannot be read: .*; copy tokenizer\.json", str(error))
-        assert "\n" not in str(error)
-    else:
-        assert name == "tokenizer_config.json"
+    with pytest.raises(errors.BrokenCheckpoint, match=r"cannot be read: .*; copy tokenizer\.json") as error:
+        kvprune.load_tokenizer(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_a_sentencepiece_model_names_the_packages(changed, monkeypatch):

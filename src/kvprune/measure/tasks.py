@@ -78,8 +78,8 @@ def local_rows(name: str) -> list[dict[str, Any]] | None:
     if not (rows.is_file() and labels.is_file()):
         return None
     try:
-        questions = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
-        answers = [int(line) for line in labels.read_text(encoding="utf-8").split()]
+        questions = [json.loads(line) for line in rows.read_text(encoding="utf-8-sig").splitlines()]
+        answers = [int(line) for line in labels.read_text(encoding="utf-8-sig").split()]
         return [
             {name: str(question[name]) for name in ("goal", "sol1", "sol2")} | {"label": (0, 1).index(answer)}
             for question, answer in zip(questions, answers, strict=True)

@@ -89,6 +89,8 @@ class _Run:
             limit = lm.config.max_position_embeddings
             dense = self._dense(lm, old)
         data = self._data(tokenizer, limit, dense)
+        if data[0].empty:
+            self.progress.say(f"{data[0].empty} examples are left out: they have no instruction or no output")
         if data[0].left_out:
             self.progress.say(f"{data[0].left_out} examples are left out: their answers do not fit into a window")
         texts = evaluation.texts(s, old, tokenizer, limit, data[1])

@@ -171,8 +171,8 @@ class TokenFilter:
         kind = self._setting("cache_implementation", given, config)
         if kind not in _CACHES:
             raise CacheMismatch(
-                f"generate was asked for a {kind!r} cache, but a TokenFilter keeps its own: set cache_implementation to "
-                "None in model.generation_config, or leave it out"
+                f"generate was asked for a {kind!r} cache, but a TokenFilter keeps its own: leave cache_implementation "
+                "out, or set it to None in model.generation_config"
             )
         for name in _DRAFTS:
             if self._setting(name, given, config):
