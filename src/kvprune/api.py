@@ -6,18 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from kvprune.errors import BadOption
 from kvprune.measure.memory import cache_bytes
 from kvprune.models import source as sources
+from kvprune.models import tokenizer as tokenizers
 from kvprune.progress import Progress
 from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.cache import GrowingCache
 from kvprune.runtime.linear import pack_weights
 from kvprune.runtime.modeling import CACHE
 from kvprune.tokens.filter import asked_filter
+
+# What of a checkpoint's generation_config.json counts, and what besides where tokens are drawn
+_KEPT, _KEPT_SAMPLING = ("eos_token_id", "repetition_penalty"), ("top_k", "top_p", "min_p", "typical_p")
 
 
 def load(
@@ -47,7 +51,7 @@ def load_tokenizer(
     source: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of any source that `load` takes."""
-    return sources.load_tokenizer(sources.resolve(source, revision, trust_remote_code))
+    return tokenizers.load_tokenizer(sources.resolve(source, revision, trust_remote_code))
 
 
 def generate(
@@ -70,8 +74,11 @@ def generate(
 
     skip: share of all attention to skip online, by a TokenFilter, whose report is added as "filter"; skip_preset:
     "paper" for the paper's choices; skip_layers: the layers that may skip, best first, as numbers or "28,25,7" (see
-    study_layers). Returns {"prompt", "text" (the continuation), "new_tokens", "cache_tokens", "cache_bytes"}; the bytes
-    are those of the keys and values in it after the last step, without the room that a cache keeps free.
+    study_layers). Of the checkpoint's generation_config.json count the end tokens, the repetition penalty and, where
+    sampled, what cuts the choice (top_k, top_p, ...); neither its cache nor beams, lengths or assistants: the cache is
+    kvprune's own. Returns {"prompt", "text" (the continuation), "new_tokens", "cache_tokens", "cache_bytes"}; the bytes
+    are those of the keys and values in it after the last step, without the room that a cache keeps free. Raises a
+    KVPruneError, TokenizerMismatch for a prompt with tokens that the model has no embedding for.
     """
     if max_new_tokens < 1:
         raise BadOption("--max-new-tokens must be at least 1")
@@ -82,21 +89,24 @@ def generate(
     token_filter = asked_filter(skip, skip_preset, skip_layers)
     resolved = sources.resolve(source, revision, trust_remote_code)
     progress = progress or Progress()
+    tokenizer = tokenizers.load_tokenizer(resolved)
     with progress.phase("load"):
-        model, tokenizer = _ready(resolved, device, dtype), sources.load_tokenizer(resolved)
-        pack_weights(model)
+        model = _ready(resolved, device, dtype)
     torch.manual_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    how = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise BadOption(f"the prompt {prompt!r} makes no tokens; give some words")
+    tokenizers.check_ids(inputs["input_ids"], model.config.vocab_size, "the prompt")
+    inputs = inputs.to(model.device)
+    pack_weights(model)
+    model.generation_config = _generation_config(model.generation_config, max_new_tokens, temperature)
     filtering = nullcontext() if token_filter is None else token_filter(model)
     with progress.phase("generate", max_new_tokens) as advance, filtering:
         output: Any = model.generate(  # type: ignore[operator]
             **inputs,
-            max_new_tokens=max_new_tokens,
             return_dict_in_generate=True,
             streamer=_Counter(advance),
             **{CACHE: GrowingCache(model.config)},
-            **how,
         )
     new = output.sequences[0, inputs["input_ids"].shape[1] :]
     cache = output[CACHE]
@@ -123,3 +133,11 @@ class _Counter(BaseStreamer):
 
     def end(self) -> None:
         pass
+
+
+def _generation_config(own: Any, max_new_tokens: int, temperature: float) -> GenerationConfig:
+    """How to generate, with no more of the checkpoint's own config than `generate` says. One text is never padded."""
+    drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    names = _KEPT + _KEPT_SAMPLING if temperature > 0 else _KEPT
+    kept = {name: getattr(own, name, None) for name in names}
+    return GenerationConfig(**kept, **drawn, max_new_tokens=max_new_tokens, pad_token_id=0, use_cache=True)

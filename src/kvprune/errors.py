@@ -24,6 +24,10 @@ class BrokenCheckpoint(KVPruneError):
     """A file of a checkpoint is missing, truncated or not what was saved."""
 
 
+class TokenizerMismatch(KVPruneError):
+    """A text has tokens that the model's embedding has no row for."""
+
+
 class UnknownText(KVPruneError):
     """A text name or file that cannot be found or read."""
 

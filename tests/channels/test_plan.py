@@ -78,3 +78,10 @@ def test_a_plan_that_splits_a_pair_or_leaves_the_head_is_refused(model):
     outside = [([[0, 8]] * 2, [[0, 16]] * 2), whole[1]]
     with pytest.raises(PlanMismatch, match="does not fit"):
         cut(ModelView(model), make_plan(model, outside))
+
+
+def test_a_byte_order_mark_is_no_plan(tmp_path):
+    model = tiny_model("llama")
+    plan = make_plan(model, random_layers(model, (8, 8)))
+    (tmp_path / "plan.json").write_text(plan.to_json(), encoding="utf-8-sig")
+    assert PruningPlan.read(tmp_path / "plan.json") == plan

@@ -86,7 +86,7 @@ def test_examples_learn_the_answer_only(examples):
         for place, label in enumerate(labels):
             learnt = len(before) <= place < length
             assert label == (expected[place] if learnt else -100)
-        assert all(i == TOKENIZER.pad_token_id for i in ids[length:])
+        assert all(0 <= i < len(TOKENIZER) for i in ids[length:])
         held_tokens += length if part is held else 0
     assert train.lengths.min() < 260 == train.lengths.max()
     assert train.left_out == 0
@@ -119,11 +119,27 @@ def test_examples_without_room_for_an_answer_are_counted(tmp_path):
     assert (train.left_out, len(train) + len(held)) == (1, len(EXAMPLES))
 
 
+def test_examples_without_instruction_or_output_are_counted(tmp_path):
+    empty = [{"instruction": "the cat", "output": " \n"}, {"instruction": "", "output": "no"}]
+    empty += [{"instruction": "a dog", "input": "", "output": None}]
+    mixed, only, plain = (tmp_path / name for name in ("mixed.json", "only.jsonl", "plain.json"))
+    mixed.write_text(json.dumps([empty[0], *EXAMPLES[:9], *empty[1:], *EXAMPLES[9:]]), encoding="utf-8-sig")
+    plain.write_text(json.dumps(EXAMPLES))
+    settings = {"window": 260, "held_out": 100, "batch": 1, "tokens": 0}
+    found, expected = (read_data(str(path), TOKENIZER, **settings) for path in (mixed, plain))
+    assert (found[0].empty, found[0].left_out, expected[0].empty) == (3, 0, 0)
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(found, expected, strict=True))
+    only.write_text("\n".join(map(json.dumps, empty)))
+    with pytest.raises(errors.UnknownText, match="no example with an instruction and an output"):
+        read_data(str(only), TOKENIZER, **settings)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "empty"),
-        (b"\xff\xfe\x00", "UTF-8"),
+        (b"\xff\xfe\x00", "UTF-16; convert"),
+        (b"\xff", "UTF-8"),
         (b"once upon a time", "neither a JSON list nor JSON lines"),
         (b"[{]", "neither"),
         (b"[3]", "example 1"),

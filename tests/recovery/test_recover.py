@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 import kvprune
 from kvprune import errors
 from kvprune.measure.perplexity import perplexity
-from kvprune.models.source import load_model, load_tokenizer, resolve
+from kvprune.models.source import load_model, resolve
+from kvprune.models.tokenizer import load_tokenizer
 from kvprune.recovery import alpaca, train
 from kvprune.recovery.recover import merge
 from kvprune.recovery.settings import PRESETS, Settings

@@ -35,7 +35,8 @@ def test_an_end_token_ends_nothing():
         model.lm_head.weight.zero_()
         model.lm_head.bias = torch.nn.Parameter(torch.zeros(300))
         model.lm_head.bias[tokenizer.eos_token_id] = 50
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, repetition_penalty=9.0)
+    others = {"cache_implementation": "static", "num_beams": 2, "use_cache": False, "max_length": 3}
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, repetition_penalty=9.0, **others)
     assert sample_ids(model, tokenizer, 20, 20, 0, lambda n: None).tolist() == [tokenizer.eos_token_id] * 20
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from kvprune import errors
 from kvprune.text.corpus import read_text
 from kvprune.text.windows import token_ids, windows
-from tiny import tiny_tokenizer, words
+from tiny import WORDS, tiny_tokenizer, words
 
 TOKENIZER = tiny_tokenizer()
 TEXT = words(3000)
@@ -60,6 +60,22 @@ def test_bytes_are_no_text(tmp_path):
         read_text(str(tmp_path / "x.txt"), "valid")
 
 
+def test_a_byte_order_mark_is_no_text(texts):
+    (texts / "ptb-test.txt").write_text("the cat", encoding="utf-8-sig")
+    assert read_text("ptb", "test") == "the cat"
+    assert read_text(str(texts / "ptb-test.txt"), "test") == "the cat"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-be", "utf-16-le"])
+def test_other_encodings_are_refused(tmp_path, encoding):
+    (tmp_path / "x.txt").write_bytes("\ufeffthe cat \u1234".encode(encoding))
+    with pytest.raises(errors.UnknownText, match="is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8"):
+        read_text(str(tmp_path / "x.txt"), "valid")
+    (tmp_path / "x.txt").write_bytes("the cat".encode(encoding))  # without a mark, it is UTF-8 with zeros
+    with pytest.raises(errors.UnknownText, match="convert it first"):
+        read_text(str(tmp_path / "x.txt"), "valid")
+
+
 @given(st.integers(2, 80), st.integers(2, 3000))
 def test_windows_are_the_beginning_of_the_text(window, tokens):
     found = windows(TEXT, TOKENIZER, window, tokens)
@@ -80,3 +96,32 @@ def test_a_short_text_says_how_short():
         windows("the cat", TOKENIZER, 100)
     with pytest.raises(errors.UnknownText, match="empty"):
         windows("  \n", TOKENIZER, 2)
+
+
+PIECES = ["the", "cat", " ", "  ", "aa", "ä", "中文", "\U0001f469\u200d\U0001f467", "e\u0301", "<s>", "</s>", ".", "7"]
+
+
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=40), st.integers(0, 40), st.integers(1, 300))
+def test_a_line_may_be_cut_anywhere(pieces, line, tokens):
+    """The ids are those that begin the ids of the whole text, even if the cut falls into a word or a character."""
+    text = "the" + "".join(pieces) * 20 + "\n" * (line % 2) + "".join(pieces) * line
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvprune.text.windows._LONG_LINE", line)
+        patch.setattr("kvprune.text.windows._MARGIN", 24)
+        found = token_ids(text, TOKENIZER, tokens)
+    assert found.tolist() == TOKENIZER(text)["input_ids"][:tokens]
+
+
+@pytest.mark.parametrize("gap", [" ", ""])
+def test_a_text_on_one_line_is_not_tokenised_whole(gap):
+    """Nor is one without any white space."""
+    text = (gap.join(WORDS) + gap) * 20_000  # 1.5 million characters and more
+    read = []
+
+    def tokenizer(part, **how):
+        read.append(len(part))
+        return TOKENIZER(part, **how)
+
+    found = token_ids(text, tokenizer, 512)
+    assert found.tolist() == TOKENIZER(text[:20_000])["input_ids"][:512]
+    assert sum(read) < 20_000

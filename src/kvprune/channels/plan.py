@@ -127,7 +127,7 @@ class PruningPlan(BaseModel):
         if path.is_dir():
             path = path / "plan.json"
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            return cls.model_validate_json(path.read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError):
             raise PlanMismatch(f"cannot read a plan from {path}; give a plan.json or a pruned folder") from None
         except ValidationError as error:

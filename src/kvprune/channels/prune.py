@@ -23,7 +23,8 @@ from kvprune.errors import BadOption, NotFinite, PlanMismatch, UnreachableRatio
 from kvprune.measure import memory
 from kvprune.measure.fit import fit
 from kvprune.measure.perplexity import perplexity
-from kvprune.models.source import find_device, load_model, load_tokenizer, resolve
+from kvprune.models.source import find_device, load_model, resolve
+from kvprune.models.tokenizer import load_tokenizer
 from kvprune.models.view import ModelView
 from kvprune.progress import Progress
 from kvprune.runtime.checkpoint import save
@@ -111,8 +112,8 @@ class _Run:
         torch.manual_seed(s.seed)
         peak = memory.PeakMemory(find_device(s.device))
         with self.phase("load"):
-            lm = load_model(source, s.device, s.dtype)
             tokenizer = load_tokenizer(source)
+            lm = load_model(source, s.device, s.dtype)
         view = ModelView(lm)
         grid = allocation.Grid(view.shape.layers, view.shape.head_dim, s.align, s.min_width, view.units.shape[1])
         if given is None:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvprune.channels.settings import Settings
 from kvprune.errors import BadOption, TextTooShort
+from kvprune.models.tokenizer import check_ids
 from kvprune.progress import Progress
 from kvprune.text.corpus import SELF, is_file, local_file, read_text
 from kvprune.text.sampled import sample_ids
@@ -31,19 +32,22 @@ def prepare(
     """Read, or sample, every text of a prune. calibrate: whether scores or repair need a text at all.
 
     Calibration is the valid split, the beginning of a file, or sampled. Windows longer than the model's context
-    become that long. Raises UnknownText, TextTooShort, BadOption.
+    become that long. Raises UnknownText, TextTooShort, BadOption, TokenizerMismatch.
     """
     _check_apart(s)
     limit = lm.config.max_position_embeddings
     own_end = not s.eval and (is_file(s.calibration) or s.calibration == SELF)
     wanted = max(s.calibration_tokens, s.repair_tokens if s.refits else 0) if calibrate else 0
     ids = _calibration_ids(s, lm, tokenizer, wanted, own_end, progress) if wanted or own_end else torch.empty(0)
+    check_ids(ids, lm.config.vocab_size, f"the calibration text {s.calibration}")
     if own_end:
         ids, end = ids[: -s.eval_tokens], ids[-s.eval_tokens :]
         name = f"{s.calibration} (its end)" if is_file(s.calibration) else s.calibration
         evaluated = [(name, cut_windows(end, n)) for n in _lengths(s, limit)]
     else:
         evaluated = judged_windows(s.eval or (s.calibration,), tokenizer, _lengths(s, limit), s.eval_tokens)
+    for name, pages in evaluated:
+        check_ids(pages, lm.config.vocab_size, f"the evaluation text {name}")
     if not calibrate:
         return Texts([], [], evaluated)
     length = min(s.calibration_window, limit, s.calibration_tokens)

@@ -13,7 +13,8 @@ from kvprune.errors import BadOption, NotFinite
 from kvprune.measure import memory
 from kvprune.measure.perplexity import perplexity
 from kvprune.measure.tasks import load_tasks, run_tasks
-from kvprune.models.source import Source, load_config, load_model, one_tokenizer, resolve
+from kvprune.models.source import Source, load_config, load_model, resolve
+from kvprune.models.tokenizer import check_ids, one_tokenizer
 from kvprune.progress import Progress
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import RECENT, decoding_pieces, quantized_cache, quantizer
@@ -68,6 +69,9 @@ def evaluate(
     tokenizer = one_tokenizer(sources)
     contents = {name: read_text(name, "test") for name in texts}
     cut = {(t, n): windows(contents[t], tokenizer, n, tokens or None, t) for t in texts for n in lengths}
+    rows_of = {one.name: load_config(one).vocab_size for one in sources}
+    for (text, _), pages in cut.items():
+        check_ids(pages, min(rows_of.values()), f"the text {text}")
     loaded = []
     if names:
         with progress.phase("load tasks"):

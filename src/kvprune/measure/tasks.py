@@ -1,5 +1,6 @@
 """Tasks of lm-evaluation-harness on a loaded model: accuracies with standard errors."""
 
+import copy
 import functools
 import json
 import logging
@@ -14,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvprune.errors import BadOption
+from kvprune.models.tokenizer import check_ids
 from kvprune.progress import replaced
 
 Phase = Callable[[int], AbstractContextManager[Callable[[int], None]]]  # total -> advance(steps): see Progress
@@ -94,8 +96,8 @@ def local_rows(name: str) -> list[dict[str, Any]] | None:
     if not (rows.is_file() and labels.is_file()):
         return None
     try:
-        questions = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
-        answers = [int(line) for line in labels.read_text(encoding="utf-8").split()]
+        questions = [json.loads(line) for line in rows.read_text(encoding="utf-8-sig").splitlines()]
+        answers = [int(line) for line in labels.read_text(encoding="utf-8-sig").split()]
         return [
             {name: str(question[name]) for name in ("goal", "sol1", "sol2")} | {"label": (0, 1).index(answer)}
             for question, answer in zip(questions, answers, strict=True)
@@ -145,11 +147,16 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    rows = model.config.vocab_size
+    if tokenizer.pad_token_id is not None and not 0 <= tokenizer.pad_token_id < rows:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.eos_token  # masked, but the model must have it
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH)
-    with _as_phases(phase), redirect_stdout(sys.stderr):  # stdout is for what we print
+    # its own words go where they do not mix with what we print
+    with _as_phases(phase), redirect_stdout(sys.stderr), _checked_ids(model, "a task's text"):
         found = simple_evaluate(wrapped, tasks=list(tasks), limit=limit, log_samples=False, bootstrap_iters=RESAMPLES)
     assert found is not None  # None only on the other ranks of a distributed run
-    rows = []
+    table = []
     for name, figures in found["results"].items():
         samples = found["n-samples"].get(name, {}).get("effective")
         for key, value in figures.items():
@@ -157,7 +164,21 @@ def run_tasks(
             if chosen and not metric.endswith("_stderr") and isinstance(value, (int, float)):
                 error = figures.get(f"{metric}_stderr,{chosen}")
                 row = {"metric": metric if chosen == "none" else f"{metric}, {chosen}", "samples": samples}
-                rows.append({"task": name, **row, "value": value, "stderr": error})
-    if not rows:
+                table.append({"task": name, **row, "value": value, "stderr": error})
+    if not table:
         raise BadOption(f"lm-eval found no figures for {', '.join(found['results'])}; check the metrics of the task")
-    return rows
+    return table
+
+
+@contextmanager
+def _checked_ids(model: PreTrainedModel, what: str) -> Iterator[None]:
+    """Raises TokenizerMismatch for every token that reaches the model without a row of its embedding."""
+
+    def check(embedding: Any, args: tuple) -> None:
+        check_ids(args[0], embedding.num_embeddings, what)
+
+    hook = model.get_input_embeddings().register_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,7 +1,6 @@
-"""SOURCE -> model and tokenizer. A source is a hub id, a checkpoint folder, a pruned folder or a .gguf file."""
+"""SOURCE -> model. A source is a hub id, a checkpoint folder, a pruned folder or a .gguf file."""
 
 import struct
-from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from kvprune.errors import (
@@ -118,8 +115,7 @@ def load_model(source: Source, device: str = "auto", dtype: str = "auto") -> Pre
     GGUF, and computes in that or in what the CPU has instructions for; or both in the `dtype` that is named."""
     register()
     target = find_device(device)
-    _check_architecture(source)
-    arguments = source.arguments()
+    arguments = source.arguments() | {"config": load_config(source)}
     if source.gguf_file:
         arguments["dtype"] = torch.bfloat16 if dtype == "auto" else find_dtype(dtype)
         if hasattr(transformers, "GgufConfig"):  # newer transformers would keep the packed weights
@@ -149,23 +145,10 @@ def load_config(source: Source) -> PreTrainedConfig:
     register()
     _check_architecture(source)
     with _as_user_error(source):
-        return AutoConfig.from_pretrained(source.folder, **source.arguments())
-
-
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """The tokenizer that comes with the source."""
-    register()
-    with _as_user_error(source):
-        return AutoTokenizer.from_pretrained(source.folder, **source.arguments())
-
-
-def one_tokenizer(found: Sequence[Source]) -> PreTrainedTokenizerBase:
-    """The tokenizer of all these sources. Raises BadOption where theirs differ: figures could not be compared."""
-    first, *others = [load_tokenizer(source) for source in found]
-    for source, tokenizer in zip(found[1:], others, strict=True):
-        if tokenizer.get_vocab() != first.get_vocab():
-            raise BadOption(f"{found[0].name} and {source.name} have different tokenizers; compare them apart")
-    return first
+        config = AutoConfig.from_pretrained(source.folder, **source.arguments())
+    if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
+        config.pad_token_id = None  # nothing is computed with it, but transformers builds no embedding with it
+    return config
 
 
 def _check_architecture(source: Source) -> None:

@@ -145,7 +145,7 @@ def _draw(draw: "Callable[[], Figure]", theme: str, target: Any, **how: Any) -> 
 
 def _read_bench(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
         where, cells = found["environment"], found["cells"]
         whole = {"device", "source", "against", "skip", "pruned_shape_ratio"} <= set(where) and cells
         figures = {"decode_ratio", "prefill_ratio", "decode_limit", "spread", "memory_bytes", "latency_seconds"}

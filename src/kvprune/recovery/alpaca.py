@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from kvprune.errors import UnknownText
+from kvprune.text.corpus import read_file
 
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -42,15 +43,19 @@ def is_named_so(path: str) -> bool:
     return Path(path).suffix in (".json", ".jsonl")
 
 
-def read_examples(path: str) -> list[Example]:
-    """Raises UnknownText, with the number of the example or line that is wrong."""
-    try:
-        content = Path(path).read_text(encoding="utf-8-sig").strip()
-    except (UnicodeDecodeError, OSError):
-        raise UnknownText(f"{path} is not readable UTF-8 text; convert it first") from None
+def read_examples(path: str) -> tuple[list[Example], int]:
+    """The examples, and how many others there are whose instruction or output is empty (28 in Stanford's own file).
+
+    Raises UnknownText, with the number of the example or line that is wrong.
+    """
+    content = read_file(Path(path)).strip()
     if not content:
         raise UnknownText(f"{path} is empty")
-    return [_example(value, f"{path}, example {i}") for i, value in enumerate(_values(content, path), 1)]
+    read = [_example(value, f"{path}, example {i}") for i, value in enumerate(_values(content, path), 1)]
+    whole = [example for example in read if example.instruction.strip() and example.output.strip()]
+    if not whole:
+        raise UnknownText(f"{path} has no example with an instruction and an output; give some")
+    return whole, len(read) - len(whole)
 
 
 def _values(content: str, path: str) -> list[Any]:
@@ -68,10 +73,10 @@ def _example(value: Any, where: str) -> Example:
         raise UnknownText(f"{where} is no object with instruction, input and output")
     fields = {name: value.get(name) or "" for name in ("instruction", "input", "output")}
     for name, field in fields.items():
+        if name not in value and name != "input":
+            raise UnknownText(f"{where} has no {name}; give objects with instruction, input and output")
         if not isinstance(field, str):
             raise UnknownText(f"{where}: {name} is no string")
-        if not field.strip() and name != "input":
-            raise UnknownText(f"{where} has no {name}; give objects with instruction, input and output")
     return Example(**fields)
 
 

@@ -5,7 +5,7 @@ run that was interrupted goes on with the very windows that it would have seen.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -29,6 +29,7 @@ class Data:
     labels: torch.Tensor
     lengths: torch.Tensor
     left_out: int = 0  # examples whose answer has no room in a window
+    empty: int = 0  # and those without an instruction or an output, which are left out too
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -36,7 +37,8 @@ class Data:
     def rows(self, index: torch.Tensor) -> "Data":
         """The rows of that index (m,), cut to the longest of them."""
         longest = int(self.lengths[index].max()) if len(index) else 0
-        return Data(self.ids[index, :longest], self.labels[index, :longest], self.lengths[index], self.left_out)
+        counts = self.left_out, self.empty
+        return Data(self.ids[index, :longest], self.labels[index, :longest], self.lengths[index], *counts)
 
     def to(self, device: torch.device) -> "Data":
         return Data(self.ids.to(device), self.labels.to(device), self.lengths.to(device))
@@ -74,7 +76,8 @@ def read_data(
     """
     check_name(text)
     if is_file(text) and alpaca.is_named_so(text):
-        data = _from_examples(alpaca.read_examples(text), tokenizer, window, tokens)
+        examples, empty = alpaca.read_examples(text)
+        data = replace(_from_examples(examples, tokenizer, window, tokens), empty=empty)
         count = _rows_with(data.lengths.flip(0), held_out)
     else:
         if sampled is not None:
@@ -131,9 +134,8 @@ def _from_examples(examples: Sequence[alpaca.Example], tokenizer, window: int, t
     if not rows:
         raise BadOption(f"no example has an answer within {window} tokens; give a larger --window")
     longest = max(len(ids) for ids, _ in rows)
-    padding = tokenizer.pad_token_id or 0
-    return Data(
-        torch.tensor([ids + [padding] * (longest - len(ids)) for ids, _ in rows]),
+    return Data(  # padded with token 0, which every model has
+        torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows]),
         torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in rows]),
         torch.tensor([len(ids) for ids, _ in rows]),
         left_out,

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvprune.errors import BadOption, KVPruneError, UnknownSource
 from kvprune.measure import memory
 from kvprune.models.family import family_of
-from kvprune.models.source import Source, find_device, load_model, load_tokenizer, resolve
+from kvprune.models.source import Source, find_device, load_model, resolve
+from kvprune.models.tokenizer import check_ids, load_tokenizer
 from kvprune.progress import Progress
 from kvprune.recovery import evaluation
 from kvprune.recovery.checkpoints import Checkpoints
@@ -83,15 +84,19 @@ class _Run:
         old = read_record(Path(self.settings.folder))
         s = self.settings = self.settings.for_cut(old["ratio_achieved"])
         with self._phase("load"):
-            lm = load_model(self.source, str(self.device), s.dtype)
             tokenizer = load_tokenizer(self.source)
+            lm = load_model(self.source, str(self.device), s.dtype)
             self.weight_bytes = memory.weight_bytes(lm)
             limit = lm.config.max_position_embeddings
             dense = self._dense(lm, old)
         data = self._data(tokenizer, limit, dense)
+        if data[0].empty:
+            self.progress.say(f"{data[0].empty} examples are left out: they have no instruction or no output")
         if data[0].left_out:
             self.progress.say(f"{data[0].left_out} examples are left out: their answers do not fit into a window")
         texts = evaluation.texts(s, old, tokenizer, limit, data[1])
+        for name, ids in [(s.text, data[0].ids), (s.text, data[1].ids), *texts]:
+            check_ids(ids, lm.config.vocab_size, f"the text {name}")
         sharded = "FSDP" in str(self.accelerator.distributed_type)
         peft_model = add_adapters(lm, s, same_dtype=sharded)
         teacher = dense if LOSSES[s.loss].needs_teacher else None

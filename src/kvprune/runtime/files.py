@@ -57,7 +57,7 @@ def checksums(folder: Path) -> dict[str, str]:
 def read_record(folder: Path) -> dict[str, Any]:
     """kvprune.json of a pruned folder. Raises BrokenCheckpoint."""
     try:
-        record = json.loads((folder / RECORD).read_text())
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8-sig"))
         if not isinstance(record["files"], dict):
             raise TypeError
         return record

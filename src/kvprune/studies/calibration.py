@@ -24,7 +24,8 @@ from kvprune.channels.settings import Settings, with_preset
 from kvprune.errors import BadOption, KVPruneError
 from kvprune.measure import memory
 from kvprune.measure.plot import check as check_matplotlib
-from kvprune.models.source import Source, find_device, load_config, load_tokenizer, resolve
+from kvprune.models.source import Source, find_device, load_config, resolve
+from kvprune.models.tokenizer import check_ids, load_tokenizer
 from kvprune.models.view import ModelView
 from kvprune.progress import Progress
 from kvprune.runtime.dtype import find_dtype
@@ -34,7 +35,7 @@ from kvprune.studies.journal import PICTURE, StudyJournal
 from kvprune.studies.stretches import Stretches, find_stretches
 from kvprune.studies.summary import summarise
 from kvprune.text.corpus import SELF, is_file, read_text, text_names
-from kvprune.text.windows import windows
+from kvprune.text.windows import token_ids, windows
 from kvprune.versions import versions
 
 _OWN = ("calibration", "calibration_tokens", "repair_tokens", "seed", "plan", "windows")  # what the study decides
@@ -90,7 +91,7 @@ class _Study:
         self._check_windows(config)
         tokenizer = load_tokenizer(self.source)
         self.contents: dict[str, str] = {}
-        self.stretches = self._find_stretches(tokenizer)
+        self.stretches = self._find_stretches(tokenizer, config.vocab_size)
         judged = self._check_evaluation(tokenizer, config)
         self.journal = StudyJournal(Path(out), self._identity(judged), resume)
 
@@ -134,7 +135,7 @@ class _Study:
                 f"give at least {2 * length}"
             )
 
-    def _find_stretches(self, tokenizer: PreTrainedTokenizerBase) -> dict[tuple[str, int], Stretches]:
+    def _find_stretches(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[tuple[str, int], Stretches]:
         """By (text, tokens), largest size first: a text that is too short is found out at once."""
         found = {}
         for name in self.texts:
@@ -142,7 +143,10 @@ class _Study:
                 continue
             self.contents[name] = text = read_text(name, "valid")
             for size in reversed(self.sizes):
-                found[name, size] = find_stretches(text, tokenizer, size, self.seeds, f"the calibration text {name}")
+                what = f"the calibration text {name}"
+                found[name, size] = find_stretches(text, tokenizer, size, self.seeds, what)
+                for start, end in found[name, size].spans:
+                    check_ids(token_ids(text[start:end], tokenizer), rows, what)
         return found
 
     def _check_evaluation(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, str]:
@@ -154,7 +158,8 @@ class _Study:
             text = read_text(name, "test")
             if text in self.contents.values():
                 raise BadOption(f"--eval {name} is calibrated on; judge on another text")
-            windows(text, tokenizer, length, s.eval_tokens, f"the evaluation text {name}")
+            what = f"the evaluation text {name}"
+            check_ids(windows(text, tokenizer, length, s.eval_tokens, what), config.vocab_size, what)
             found[name] = _sha256(text)
         return found
 

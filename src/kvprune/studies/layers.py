@@ -10,6 +10,7 @@ from typing import Any
 
 from kvprune.errors import BadOption, NotFinite
 from kvprune.models import source as sources
+from kvprune.models.tokenizer import check_ids, load_tokenizer
 from kvprune.progress import Progress
 from kvprune.text.corpus import read_text
 from kvprune.text.windows import windows
@@ -40,11 +41,14 @@ def study_layers(
     if tokens < window:
         raise BadOption(f"--tokens {tokens} is less than one --window of {window}; give more")
     resolved = sources.resolve(source, revision, trust_remote_code)
-    limit = sources.load_config(resolved).max_position_embeddings
-    if window > limit:
-        raise BadOption(f"--window {window} is more than the {limit} tokens that the model takes")
-    tokenizer = sources.load_tokenizer(resolved)
+    config = sources.load_config(resolved)
+    if window > config.max_position_embeddings:
+        raise BadOption(
+            f"--window {window} is more than the {config.max_position_embeddings} tokens that the model takes"
+        )
+    tokenizer = load_tokenizer(resolved)
     pages = windows(read_text(str(text), "valid"), tokenizer, window, tokens, f"the text {text}")
+    check_ids(pages, config.vocab_size, f"the text {text}")
     progress = progress or Progress()
     with progress.phase("load"):
         model = sources.load_model(resolved, device, dtype)

@@ -18,7 +18,8 @@ from kvprune.errors import BadOption, KVPruneError, NotFinite, TextTooShort
 from kvprune.measure import memory
 from kvprune.measure.perplexity import LARGEST
 from kvprune.measure.plot import check as check_matplotlib
-from kvprune.models.source import Source, load_config, load_model, one_tokenizer, resolve
+from kvprune.models.source import Source, load_config, load_model, resolve
+from kvprune.models.tokenizer import check_ids, one_tokenizer
 from kvprune.progress import Progress
 from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.cache import GrowingCache
@@ -66,7 +67,9 @@ def study_robustness(
     ids = token_ids(read_text(str(text), "test"), tokenizer, tokens)
     if len(ids) < tokens:
         raise TextTooShort(f"the text {text} has {len(ids)} tokens, but {tokens} are asked for; ask for fewer")
-    context = min(load_config(s).max_position_embeddings for s in sources)
+    configs = [load_config(s) for s in sources]
+    check_ids(ids, min(config.vocab_size for config in configs), f"the text {text}")
+    context = min(config.max_position_embeddings for config in configs)
     settings = {"study": "robustness", "sources": [s.name for s in sources], "context": context, "text": str(text)}
     settings |= {"tokens": tokens, "new_tokens": new_tokens, "dtype": dtype, "sha256": digest([ids])}
     journal = StudyJournal(Path(out), {**settings, "versions": versions()}, resume)

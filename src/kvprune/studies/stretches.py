@@ -16,6 +16,7 @@ from kvprune.errors import TextTooShort
 from kvprune.text.windows import token_ids
 
 _FIRST_GUESS = 6  # characters per token, to begin with
+_LONG_WORD = 1000  # characters, behind which a stretch may end in the middle of one
 _SPACE, _WORD = re.compile(r"\s"), re.compile(r"\S")
 
 
@@ -101,9 +102,11 @@ def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:
 
 
 def _word_end(text: str, at: int) -> int:
-    """Where the word that `at` lies in ends."""
-    found = _SPACE.search(text, at)
-    return len(text) if found is None else found.start()
+    """Where the word that `at` lies in ends; `at` itself if that is too far."""
+    found = _SPACE.search(text, at, at + _LONG_WORD)
+    if found is not None:
+        return found.start()
+    return len(text) if at + _LONG_WORD >= len(text) else at
 
 
 def _word_start(text: str, at: int) -> int:

@@ -1,5 +1,6 @@
 """A text's name or file -> its characters. Calibration reads the valid split, evaluation the test split."""
 
+import codecs
 import os
 import re
 from collections.abc import Iterable
@@ -28,10 +29,10 @@ def read_text(name: str, split: Split) -> str:
     if is_file(name):
         if split == "valid" and is_test_split(name):
             raise UnknownText(f"{name} is a test split; calibrate and train on other text, keep this one for --eval")
-        return _read(Path(name))
+        return read_file(Path(name))
     path = local_file(name, split)
     if path is not None:
-        return _read(path)
+        return read_file(path)
     if name in HUB:
         return _from_hub(name, split)
     if name == SELF:
@@ -72,11 +73,17 @@ def is_test_split(path: str) -> bool:
     return False
 
 
-def _read(path: Path) -> str:
+def read_file(path: Path) -> str:
+    """A file's text, without the byte order mark that some editors put first. Raises UnknownText."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError):
-        raise UnknownText(f"{path} is not readable UTF-8 text; convert it first") from None
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UnknownText(f"{path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        with path.open("rb") as file:
+            is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        how = f"UTF-16; convert it first: iconv -f UTF-16 -t UTF-8 {path}" if is_utf16 else "no UTF-8; convert it first"
+        raise UnknownText(f"{path} is {how}") from None
     if "\0" in text:
         raise UnknownText(f"{path} has zero bytes, as no text has; convert it first")
     return text

@@ -28,9 +28,8 @@ def sample_ids(
     same ids on the same machine, dtype and thread count. `advance` is called with the number of new tokens. Raises
     NotFinite.
     """
-    start = next(
-        (i for i in (tokenizer.bos_token_id, lm.config.bos_token_id, tokenizer.eos_token_id) if i is not None), 0
-    )
+    named = (tokenizer.bos_token_id, lm.config.bos_token_id, tokenizer.eos_token_id)
+    start = next((i for i in named if i is not None and 0 <= i < lm.config.vocab_size), 0)
     prompt = torch.full((DOCUMENTS, 1), start, device=lm.device)
     config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=window, pad_token_id=start, use_cache=True)
     own, sampled = lm.generation_config, 0

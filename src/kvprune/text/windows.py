@@ -10,23 +10,39 @@ from kvprune.errors import TextTooShort, UnknownText
 from kvprune.text.corpus import read_text
 
 _FIRST_GUESS = 6  # characters per token, to begin with
+_LONG_LINE = 1 << 16  # characters: how far to look for the end of a line
+_MARGIN = 256  # characters: how far the choice of a token is taken to reach
 
 
 def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int | None = None) -> torch.Tensor:
     """The ids (n,) of the text, or of as much of its beginning as makes `tokens` of them.
 
     Only as many characters are tokenised as are needed, cut at the end of a line: a whole corpus
-    would cost more memory than the model.
+    would cost more memory than the model. Where no line ends, the cut is anywhere, and of the ids behind it only those
+    are taken that _MARGIN more characters leave as they are.
     """
     if not text.strip():
         raise UnknownText("the text is empty")
     length = len(text) if tokens is None else min(len(text), tokens * _FIRST_GUESS)
     while True:
-        end = length if length >= len(text) else text.find("\n", length) + 1 or len(text)
-        ids = tokenizer(text[:end], return_attention_mask=False, verbose=False)["input_ids"]
+        end = length if length >= len(text) else text.find("\n", length, length + _LONG_LINE) + 1
+        if not end and length + _LONG_LINE >= len(text):
+            end = len(text)
+        ids = _ids(text[:end], tokenizer) if end else _sure_ids(text, length, tokenizer)
         if tokens is None or len(ids) >= tokens or end >= len(text):
             return torch.tensor(ids[:tokens], dtype=torch.long)
-        length = end * 2
+        length = min((end or length) * 2, len(text))
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _sure_ids(text: str, length: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Those ids of the first `length` characters that are the same with _MARGIN more of them."""
+    short, long = _ids(text[:length], tokenizer), _ids(text[: length + _MARGIN], tokenizer)
+    same = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), min(len(short), len(long)))
+    return short[:same]
 
 
 def windows(

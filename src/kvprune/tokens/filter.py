@@ -25,6 +25,8 @@ from kvprune.tokens.report import bytes_of, no_bytes, report
 from kvprune.tokens.settings import PRESETS, Settings
 
 ATTENTION = ("eager", "sdpa", PACKED)
+_CACHES = (None, "dynamic", "offloaded", "hybrid")  # the last is an old name that generate takes for none
+_DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 class TokenFilter:
@@ -135,9 +137,11 @@ class TokenFilter:
         """The model's own, told where the prompts end."""
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         embeds, mask, cache = kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), take_cache(dict(kwargs))
+        config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        self._check_generate(kwargs, config)
         if self.settings.prompt_length is None:
             if mask is None and ids is not None:
-                mask = self._padding(ids, kwargs, args[1] if len(args) > 1 else kwargs.get("generation_config"))
+                mask = self._padding(ids, kwargs, config)
             if mask is not None:
                 self._prompt_ends = mask.sum(1).cpu().numpy()
             elif embeds is not None:
@@ -149,16 +153,30 @@ class TokenFilter:
             self._prompt_ends = None
 
     def _padding(self, ids: torch.Tensor, given: dict[str, Any], config: Any) -> torch.Tensor:
-        """The mask that generate makes where it gets none: pad tokens, unless they may be text as well. Which those are
-        say generate's own options, then its generation_config, then the model's."""
-        assert self._model is not None
-        places = (given, {} if config is None else vars(config), vars(self._model.generation_config))
-        pad, end = (
-            next((place[name] for place in places if place.get(name) is not None), None)
-            for name in ("pad_token_id", "eos_token_id")
-        )
+        """The mask that generate makes where it gets none: pad tokens, unless they may be text as well."""
+        pad, end = (self._setting(name, given, config) for name in ("pad_token_id", "eos_token_id"))
         ends = end if isinstance(end, list) else [end]
         return torch.ones_like(ids) if pad is None or pad in ends else ids.ne(pad).long()
+
+    def _setting(self, name: str, given: dict[str, Any], config: Any) -> Any:
+        """What generate takes: its own option, or what its generation_config says, or the model's."""
+        assert self._model is not None
+        if name in given:
+            return given[name]
+        places = ({} if config is None else vars(config), vars(self._model.generation_config))
+        return next((place[name] for place in places if place.get(name) is not None), None)
+
+    def _check_generate(self, given: dict[str, Any], config: Any) -> None:
+        """Raise CacheMismatch or FilterMisuse for a way to generate that a filter cannot serve."""
+        kind = self._setting("cache_implementation", given, config)
+        if kind not in _CACHES:
+            raise CacheMismatch(
+                f"generate was asked for a {kind!r} cache, but a TokenFilter keeps its own: leave cache_implementation "
+                "out, or set it to None in model.generation_config"
+            )
+        for name in _DRAFTS:
+            if self._setting(name, given, config):
+                raise FilterMisuse(f"{name}: a TokenFilter cannot take back the tokens of a draft; leave it out")
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before every forward of the base model: checks, the cache, and what all layers need to know of the call."""
