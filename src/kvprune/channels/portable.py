@@ -60,6 +60,7 @@ def _config(view: ModelView, kept: tuple[int, ...]) -> Any:
     rebuilt = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     factors = (rebuilt / own).tolist()
     settings["head_dim"] = width
+    settings["tie_word_embeddings"] = view.is_tied
     settings["rope_parameters"] = {
         "rope_type": "longrope",
         "rope_theta": base,

@@ -66,6 +66,7 @@ def cut(view: ModelView, plan: PruningPlan, rotations: Sequence[Rotation] | None
 def _config(view: ModelView, plan: PruningPlan):
     """The pruned twin's config, as a checkpoint has it."""
     config = twin_config(view.lm.config, view.shape.head_dim, plan.widths)
+    config.tie_word_embeddings = view.is_tied
     config.auto_map = modeling.auto_map(view.family.model_type)
     config._attn_implementation = view.lm.config._attn_implementation
     return config
