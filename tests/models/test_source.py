@@ -3,8 +3,6 @@
 import json
 import shutil
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -103,71 +101,17 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path, checkpoint):
     ("change", "error", "message"),
     [
         ({"model_type": "nosuch"}, errors.UnsupportedArchitecture, "llama, mistral, qwen2"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, errors.BadOption, "unquantised"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, errors.BadOption, "give the unquantised model"),
     ],
 )
 def test_what_the_config_already_rules_out(tmp_path, checkpoint, change, error, message):
     shutil.copytree(checkpoint, tmp_path / "copy")
     config = json.loads((checkpoint / "config.json").read_text())
     (tmp_path / "copy" / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(error, match=message):
-        kvprune.load(tmp_path / "copy")
-
-
-def test_a_cut_gguf(tmp_path):
-    (tmp_path / "x.gguf").write_bytes(b"GGUF\x03\x00\x00\x00\x01")
-    with pytest.raises(errors.KVPruneError):
-        kvprune.load(tmp_path / "x.gguf")
-
-
-def test_gguf_loads_dequantised(tmp_path):
-    """A float32 GGUF written by hand gives the model it was written from."""
-    model = tiny_model("llama", kv_heads=2, groups=2, head_dim=32, layers=1)
-    config = model.config
-    path = tmp_path / "tiny.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_key_length(32)
-    writer.add_value_length(32)
-    writer.add_rope_dimension_count(32)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    names = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-        "self_attn.q_proj.weight": "attn_q.weight",
-        "self_attn.k_proj.weight": "attn_k.weight",
-        "self_attn.v_proj.weight": "attn_v.weight",
-        "self_attn.o_proj.weight": "attn_output.weight",
-        "mlp.gate_proj.weight": "ffn_gate.weight",
-        "mlp.up_proj.weight": "ffn_up.weight",
-        "mlp.down_proj.weight": "ffn_down.weight",
-        "input_layernorm.weight": "attn_norm.weight",
-        "post_attention_layernorm.weight": "ffn_norm.weight",
-    }
-    for name, tensor in model.state_dict().items():
-        array = tensor.numpy()
-        if "q_proj" in name or "k_proj" in name:  # llama.cpp interleaves the halves of a head
-            heads = 4 if "q_proj" in name else 2
-            array = array.reshape(heads, 2, 16, -1).swapaxes(1, 2).reshape(array.shape)
-        layer = "blk.0." if "layers.0." in name else ""
-        writer.add_tensor(layer + names[name.removeprefix("model.layers.0.")], np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    ids = torch.randint(3, 300, (1, 7))
-    loaded = kvprune.load(path, dtype="float32")
-    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
-    loaded.save_pretrained(tmp_path / "again")  # as a plain dense checkpoint
-    assert torch.equal(kvprune.load(tmp_path / "again")(ids).logits, loaded(ids).logits)
+    for use in (kvprune.load, kvprune.evaluate, kvprune.bench, lambda source: kvprune.generate(source, "the cat")):
+        with pytest.raises(error, match=message) as caught:
+            use(tmp_path / "copy")
+        assert "cut" not in str(caught.value)  # which only prune does
 
 
 def test_view_is_live_and_right_side_up():
