@@ -10,7 +10,8 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from kvprune.channels.journal import Journal
-from kvprune.errors import NotFinite, TextTooShort
+from kvprune.errors import TextTooShort
+from kvprune.models.finite import not_finite
 from kvprune.models.stream import Calls, enter, input_of, learn_calls
 from kvprune.models.view import ModelView
 
@@ -112,7 +113,7 @@ class _Layer:
     def __init__(
         self, view: ModelView, index: int, dense: nn.Module, block: nn.Module, calls: tuple[Calls, Calls], fitted: int
     ):
-        family = view.family
+        family, self.lm = view.family, view.lm
         self.index, self.dense_block, self.block, self.fitted = index, dense, block, fitted
         self.dense_calls, self.calls = calls
         self.dense_attention = getattr(dense, family.attention)
@@ -177,7 +178,7 @@ class _Layer:
 
     def _fit(self, name: str, module: nn.Linear, fitted: Moments, held: Moments) -> Refitted:
         if not (fitted.is_finite() and held.is_finite()):
-            raise NotFinite(f"layer {self.index}: what {name} is fitted to is not finite; try --dtype float32")
+            raise not_finite(f"layer {self.index}: what {name} is fitted to", self.lm)
         old = _as_matrix(module)
         before = held.error(old)
         # Judged as they will be written: rounding to the model's dtype can cost more than a fit gains.
