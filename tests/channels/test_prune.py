@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,7 +201,7 @@ def test_nan_weights_are_named_and_leave_nothing(texts, checkpoint, tmp_path):
         model.model.layers[2].self_attn.k_proj.weight[3, 3] = float("nan")
     model.save_pretrained(tmp_path / "nan")
     kvprune.load_tokenizer(checkpoint).save_pretrained(tmp_path / "nan")
-    with pytest.raises(errors.NotFinite, match="layer 2"):
+    with pytest.raises(errors.NotFinite, match=r"layer 2: .*k_proj\.weight holds NaN"):
         kvprune.prune(tmp_path / "nan", tmp_path / "out", **COARSE)
     assert not (tmp_path / "out").exists()
 
@@ -254,6 +255,25 @@ def test_tied_embeddings_no_head_dim_no_pad_token(texts, tmp_path):
     ids = torch.randint(3, 300, (1, 9))
     assert torch.equal(model(ids).logits, result.model(ids).logits)
     assert sum(result.plan.widths) == 4 * 12 // 2
+
+
+@pytest.mark.parametrize("layout", ["per-layer", "portable"])
+def test_a_head_that_the_config_calls_tied_stays_the_checkpoints_own(checkpoint, texts, tmp_path, layout):
+    """tie_word_embeddings is true, but the file has an lm_head of its own: transformers 5 loads both."""
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint, source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    dense = AutoModelForCausalLM.from_pretrained(source)
+    assert not torch.equal(dense.lm_head.weight, dense.model.embed_tokens.weight)
+    out, recovered = tmp_path / "out", tmp_path / "recovered"
+    kvprune.prune(source, out, ratio=0.0, layout=layout, **QUICK)
+    kvprune.recover(out, recovered, steps=0, eval_tokens=512, eval_windows=(64,), tokens=2048, held_out=512, window=64)
+    ids = torch.randint(3, 300, (2, 9))
+    for folder in (out, recovered):
+        for load in (kvprune.load, AutoModelForCausalLM.from_pretrained):
+            torch.testing.assert_close(load(folder)(ids).logits, dense(ids).logits, rtol=0, atol=1e-6)
+        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_bfloat16(checkpoint, texts):

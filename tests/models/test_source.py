@@ -13,7 +13,7 @@ from kvprune import errors
 from kvprune.models.attention import rope_pairs
 from kvprune.models.stream import BlockRunner
 from kvprune.models.view import ModelView
-from tiny import tiny_model, write_gguf
+from tiny import tiny_model
 
 
 def test_folder(checkpoint):
@@ -101,33 +101,17 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path, checkpoint):
     ("change", "error", "message"),
     [
         ({"model_type": "nosuch"}, errors.UnsupportedArchitecture, "llama, mistral, qwen2"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, errors.BadOption, "unquantised"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, errors.BadOption, "give the unquantised model"),
     ],
 )
 def test_what_the_config_already_rules_out(tmp_path, checkpoint, change, error, message):
     shutil.copytree(checkpoint, tmp_path / "copy")
     config = json.loads((checkpoint / "config.json").read_text())
     (tmp_path / "copy" / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(error, match=message):
-        kvprune.load(tmp_path / "copy")
-
-
-def test_a_cut_gguf(tmp_path):
-    (tmp_path / "x.gguf").write_bytes(b"GGUF\x03\x00\x00\x00\x01")
-    with pytest.raises(errors.KVPruneError):
-        kvprune.load(tmp_path / "x.gguf")
-
-
-def test_gguf_loads_dequantised(tmp_path):
-    """A float32 GGUF written by hand gives the model it was written from."""
-    model = tiny_model("llama", kv_heads=2, groups=2, head_dim=32, layers=1)
-    path = tmp_path / "tiny.gguf"
-    write_gguf(model, path)
-    ids = torch.randint(3, 300, (1, 7))
-    loaded = kvprune.load(path, dtype="float32")
-    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
-    loaded.save_pretrained(tmp_path / "again")  # as a plain dense checkpoint
-    assert torch.equal(kvprune.load(tmp_path / "again")(ids).logits, loaded(ids).logits)
+    for use in (kvprune.load, kvprune.evaluate, kvprune.bench, lambda source: kvprune.generate(source, "the cat")):
+        with pytest.raises(error, match=message) as caught:
+            use(tmp_path / "copy")
+        assert "cut" not in str(caught.value)  # which only prune does
 
 
 def test_view_is_live_and_right_side_up():

@@ -56,10 +56,11 @@ def test_stretches_double():
 
 def test_means_of_stretches():
     losses = torch.cat([torch.tensor([math.nan]), torch.full((511,), 1.0), torch.full((88,), 2.0)])
-    assert [row["perplexity"] for row in reading(losses)] == [pytest.approx(math.e), pytest.approx(math.e**2)]
+    model = tiny_model("llama")
+    assert [row["perplexity"] for row in reading(losses, model)] == [pytest.approx(math.e), pytest.approx(math.e**2)]
     losses[600 - 1] = math.nan
     with pytest.raises(errors.NotFinite, match="512 to 600"):
-        reading(losses)
+        reading(losses, model)
     answer = [*range(512), *range(88)]  # 4-grams that end in the second stretch: 3 cross the seam, 85 came before
     assert [row["repetition"] for row in writing(answer)] == [0, 85 / 88]
 
@@ -81,10 +82,8 @@ def test_the_study_from_end_to_end_and_again(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "study.png").stat().st_size > 10_000
     assert [(row["from"], row["to"]) for row in whole["reading"]] == [(0, 512), (512, 600)]
     ids = kvprune.load_tokenizer(tmp_path / "m1")((tmp_path / "text.txt").read_text(), return_tensors="pt").input_ids[0]
-    assert (
-        whole["reading"][1]["perplexity"][1]
-        == reading(read(kvprune.load(tmp_path / "m1"), ids[:600], 256))[1]["perplexity"]
-    )
+    second = kvprune.load(tmp_path / "m1")
+    assert whole["reading"][1]["perplexity"][1] == reading(read(second, ids[:600], 256), second)[1]["perplexity"]
     # killed behind the first model: what it had found stays
     lines = (tmp_path / "out" / "study.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "out" / "study.json").unlink()

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from reference import run
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
@@ -568,6 +569,20 @@ def test_misuse_is_one_clear_error_before_anything_changes():
         _ = kvprune.TokenFilter().report
     with pytest.raises(errors.FilterMisuse, match="flex_attention"):
         kvprune.TokenFilter()(tiny_model("llama", attention="flex_attention"))
+
+
+def test_what_wraps_a_model_is_refused_with_its_own_remedy():
+    compiled_in_place = model_of()
+    compiled_in_place.compile()
+    for compiled in (torch.compile(model_of()), compiled_in_place):
+        with pytest.raises(errors.FilterMisuse, match=r"before torch\.compile") as caught:
+            kvprune.TokenFilter()(compiled)
+        assert "adapters" not in str(caught.value)
+    adapted = get_peft_model(model_of(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(errors.FilterMisuse, match=r"PeftModel; merge adapters first"):
+        kvprune.TokenFilter()(adapted)
+    with pytest.raises(errors.FilterMisuse, match="DataParallel; give the one inside"):
+        kvprune.TokenFilter()(torch.nn.DataParallel(model_of()))
 
 
 def test_the_random_baseline_takes_its_share_and_repeats():

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import torch
 
-from kvprune.errors import NotFinite
 from kvprune.models.attention import Attention
+from kvprune.models.finite import not_finite
 from kvprune.models.stream import enter
 from kvprune.models.view import ModelView
 from kvprune.runtime.modeling import rotate_half
@@ -57,7 +57,7 @@ def attention_moments(
             sums.add(outputs, calls.of_length[state.shape[1]][index].kwargs)
         yield sums.means(tokens, index)
         if not all(torch.isfinite(state).all() for state in states):
-            raise NotFinite(f"layer {index}: its output on the calibration text is not finite; try --dtype float32")
+            raise not_finite(f"layer {index}: its output on the calibration text", view.lm)
         advance(1)
 
 
@@ -65,7 +65,8 @@ class _Sums:
     """Sums over queries and the group's heads of one layer."""
 
     def __init__(self, view: ModelView, attention: Attention, slow: torch.Tensor):
-        s = self.shape = view.shape
+        self.lm, s = view.lm, view.shape
+        self.shape = s
         rotary = view.lm.base_model.get_submodule("rotary_emb")
         self.stretch = float(cast(float, getattr(rotary, "attention_scaling", 1.0)))  # of cos and sin, as YaRN has it
         self.scaling = cast(float, attention.module.scaling)
@@ -126,7 +127,7 @@ class _Sums:
             outputs=self.outputs / tokens,
         )
         if not all(torch.isfinite(x).all() for x in (found.pairs, found.queries, found.keys, found.outputs)):
-            raise NotFinite(f"layer {index}: the attention is not finite on the calibration text; try --dtype float32")
+            raise not_finite(f"layer {index}: its attention on the calibration text", self.lm)
         return found
 
 

@@ -20,9 +20,10 @@ from kvprune.models.view import ModelView
 def check(view: ModelView) -> None:
     """Raise BadOption for a model that no stock architecture can hold once it is pruned."""
     config = view.lm.config
-    rope = config.rope_parameters["rope_type"]
+    parameters = config.rope_parameters
+    rope = parameters["rope_type"]
     layer_types = getattr(config, "layer_types", None) or ()
-    if rope in ("dynamic", "longrope"):
+    if rope == "dynamic" or (rope == "longrope" and parameters["short_factor"] != parameters["long_factor"]):
         raise BadOption(
             f"layout portable cannot hold {rope} RoPE, whose frequencies change with the context; use --layout uniform"
         )
@@ -60,6 +61,7 @@ def _config(view: ModelView, kept: tuple[int, ...]) -> Any:
     rebuilt = base ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     factors = (rebuilt / own).tolist()
     settings["head_dim"] = width
+    settings["tie_word_embeddings"] = view.is_tied
     settings["rope_parameters"] = {
         "rope_type": "longrope",
         "rope_theta": base,

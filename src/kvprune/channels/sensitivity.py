@@ -10,8 +10,8 @@ from kvprune.channels.journal import Journal
 from kvprune.channels.masking import masked
 from kvprune.channels.repair.rotate import Rotation
 from kvprune.channels.selection import Kept
-from kvprune.errors import NotFinite
 from kvprune.measure.loss import next_token_loss
+from kvprune.models.finite import not_finite
 from kvprune.models.stream import BlockRunner
 from kvprune.models.view import ModelView
 
@@ -80,16 +80,16 @@ def _probe_batch(
         dense = loss(runner.output)
         broken = None if math.isfinite(dense) else runner.first_broken_block()
         what = "the dense model" if broken is None else f"layer {broken} of the dense model"
-        journal.add(number, DENSE, _finite(dense, what))
+        journal.add(number, DENSE, _finite(dense, what, view))
     for index in missing:
         probe = probes[index]
         with masked(view.attention[probe.block], probe.kept, probe.rotation):
             changed = loss(runner.rerun(probe.block))
-        journal.add(number, index, _finite(changed, f"layer {probe.block}, probed"))
+        journal.add(number, index, _finite(changed, f"layer {probe.block}, probed", view))
         advance(1)
 
 
-def _finite(loss: float, what: str) -> float:
+def _finite(loss: float, what: str, view: ModelView) -> float:
     if not math.isfinite(loss):
-        raise NotFinite(f"{what}: the loss on the calibration text is not finite; try --dtype float32")
+        raise not_finite(f"{what}: the loss on the calibration text", view.lm)
     return loss

@@ -9,9 +9,9 @@ import torch
 from kvprune.channels.importance.base import Importance, Scores, Statistics
 from kvprune.channels.moments import attention_moments
 from kvprune.channels.repair.rotate import Rotation, key_basis, slow_channels, turned_scores, value_basis
-from kvprune.errors import NotFinite
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.attention import Attention, AttentionWeights
+from kvprune.models.finite import not_finite
 from kvprune.models.stream import frozen
 from kvprune.models.view import ModelView
 
@@ -39,7 +39,7 @@ def score_layers(
         with torch.no_grad():
             score = importance.scores(attention.weights(), of_layer, view.units.to(view.device))
         if not all(torch.isfinite(s).all() for s in (score.qk, score.vo)):
-            raise NotFinite(f"layer {index}: the importance scores are not finite; try --dtype float32")
+            raise not_finite(f"layer {index}: the importance scores", view.lm)
         scores.append(Scores(score.qk.float().cpu(), score.vo.float().cpu()))
     return scores
 

@@ -34,10 +34,11 @@ def cut(view: ModelView, plan: PruningPlan, rotations: Sequence[Rotation] | None
     is_portable = plan.layout == "portable"
     if is_portable:
         pruned = portable.stock_model(view, plan)
-        rotary = type(pruned.base_model.rotary_emb)(pruned.config)
+        rotary = type(pruned.base_model.rotary_emb)(pruned.config).to(view.device)
     else:
         with torch.device("meta"):
             pruned = AutoModelForCausalLM.from_config(_config(view, plan), dtype=dense.dtype)
+        rotary = copy.deepcopy(dense.base_model.rotary_emb)  # it holds tensors that are no buffers where it is dynamic
     state = dict(dense.state_dict())
     base = dense.base_model_prefix
     for index, (attention, layer) in enumerate(zip(view.attention, plan.layers, strict=True)):
@@ -53,9 +54,8 @@ def cut(view: ModelView, plan: PruningPlan, rotations: Sequence[Rotation] | None
             _make_stock(narrow, portable.query_scale(view, plan))
         state |= {prefix + name: tensor for name, tensor in narrow.items()}
     pruned.load_state_dict(state, strict=True, assign=True)
-    if is_portable:
-        pruned.base_model.rotary_emb = rotary.to(view.device)
-    for name, buffer in dense.named_buffers():  # those that no checkpoint holds, such as the rotary table
+    pruned.base_model.rotary_emb = rotary
+    for name, buffer in dense.named_buffers():  # those that no checkpoint holds
         module, _, leaf = name.rpartition(".")
         if name not in state and pruned.get_submodule(module).get_buffer(leaf).is_meta:
             pruned.get_submodule(module).register_buffer(leaf, buffer, persistent=False)
@@ -68,6 +68,7 @@ def cut(view: ModelView, plan: PruningPlan, rotations: Sequence[Rotation] | None
 def _config(view: ModelView, plan: PruningPlan):
     """The pruned twin's config, as a checkpoint has it."""
     config = twin_config(view.lm.config, view.shape.head_dim, plan.widths)
+    config.tie_word_embeddings = view.is_tied
     config.auto_map = modeling.auto_map(view.family.model_type)
     config._attn_implementation = view.lm.config._attn_implementation
     return config

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from kvprune.errors import NotFinite, UnsupportedArchitecture
+from kvprune.errors import UnsupportedArchitecture
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.family import supported
+from kvprune.models.finite import not_finite
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import decoding_pieces, quantized_cache
 
@@ -55,7 +56,7 @@ def perplexity(
             advance(len(batch))
     mean = total / count
     if not math.isfinite(mean):
-        raise NotFinite("the model's loss is not finite on the evaluation text; try --dtype float32")
+        raise not_finite("the model's loss on the evaluation text", model)
     return Perplexity(math.exp(min(mean, LARGEST)), windows.shape[1], count)
 
 

@@ -58,7 +58,7 @@ def dense_config(
     if str(source) in SHAPES and not Path(source).exists():
         options = dict(SHAPES[str(source)])
         return AutoConfig.for_model(options.pop("model_type"), **options), torch.bfloat16
-    found = resolve(source, revision, trust_remote_code)
+    found = resolve(source, revision, trust_remote_code, needs_weights=False)
     if found.is_pruned:
         raise BadOption(f"{found.name} is pruned already; give the dense model it came from")
     config = load_config(found)

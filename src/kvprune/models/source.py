@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,11 +24,13 @@ from kvprune.errors import (
     UnsafeWeights,
     UnsupportedArchitecture,
 )
+from kvprune.models import gguf
+from kvprune.models.check import check_adapter, check_folder, check_quantised, first_line
 from kvprune.models.family import family_of, supported
 from kvprune.progress import without_bars
 from kvprune.runtime import register
 from kvprune.runtime.dtype import compute_in_auto, find_dtype
-from kvprune.runtime.files import RECORD, RESUME, verify_files
+from kvprune.runtime.files import RECORD
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,23 @@ class Source:
         return arguments
 
 
-def resolve(source: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Source:
-    """Find out what `source` is. Raises UnknownSource, UnsafeWeights or BrokenCheckpoint."""
+def resolve(
+    source: str | Path, revision: str | None = None, trust_remote_code: bool = False, *, needs_weights: bool = True
+) -> Source:
+    """Find out what `source` is. needs_weights: refuse a folder that could not be loaded, and not only its config.
+
+    Raises UnknownSource, UnsupportedArchitecture, UnsafeWeights, BrokenCheckpoint or BadOption.
+    """
     name = str(source)
     path = Path(name)
     if name.endswith(".gguf"):
         if not path.is_file():
             raise UnknownSource(f"there is no file {name}")
-        _check_gguf(path)
+        gguf.read_header(path)
+        _check_beside(path)
         return Source(name, str(path.parent), path.name, None, trust_remote_code)
     if path.is_dir():
-        _check_folder(path)
+        check_folder(path, needs_weights)
     elif path.exists():
         raise UnknownSource(f"{name} is a file, but no .gguf; give a checkpoint folder, a .gguf file or a hub id")
     elif name.count("/") > 1 or name.startswith((".", "/", "~")):
@@ -77,37 +85,10 @@ def resolve(source: str | Path, revision: str | None = None, trust_remote_code: 
     return Source(name, name, None, revision, trust_remote_code)
 
 
-def _check_gguf(path: Path) -> None:
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise UnknownSource(f"reading {path} needs the gguf package: pip install gguf") from None
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise BrokenCheckpoint(f"{path} is no GGUF file; fetch it again")
-
-
-def _check_folder(folder: Path) -> None:
-    """A local checkpoint has config.json and whole safetensors files."""
-    if not (folder / "config.json").is_file():
-        if (folder / RESUME).is_dir():
-            raise UnknownSource(f"{folder} is an unfinished run; finish it with: kvprune prune ... --resume")
-        raise UnknownSource(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        if list(folder.glob("*.bin")) or list(folder.glob("*.pt*")):
-            raise UnsafeWeights(
-                f"{folder} has pickle weights only, which can run code; save it again with safe_serialization=True"
-            )
-        raise BrokenCheckpoint(f"{folder} has no .safetensors file; fetch the checkpoint again")
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise BrokenCheckpoint(f"{shard} is damaged ({_first_line(error)}); fetch or make it again") from None
-    if (folder / RECORD).is_file():
-        verify_files(folder)
+def _check_beside(path: Path) -> None:
+    """Raise BadOption for an adapter in the folder of a .gguf file: transformers would load it too."""
+    if (path.parent / "adapter_config.json").is_file():
+        raise BadOption(f"{path.parent} has an adapter (adapter_config.json) too; move {path.name} to another folder")
 
 
 def load_model(source: Source, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
@@ -115,7 +96,8 @@ def load_model(source: Source, device: str = "auto", dtype: str = "auto") -> Pre
     GGUF, and computes in that or in what the CPU has instructions for; or both in the `dtype` that is named."""
     register()
     target = find_device(device)
-    arguments = source.arguments() | {"config": load_config(source)}
+    config = load_config(source)
+    arguments = source.arguments() | {"config": config}
     if source.gguf_file:
         arguments["dtype"] = torch.bfloat16 if dtype == "auto" else find_dtype(dtype)
         if hasattr(transformers, "GgufConfig"):  # newer transformers would keep the packed weights
@@ -143,25 +125,27 @@ def load_model(source: Source, device: str = "auto", dtype: str = "auto") -> Pre
 def load_config(source: Source) -> PreTrainedConfig:
     """The architecture without its weights; refuses what `load_model` refuses by it."""
     register()
-    _check_architecture(source)
+    if not source.gguf_file:
+        _check_settings(source)
     with _as_user_error(source):
         config = AutoConfig.from_pretrained(source.folder, **source.arguments())
+    if source.gguf_file:
+        family_of(config.model_type)
+        gguf.complete(config, gguf.read_header(Path(source.name)))
     if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
         config.pad_token_id = None  # nothing is computed with it, but transformers builds no embedding with it
     return config
 
 
-def _check_architecture(source: Source) -> None:
-    """Raise UnsupportedArchitecture, or BadOption for quantised weights, before anything large is read."""
+def _check_settings(source: Source) -> None:
+    """Refuse by config.json what cannot be read, before transformers makes anything of it."""
+    if not source.is_local:
+        check_adapter(source.folder, source.revision)
     with _as_user_error(source):
-        if source.gguf_file:
-            settings = AutoConfig.from_pretrained(source.folder, **source.arguments()).to_dict()
-        else:
-            revision = {"revision": source.revision} if source.revision else {}
-            settings, _ = PreTrainedConfig.get_config_dict(source.folder, **revision)
+        revision = {"revision": source.revision} if source.revision else {}
+        settings, _ = PreTrainedConfig.get_config_dict(source.folder, **revision)
     family_of(settings.get("model_type", "unknown"))
-    if settings.get("quantization_config") and not source.gguf_file:
-        raise BadOption(f"{source.name} has quantised weights, which cannot be cut; give the unquantised model")
+    check_quantised(source.name, settings)
 
 
 def find_device(name: str) -> torch.device:
@@ -173,7 +157,7 @@ def find_device(name: str) -> torch.device:
         torch.empty(0, device=device)
         return device
     except (RuntimeError, AssertionError) as error:
-        raise BadOption(f"device {name!r} cannot be used: {_first_line(error)}") from None
+        raise BadOption(f"device {name!r} cannot be used: {first_line(error)}") from None
 
 
 @contextmanager
@@ -184,18 +168,14 @@ def _as_user_error(source: Source):
     except KVPruneError:
         raise
     except (SafetensorError, EOFError, struct.error, IndexError, KeyError) as error:
-        raise BrokenCheckpoint(f"{source.name} is damaged: {_first_line(error)}") from error
+        raise BrokenCheckpoint(f"{source.name} is damaged: {first_line(error)}") from error
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
         raise BrokenCheckpoint(f"{source.name} has tensors of the wrong shape; fetch it again") from error
     except (OSError, ValueError) as error:
         if source.gguf_file and "architecture" in str(error):
-            raise UnsupportedArchitecture(f"{source.name}: {_first_line(error)}; {supported()}") from error
+            raise UnsupportedArchitecture(f"{source.name}: {first_line(error)}; {supported()}") from error
         if "safetensors" in str(error) and not source.is_local:
-            raise UnsafeWeights(f"{source.name} has no safetensors weights: {_first_line(error)}") from error
-        raise UnknownSource(f"cannot load {source.name}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UnsafeWeights(f"{source.name} has no safetensors weights: {first_line(error)}") from error
+        raise UnknownSource(f"cannot load {source.name}: {first_line(error)}") from error

@@ -52,6 +52,12 @@ class ModelView:
         return cast(torch.Tensor, rotary.inv_freq).double().cpu()
 
     @property
+    def is_tied(self) -> bool:
+        """Whether the output embedding is the input embedding. Not what the config says: a checkpoint with a head of
+        its own keeps it, whatever its config promises."""
+        return self.head.weight is cast(nn.Module, self.lm.get_input_embeddings()).weight
+
+    @property
     def head(self) -> nn.Module:
         """(..., hidden) behind the final norm -> logits (..., vocabulary)."""
         return self.lm.get_output_embeddings()

@@ -8,8 +8,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from kvprune.errors import BadOption, NotFinite
+from kvprune.errors import BadOption
 from kvprune.models import source as sources
+from kvprune.models.finite import not_finite
 from kvprune.models.tokenizer import check_ids, load_tokenizer
 from kvprune.progress import Progress
 from kvprune.text.corpus import read_text
@@ -58,8 +59,9 @@ def study_layers(
             found.append(anchor_errors(model, page[None]))
             advance(1)
     errors = [sum(column) / len(found) for column in zip(*found, strict=True)]
-    if not all(map(math.isfinite, errors)):
-        raise NotFinite("a layer's output is not finite on this text; try --dtype float32")
+    broken = [index for index, error in enumerate(errors) if not math.isfinite(error)]
+    if broken:
+        raise not_finite(f"layer {broken[0]}: its output on this text", model)
     return {
         "source": str(source),
         "text": str(text),

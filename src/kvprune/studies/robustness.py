@@ -14,10 +14,11 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from kvprune.errors import BadOption, KVPruneError, NotFinite, TextTooShort
+from kvprune.errors import BadOption, KVPruneError, TextTooShort
 from kvprune.measure import memory
 from kvprune.measure.perplexity import LARGEST
 from kvprune.measure.plot import check as check_matplotlib
+from kvprune.models.finite import not_finite
 from kvprune.models.source import Source, load_config, load_model, resolve
 from kvprune.models.tokenizer import check_ids, one_tokenizer
 from kvprune.progress import Progress
@@ -109,7 +110,7 @@ def _study_one(
         pack_weights(model)
     if "reading" not in done:
         with progress.phase(f"read {index + 1}", len(ids)) as advance:
-            rows = reading(read(model, ids, context, advance))
+            rows = reading(read(model, ids, context, advance), model)
         journal.add({"source": index, "part": "reading", "rows": rows})
     if "writing" not in done:
         with progress.phase(f"write {index + 1}", new_tokens) as advance:
@@ -127,13 +128,13 @@ def stretches(tokens: int) -> list[tuple[int, int]]:
     return [(a, min(b, tokens)) for a, b in pairwise(edges)]
 
 
-def reading(losses: torch.Tensor) -> list[dict[str, Any]]:
+def reading(losses: torch.Tensor, model: PreTrainedModel) -> list[dict[str, Any]]:
     """[{"from", "to", "perplexity"}] of losses (n,) in nats, of which the first is of no token. Raises NotFinite."""
     rows = []
     for first, last in stretches(len(losses)):
         mean = losses[max(first, 1) : last].double().mean().item()
         if not math.isfinite(mean):
-            raise NotFinite(f"the model's loss is not finite at positions {first} to {last}; try --dtype float32")
+            raise not_finite(f"the model's loss at positions {first} to {last}", model)
         rows.append({"from": first, "to": last, "perplexity": math.exp(min(mean, LARGEST))})
     return rows
 

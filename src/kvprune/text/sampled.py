@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvprune.errors import NotFinite
+from kvprune.models.finite import not_finite
 
 DOCUMENTS = (
     32  # sampled side by side; always whole batches, so that what comes first does not depend on how much follows
@@ -34,13 +34,19 @@ def sample_ids(
     config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=window, pad_token_id=start, use_cache=True)
     own, sampled = lm.generation_config, 0
     parts: list[torch.Tensor] = []
+
+    def finite(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if not torch.isfinite(logits).all():
+            raise not_finite("the model's logits, sampling", lm)
+        return logits
+
     try:
         lm.generation_config = GenerationConfig()  # or its end token, penalties, ... would fill in what is not set here
         with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
             while sampled < tokens:
                 torch.manual_seed(seed + 1_000_003 * len(parts))
                 ids = cast(Any, lm).generate(
-                    prompt, attention_mask=torch.ones_like(prompt), generation_config=config, logits_processor=[_finite]
+                    prompt, attention_mask=torch.ones_like(prompt), generation_config=config, logits_processor=[finite]
                 )
                 parts.append(ids[:, 1:].cpu().flatten())
                 advance(min(len(parts[-1]), tokens - sampled))
@@ -48,9 +54,3 @@ def sample_ids(
     finally:
         lm.generation_config = own
     return torch.cat(parts)[:tokens]
-
-
-def _finite(_ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    if not torch.isfinite(logits).all():
-        raise NotFinite("sampling: the model's logits are not finite; try --dtype float32")
-    return logits

@@ -64,12 +64,7 @@ class TokenFilter:
         """Bind to a model, which is not changed before the context is entered."""
         if self._active:
             raise FilterMisuse("this TokenFilter is in use already; leave its context, or make another one")
-        if not isinstance(model, PreTrainedModel):
-            raise FilterMisuse(
-                f"a TokenFilter needs a transformers model, not {type(model).__name__}; merge adapters first"
-            )
-        if not isinstance(model, GenerationMixin):
-            raise FilterMisuse(f"a TokenFilter needs a model that generates, not the bare {type(model).__name__}")
+        _check_model(model)
         config = model.config
         family = family_of(config.model_type)
         check_rope(config)
@@ -265,6 +260,18 @@ def _filtered(layer: Any, window: int | None) -> FilteredLayer:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     raise FilterMisuse("a TokenFilter generates in its context only")
+
+
+def _check_model(model: Any) -> None:
+    """Raise FilterMisuse for what is no transformers model as it was loaded."""
+    name = type(model).__name__
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        raise FilterMisuse("a TokenFilter does not run compiled; give it the model as it was before torch.compile")
+    if not isinstance(model, PreTrainedModel):
+        mend = "merge adapters first" if hasattr(model, "peft_config") else "give the one inside, or load one"
+        raise FilterMisuse(f"a TokenFilter needs a transformers model, not {name}; {mend}")
+    if not isinstance(model, GenerationMixin):
+        raise FilterMisuse(f"a TokenFilter needs a model that generates, not the bare {name}")
 
 
 def _check_attention(config: Any) -> None:

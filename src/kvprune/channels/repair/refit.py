@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvprune.channels.journal import Journal
-from kvprune.errors import NotFinite, TextTooShort
+from kvprune.errors import TextTooShort
+from kvprune.models.finite import not_finite
 from kvprune.models.stream import Calls, enter, input_of, learn_calls
 from kvprune.models.view import ModelView
 from kvprune.runtime.dtype import stored_dtype
@@ -130,7 +131,7 @@ class _Layer:
         fitted: int,
         stored: torch.dtype,
     ):
-        family = view.family
+        family, self.lm = view.family, view.lm
         self.index, self.dense_block, self.block, self.fitted = index, dense, block, fitted
         self.dense_calls, self.calls = calls
         self.stored = stored
@@ -228,7 +229,7 @@ class _Layer:
 
     def _fit(self, name: str, module: nn.Linear, fitted: Moments, held: Moments) -> Refitted:
         if not (fitted.is_finite() and held.is_finite()):
-            raise NotFinite(f"layer {self.index}: what {name} is fitted to is not finite; try --dtype float32")
+            raise not_finite(f"layer {self.index}: what {name} is fitted to", self.lm)
         old = _as_matrix(module)
         before = held.error(old)
         # Judged as they will be written: rounding can cost more than a fit gains.

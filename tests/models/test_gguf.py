@@ -1,0 +1,251 @@
+"""GGUF files that are written here, from models that are known: read exactly, or refused in words."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import RopeScalingType
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+import kvprune
+from kvprune import errors
+from tiny import QUICK, tiny_model, tiny_tokenizer
+
+LLAMA_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def as_gguf(model):
+    """name -> array, as llama.cpp's converter writes them: Llama's Q and K with the halves of a head interleaved."""
+    tensors, config = {}, model.config
+    for name, tensor in model.state_dict().items():
+        array, (stem, _, leaf) = tensor.numpy(), name.rpartition(".")
+        if config.model_type == "llama" and stem.endswith(("q_proj", "k_proj")):
+            heads = config.num_attention_heads if "q_proj" in stem else config.num_key_value_heads
+            array = array.reshape(heads, 2, config.head_dim // 2, -1).swapaxes(1, 2).reshape(array.shape)
+        layer, found = "", stem
+        if stem.startswith("model.layers."):
+            _, _, number, found = stem.split(".", 3)
+            layer = f"blk.{number}."
+        tensors[f"{layer}{LLAMA_NAMES[found]}.{leaf}"] = np.ascontiguousarray(array)
+    return tensors
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes a model as a float32 .gguf file, with further tensors, and with `more(writer)` said of it."""
+
+    def write(model, tensors=None, more=lambda writer: None, name="tiny.gguf"):
+        config = model.config
+        writer = gguf.GGUFWriter(tmp_path / name, config.model_type)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_rope_dimension_count(config.head_dim)
+        more(writer)
+        for tensor, array in (as_gguf(model) if tensors is None else tensors).items():
+            writer.add_tensor(tensor, array)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return tmp_path / name
+
+    return write
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@torch.no_grad()
+def test_it_is_the_model_it_was_written_from(written, tmp_path, family):
+    model = tiny_model(family, kv_heads=2, groups=2, head_dim=32, layers=2)
+    path = written(model)
+    ids = torch.randint(3, 300, (1, 7))
+    loaded = kvprune.load(path, dtype="float32")
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+    loaded.save_pretrained(tmp_path / "again")  # as a plain dense checkpoint
+    assert torch.equal(kvprune.load(tmp_path / "again")(ids).logits, loaded(ids).logits)
+    assert kvprune.load(path).dtype == torch.bfloat16
+
+
+def linear(writer):
+    writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(4.0)
+
+
+def factor_only(writer):
+    writer.add_rope_scaling_factor(4.0)
+
+
+def yarn(writer):
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+    writer.add_rope_scaling_orig_ctx_len(32)
+
+
+def nothing(writer):
+    writer.add_rope_scaling_type(RopeScalingType.NONE)
+    writer.add_rope_scaling_factor(4.0)
+
+
+def rope(**parameters):
+    return {"rope_parameters": {"rope_theta": 10000.0, **parameters}}
+
+
+SCALED = {
+    "linear": (linear, "llama", rope(rope_type="linear", factor=4.0)),
+    "linear, untold": (factor_only, "llama", rope(rope_type="linear", factor=4.0)),
+    "yarn": (yarn, "qwen2", rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)),
+    "none": (nothing, "llama", {}),
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+@torch.no_grad()
+def test_rope_scaling_is_read(written, kind):
+    said, family, options = SCALED[kind]
+    model = tiny_model(family, head_dim=32, **options)
+    ids = torch.randint(3, 300, (1, 100))
+    expected = model(ids).logits
+    if kind != "none":
+        assert not torch.allclose(expected, tiny_model(family, head_dim=32)(ids).logits, atol=1e-3)
+    loaded = kvprune.load(written(model, more=said), dtype="float32")
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_yarn_turns_as_llama_cpp_does(written):
+    """Against ggml's rope_yarn, written again from its ops.cpp: the test above compares transformers with itself."""
+    base, dim, factor, original = 10000.0, 32, 4.0, 32
+
+    def corrected(rotations):
+        return dim * np.log(original / (rotations * 2 * np.pi)) / (2 * np.log(base))
+
+    low, high = max(0, np.floor(corrected(32.0))), min(dim - 1, np.ceil(corrected(1.0)))
+    expected = []
+    for pair in range(dim // 2):
+        plain = base ** (-2 * pair / dim)
+        mix = 1 - min(1, max(0, (pair - low) / max(0.001, high - low)))
+        expected.append(plain / factor * (1 - mix) + plain * mix)
+    rotary = kvprune.load(written(tiny_model("llama", head_dim=dim), more=yarn), dtype="float32").model.rotary_emb
+    np.testing.assert_allclose(rotary.inv_freq.numpy(), expected, rtol=1e-6)
+    assert rotary.attention_scaling == pytest.approx(1 + 0.1 * np.log(factor))
+
+
+@torch.no_grad()
+def test_the_frequency_factors_of_llama_3_1_are_read_and_kept(written, texts, tmp_path):
+    """rope_freqs.weight divides the frequencies; pruned, in every layout, they stay."""
+    model = tiny_model("llama3-rope", head_dim=32)
+    own, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, "cpu")
+    plain = 10000.0 ** -(torch.arange(0, 32, 2) / 32)
+    tensors = as_gguf(model) | {"rope_freqs.weight": (plain / own).numpy()}
+    path = written(model, tensors)
+    ids = torch.randint(3, 300, (1, 100))
+    expected = model(ids).logits
+    loaded = kvprune.load(path, dtype="float32")
+    torch.testing.assert_close(loaded(ids).logits, expected, rtol=0, atol=1e-5)
+    tokenizer = tiny_tokenizer()
+    loaded.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    for layout in ("per-layer", "portable"):
+        kvprune.prune(tmp_path / "dense", tmp_path / layout, ratio=0.0, layout=layout, **QUICK)
+        torch.testing.assert_close(kvprune.load(tmp_path / layout)(ids).logits, expected, rtol=0, atol=1e-5)
+    half = written(model, tensors, linear, "half.gguf")  # both at once
+    rotary = kvprune.load(half, dtype="float32").model.rotary_emb
+    torch.testing.assert_close(rotary.inv_freq, own / 4, rtol=1e-5, atol=0)
+
+
+def without(name):
+    return lambda tensors: {key: value for key, value in tensors.items() if key != name}
+
+
+def more_tensors(name):
+    return lambda tensors: tensors | {name: np.zeros(4, dtype=np.float32)}
+
+
+def unknown_key(name, value):
+    return lambda writer: writer.add_float32(name, value)
+
+
+def longrope(writer):
+    writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
+    writer.add_rope_scaling_factor(4.0)
+
+
+def part(writer):
+    writer.add_uint16("split.no", 0)
+    writer.add_uint16("split.count", 3)
+
+
+def same(thing):
+    return thing
+
+
+def half_rotary(writer):
+    del writer.kv_data[0]["llama.rope.dimension_count"]
+    writer.add_rope_dimension_count(16)
+
+
+def silent(writer):
+    pass
+
+
+WRONG = {
+    "a tensor is missing": (without("blk.1.attn_k.weight"), silent, "lacks blk.1.attn_k.weight: .* plain llama"),
+    "prefixed": (lambda t: {f"model.{k}": v for k, v in t.items()}, silent, "lacks blk.0.attn_k.weight and .* more"),
+    "a bias that Llama has no place for": (more_tensors("blk.0.attn_q.bias"), silent, "has blk.0.attn_q.bias"),
+    "experts": (more_tensors("blk.0.ffn_gate_inp.weight"), silent, "ffn_gate_inp"),
+    "another scaling": (same, longrope, "'longrope'.*checkpoint"),
+    "yarn of its own kind": (same, unknown_key("llama.rope.scaling.yarn_beta_fast", 8.0), "yarn_beta_fast"),
+    "a scale": (same, unknown_key("llama.logit_scale", 0.5), "llama.logit_scale.*checkpoint"),
+    "partial rotary": (same, half_rotary, "partial rotary"),
+    "named as what transformers fails on": (same, lambda writer: writer.add_name("mistral"), "mistral.*checkpoint"),
+    "a part": (same, part, "llama-gguf-split --merge"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_would_be_another_model_is_refused(written, kind):
+    change, said, message = WRONG[kind]
+    model = tiny_model("llama", head_dim=32)
+    path = written(model, change(as_gguf(model)), said)
+    for use in (kvprune.load, lambda path: kvprune.fit(path, memory="1GB", context=8)):
+        with pytest.raises(errors.KVPruneError, match=message) as caught:
+            use(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("left", [5, 40, 3000, -100], ids=str)
+def test_a_cut_file_is_called_so(written, left):
+    path = written(tiny_model("llama"))
+    path.write_bytes(path.read_bytes()[:left])
+    for use in (kvprune.load, kvprune.load_tokenizer):
+        with pytest.raises(errors.BrokenCheckpoint, match=r"truncated.*fetch it again"):
+            use(path)
+
+
+def test_an_adapter_beside_it_is_refused(written):
+    """transformers would look for it in the file's folder, and load it on top."""
+    path = written(tiny_model("llama"))
+    kvprune.load(path)
+    (path.parent / "adapter_config.json").write_text("{}")
+    with pytest.raises(errors.BadOption, match=r"move tiny\.gguf"):
+        kvprune.load(path)
