@@ -121,7 +121,8 @@ kvprune.prune(sys.argv[1], sys.argv[2], ratio=0.5, **json.loads(sys.argv[3]))
 
 
 def test_kill_and_resume_gives_the_same_plan(checkpoint, texts, tmp_path):
-    options = {**COARSE, "calibration_tokens": 4096 * 3, "windows": [32, 64]}
+    options = {**COARSE, "allocation": "sensitivity", "probes": "measured", "calibration_tokens": 4096 * 3}
+    options["windows"] = [32, 64]
     command = [sys.executable, "-c", RUN, str(checkpoint), str(tmp_path / "cut"), json.dumps(options)]
     process = subprocess.Popen(command, env=dict(os.environ), stderr=subprocess.DEVNULL)
     losses = tmp_path / "cut" / ".resume" / "losses.jsonl"
@@ -223,7 +224,7 @@ def test_a_run_on_other_text_is_not_resumed(checkpoint, texts, tmp_path, monkeyp
     def stop(*_args):
         raise RuntimeError("stopped")
 
-    monkeypatch.setattr("kvprune.channels.planning.measure_sensitivity", stop)
+    monkeypatch.setattr("kvprune.channels.planning.estimate_sensitivity", stop)
     with pytest.raises(RuntimeError, match="stopped"):
         kvprune.prune(checkpoint, tmp_path / "out", **COARSE)
     (texts / "wikitext2-valid.txt").write_text((texts / "ptb-valid.txt").read_text())
