@@ -13,7 +13,7 @@ import yaml
 
 import kvprune
 from kvprune import cli
-from kvprune.errors import BadOption
+from kvprune.errors import BadOption, TokenizerMismatch
 from kvprune.measure.tasks import PIQA, load_tasks, run_tasks
 from tiny import words
 
@@ -164,3 +164,17 @@ def test_what_cannot_be_run(checkpoint, piqa, tmp_path, monkeypatch):
             load_tasks(["piqa"])
     with pytest.raises(BadOption, match="did not load"):
         load_tasks(["boolq"])  # the hub is off in the tests
+
+
+def test_tokens_that_the_model_has_not(checkpoint, piqa, tmp_path):
+    """A pad token is never needed, so it may be one of them; in a question it is named."""
+    model, tokenizer = kvprune.load(checkpoint, dtype="float32"), kvprune.load_tokenizer(checkpoint)
+    expected = run_tasks(model, tokenizer, load_tasks(["piqa"]))
+    tokenizer.add_special_tokens({"pad_token": "<new-pad>"})
+    assert run_tasks(model, tokenizer, load_tasks(["piqa"])) == expected
+    assert tokenizer.pad_token == "<new-pad>"
+    rows = tmp_path / "piqa-valid.jsonl"
+    rows.write_text(rows.read_text().replace('"goal": "', '"goal": "<new-pad>', 1), encoding="utf-8-sig")
+    with pytest.raises(TokenizerMismatch, match="id 300, .* 300 rows"):
+        run_tasks(model, tokenizer, load_tasks(["piqa"]))
+    assert not model.get_input_embeddings()._forward_pre_hooks
