@@ -11,8 +11,8 @@ import torch
 import yaml
 
 import kvprune
-from kvprune.errors import BadOption
-from kvprune.measure.tasks import PIQA, load_tasks, run_tasks
+from kvprune.errors import BadOption, TokenizerMismatch
+from kvprune.measure.tasks import PIQA, _checked_ids, load_tasks, run_tasks
 from tiny import Counted, words
 
 ROWS = 12
@@ -42,7 +42,9 @@ def log_probability(model, tokenizer, prompt: str, answer: str) -> float:
 
 
 def test_piqa_against_a_plain_loop(checkpoint, piqa, capsys):
+    """With a pad token that the model has no embedding for, and does not need."""
     model, tokenizer = kvprune.load(checkpoint, dtype="float32"), kvprune.load_tokenizer(checkpoint)
+    tokenizer.add_special_tokens({"pad_token": "<new-pad>"})
     hits = {"acc": 0, "acc_norm": 0}
     for goal, answers, label in piqa:
         scores = [log_probability(model, tokenizer, f"Question: {goal}\nAnswer:", a) for a in answers]
@@ -161,3 +163,13 @@ def test_what_cannot_be_run(checkpoint, piqa, tmp_path, monkeypatch):
             load_tasks(["piqa"])
     with pytest.raises(BadOption, match="did not load"):
         load_tasks(["boolq"])  # the hub is off in the tests
+
+
+def test_tokens_that_the_model_has_not_are_named(checkpoint):
+    model = kvprune.load(checkpoint, dtype="float32")
+    with _checked_ids(model, "a text"):
+        model(torch.tensor([[5, 299]]))
+        with pytest.raises(TokenizerMismatch, match=r"a text has the token id 300, .* 300 rows"):
+            model(torch.tensor([[5, 300]]))
+    with pytest.raises(IndexError):  # outside, the model is as it was
+        model(torch.tensor([[5, 300]]))

@@ -10,7 +10,7 @@ from hypothesis import given
 
 from kvprune import errors
 from kvprune.text.corpus import read_text
-from kvprune.text.windows import token_ids, windows
+from kvprune.text.windows import _sure_ids, token_ids, windows
 from tiny import WORDS, tiny_tokenizer, words
 
 TOKENIZER = tiny_tokenizer()
@@ -101,15 +101,23 @@ def test_a_short_text_says_how_short():
 PIECES = ["the", "cat", " ", "  ", "aa", "ä", "中文", "\U0001f469\u200d\U0001f467", "e\u0301", "<s>", "</s>", ".", "7"]
 
 
-@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=40), st.integers(0, 40), st.integers(1, 300))
-def test_a_line_may_be_cut_anywhere(pieces, line, tokens):
-    """The ids are those that begin the ids of the whole text, even if the cut falls into a word or a character."""
-    text = "the" + "".join(pieces) * 20 + "\n" * (line % 2) + "".join(pieces) * line
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=40), st.integers(1, 60), st.integers(0, 60))
+def test_a_line_may_be_cut_anywhere(pieces, length, margin):
+    """The ids are those that begin the ids of the whole text, even if the cut falls into a word or a character; and
+    but for the last few, they are all that the cut text has."""
+    text = "".join(pieces) * 20
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvprune.text.windows._MARGIN", 24 + margin)
+        found = _sure_ids(text, length, TOKENIZER)
+    assert found == TOKENIZER(text)["input_ids"][: len(found)]
+    assert len(found) >= len(TOKENIZER(text[:length])["input_ids"]) - 8
+
+
+@given(st.integers(0, 3000), st.integers(1, 400))
+def test_long_lines_give_the_same_ids(line, tokens):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kvprune.text.windows._LONG_LINE", line)
-        patch.setattr("kvprune.text.windows._MARGIN", 24)
-        found = token_ids(text, TOKENIZER, tokens)
-    assert found.tolist() == TOKENIZER(text)["input_ids"][:tokens]
+        assert token_ids(TEXT, TOKENIZER, tokens).tolist() == WHOLE[:tokens]
 
 
 @pytest.mark.parametrize("gap", [" ", ""])
