@@ -147,7 +147,14 @@ def run_tasks(
 
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH)
     with _as_phases(phase), redirect_stdout(sys.stderr):  # stdout is for what we print
-        found = simple_evaluate(wrapped, tasks=list(tasks), limit=limit, log_samples=False, bootstrap_iters=RESAMPLES)
+        found = simple_evaluate(
+            wrapped,
+            tasks=list(tasks),
+            task_manager=_manager(),  # or it makes one again
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=RESAMPLES,
+        )
     assert found is not None  # None only on the other ranks of a distributed run
     rows = []
     for name, figures in found["results"].items():
