@@ -104,7 +104,8 @@ def test_a_task_file_with_local_data(checkpoint, piqa, tmp_path):
     assert [row["value"] for row in own] == [row["value"] for row in known]
 
 
-def test_other_metrics_are_reported_and_stdout_is_ours(checkpoint, piqa, tmp_path, capsys):
+def test_other_metrics_are_reported_and_stdout_is_ours(checkpoint, piqa, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("kvprune.measure.tasks.RESAMPLES", 100)
     rows = [json.dumps({"goal": g, "sol1": a, "sol2": b, "label": label}) for g, (a, b), label in piqa]
     (tmp_path / "own.jsonl").write_text("\n".join(rows))
     own = {**PIQA, "task": "own", "dataset_path": "json", "validation_split": "train"}

@@ -154,7 +154,14 @@ def run_tasks(
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH)
     # its own words go where they do not mix with what we print
     with _as_phases(phase), redirect_stdout(sys.stderr), _checked_ids(model, "a task's text"):
-        found = simple_evaluate(wrapped, tasks=list(tasks), limit=limit, log_samples=False, bootstrap_iters=RESAMPLES)
+        found = simple_evaluate(
+            wrapped,
+            tasks=list(tasks),
+            task_manager=_manager(),  # or it makes one again
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=RESAMPLES,
+        )
     assert found is not None  # None only on the other ranks of a distributed run
     table = []
     for name, figures in found["results"].items():
