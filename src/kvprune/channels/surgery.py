@@ -52,9 +52,10 @@ def cut(view: ModelView, plan: PruningPlan, rotations: Sequence[Rotation] | None
             _make_stock(narrow, portable.query_scale(view, plan))
         state |= {prefix + name: tensor for name, tensor in narrow.items()}
     pruned.load_state_dict(state, strict=True, assign=True)
-    if is_portable:
-        pruned.base_model.rotary_emb = rotary.to(view.device)
-    for name, buffer in dense.named_buffers():  # those that no checkpoint holds, such as the rotary table
+    # Some rotary tables change with the context: a copy, so that neither model changes the other's
+    own = rotary.to(view.device) if is_portable else copy.deepcopy(dense.base_model.get_submodule("rotary_emb"))
+    pruned.base_model.rotary_emb = own
+    for name, buffer in dense.named_buffers(remove_duplicate=False):  # those that no checkpoint holds
         module, _, leaf = name.rpartition(".")
         if name not in state and pruned.get_submodule(module).get_buffer(leaf).is_meta:
             pruned.get_submodule(module).register_buffer(leaf, buffer, persistent=False)
