@@ -29,23 +29,23 @@ QUICK = {"calibration_tokens": 512, "calibration_window": 64, "eval_tokens": 512
 QUICK |= {"windows": (32, 64), "device": "cpu"}
 COARSE = {**QUICK, "align": 2, "min_width": 4}
 VOCABULARY = 300
+
+
+def rope(kind, **settings):
+    """A Llama with this kind of RoPE scaling."""
+    return LlamaConfig, LlamaForCausalLM, {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **settings}}
+
+
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "llama-bias": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True}),
-    "llama3-rope": (
-        LlamaConfig,
-        LlamaForCausalLM,
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 10000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 16,
-            }
-        },
+    "llama3-rope": rope(
+        "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
     ),
+    "longrope": rope("longrope", factor=8.0, original_max_position_embeddings=64),  # and its factors: tiny_model
+    "yarn": rope("yarn", factor=8.0, original_max_position_embeddings=16),
+    "linear": rope("linear", factor=2.0),
+    "dynamic": rope("dynamic", factor=2.0),
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 6}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen2-sliding": (
@@ -61,6 +61,11 @@ def tiny_model(
 ):
     """A random model in eval mode, float32, with biases that are not zero."""
     config_class, model_class, options = FAMILIES[family]
+    options = options | extra
+    if options.get("rope_parameters", {}).get("rope_type") == "longrope":  # one factor for each dense pair
+        factors = {"short_factor": 0.1, "long_factor": 0.3}
+        lists = {name: [1 + step * i for i in range(head_dim // 2)] for name, step in factors.items()}
+        options = options | {"rope_parameters": lists | options["rope_parameters"]}
     torch.manual_seed(seed)
     config = config_class(
         vocab_size=VOCABULARY,
@@ -76,7 +81,6 @@ def tiny_model(
         bos_token_id=1,
         eos_token_id=2,
         **options,
-        **extra,
     )
     model = model_class(config).eval()
     for name, parameter in model.named_parameters():

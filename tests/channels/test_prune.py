@@ -16,7 +16,7 @@ import kvprune
 from kvprune import errors
 from kvprune.measure.memory import cache_bytes
 from kvprune.runtime.modeling import CACHE
-from tiny import COARSE, QUICK, tiny_tokenizer
+from tiny import COARSE, QUICK, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("importance", ["variance", "energy", "taylor", "l1", "l2"])
@@ -46,6 +46,20 @@ def test_half_of_the_bytes_go_and_the_folder_loads(checkpoint, texts, tmp_path, 
     assert {row["window"] for row in record["perplexity"]} == {32, 64}
     assert all(row["tokens"] == 512 // row["window"] * (row["window"] - 1) for row in record["perplexity"])
     assert not (out / ".resume").exists()
+
+
+@pytest.mark.parametrize("layout", ["per-layer", "uniform"])
+def test_longrope(texts, tmp_path, layout):
+    """Its factors belong to the dense width; transformers checks them when the folder is written."""
+    tiny_model("longrope", groups=2).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    with pytest.raises(errors.BadOption, match="--layout uniform"):
+        kvprune.prune(tmp_path / "dense", layout="portable", **COARSE)
+    result = kvprune.prune(tmp_path / "dense", tmp_path / "out", layout=layout, **COARSE)
+    row = result.record["perplexity"][0]
+    options = {"texts": [row["text"]], "window_lengths": (row["window"],), "tokens": 512}
+    (again,) = kvprune.evaluate(tmp_path / "out", **options)["perplexity"]
+    assert again["values"] == [pytest.approx(row["pruned"], rel=1e-6)]
 
 
 def tiny_model_like(checkpoint):

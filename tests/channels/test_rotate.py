@@ -34,15 +34,10 @@ def nothing(_steps):
     pass
 
 
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
-
-
-@pytest.mark.parametrize("family", [*sorted(FAMILIES), "yarn"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 @torch.no_grad()
 def test_moments_equal_plain_loops(family):
-    extra = {"rope_parameters": YARN} if family == "yarn" else {}
-    name = "llama" if family == "yarn" else family
-    model = tiny_model(name, kv_heads=KV, groups=GROUPS, head_dim=D, attention="eager", **extra)
+    model = tiny_model(family, kv_heads=KV, groups=GROUPS, head_dim=D, attention="eager")
     view = ModelView(model)
     slow = torch.tensor([6, 14, 7, 15])
     found = list(attention_moments(view, batches(), slow, nothing))
@@ -88,7 +83,7 @@ def test_moments_equal_plain_loops(family):
         both = torch.cat((pairs, pairs), 1) / (2 * tokens)
         torch.testing.assert_close(moments.pairs, both, rtol=1e-3, atol=1e-6)
         queries *= rotary.attention_scaling**4  # so that a direction counts in the unit of the pairs
-        assert (rotary.attention_scaling != 1) == (family == "yarn")
+        assert (rotary.attention_scaling != 1) == (family in ("yarn", "longrope"))
         torch.testing.assert_close(moments.queries, queries / tokens, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(moments.keys, keys / (tokens * GROUPS), rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(moments.outputs, outputs / tokens, rtol=1e-4, atol=1e-6)

@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
@@ -63,6 +63,30 @@ def test_ratio_zero_is_the_dense_model_bit_for_bit(family, attention):
     pruned = cut(ModelView(dense), make_plan(dense, [(every, every)] * 2, ratio=0.0))
     ids = torch.randint(3, VOCABULARY, (2, 14))
     assert torch.equal(pruned(ids).logits, dense(ids).logits)
+
+
+@pytest.mark.parametrize("widths", [(8, 12), (8, 8)], ids=["mixed", "uniform"])
+@pytest.mark.parametrize("rope", ["longrope", "dynamic"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@torch.no_grad()
+def test_rope_that_changes_with_the_context_saved_and_loaded(family, rope, widths, tmp_path):
+    """Before the change, behind it, and back: its frequencies are the dense width's, whatever is kept, and whatever
+    context the dense model saw last."""
+    parameters = tiny_model(rope).config.rope_parameters
+    dense = tiny_model(family, groups=3, rope_parameters=dict(parameters))
+    layers = random_layers(dense, widths)
+    masked = mask_dense(dense, layers)
+    ids = torch.randint(3, VOCABULARY, (1, 140))
+    dense(ids)
+    pruned = cut(ModelView(dense), make_plan(dense, layers))
+    pruned.save_pretrained(tmp_path)
+    for model in (pruned, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        for tokens in (20, 140, 20):
+            close(model(ids[:, :tokens]).logits, masked(ids[:, :tokens]).logits)
+    before = masked(ids[:, :20]).logits
+    masked.model.rotary_emb.inv_freq *= 0.9
+    masked.model.rotary_emb.original_inv_freq *= 0.9
+    assert (masked(ids[:, :20]).logits - before).abs().max() > 1e-3  # and they matter
 
 
 @settings(max_examples=60)

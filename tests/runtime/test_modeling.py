@@ -3,10 +3,22 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, StaticCache
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    StaticCache,
+)
 
 import kvprune
 from kvprune.channels.surgery import cut
@@ -58,6 +70,8 @@ torch.save(model(ids).logits, sys.argv[3])
 options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
 model.save_pretrained(sys.argv[4])
+from transformers import AutoModelForSequenceClassification
+AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)
 """
     command = [sys.executable, "-c", code, str(folder), json.dumps(ids.tolist())]
     command += [str(tmp_path / "logits"), str(tmp_path / "again")]
@@ -85,6 +99,11 @@ def test_outputs_and_attentions(saved, ids):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+BATCHING = {
+    "generation_config": GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=0),
+    "continuous_batching_config": ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32),
+    "warmup": False,
+}
 GENERATION = {
     "greedy": {},
     "beam search": {"num_beams": 3},
@@ -139,6 +158,67 @@ def test_compiled_forward(saved, ids):
     model = AutoModelForCausalLM.from_pretrained(folder)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, pruned(ids).logits, rtol=0, atol=1e-5)
+
+
+HEADS = [AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering]
+
+
+@pytest.mark.parametrize("auto", HEADS, ids=lambda auto: auto.__name__)
+@torch.no_grad()
+def test_other_heads(saved, ids, auto, tmp_path):
+    """On the pruned model, with nothing but the head new; and again when that is saved."""
+    masked, _, folder = saved
+    model, info = auto.from_pretrained(folder, output_loading_info=True)
+    assert all(key.startswith(("score.", "qa_outputs.")) for key in info["missing_keys"])
+    model.save_pretrained(tmp_path)
+    again = auto.from_pretrained(tmp_path)
+    dense = auto.from_config(masked.config).eval()
+    dense.base_model.load_state_dict(masked.base_model.state_dict())
+    (head,) = {key.split(".")[0] for key in info["missing_keys"]}
+    getattr(dense, head).load_state_dict(getattr(model, head).state_dict())
+    for mine in (model, again):
+        for name, expected in dense(ids, return_dict=True).items():
+            if "logits" in name:
+                torch.testing.assert_close(mine(ids)[name], expected, rtol=0, atol=1e-5)
+    assert auto.__name__ in json.loads((tmp_path / "config.json").read_text())["auto_map"]
+
+
+@torch.no_grad()
+def test_config_head_dim(saved):
+    """The dense one where layers differ, the one where they do not; nothing raises."""
+    _, pruned, folder = saved
+    assert (pruned.config.head_dim, getattr(pruned.config, "head_dim", None)) == (16, 16)
+    assert [layer.head_dim for layer in pruned.config.per_layer_config] == [8, 16, 12]
+    written = json.loads((folder / "config.json").read_text())
+    assert (written["head_dim"], written["dense_head_dim"]) == (16, 16)
+    assert written["per_layer_config"] == {"0": {"head_dim": 8}, "2": {"head_dim": 12}}
+    dense = tiny_model("llama")
+    uniform = cut(ModelView(dense), make_plan(dense, random_layers(dense, (8, 8)))).config
+    assert (uniform.head_dim, uniform.dense().head_dim, uniform.to_dict()["head_dim"]) == (8, 16, 16)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_continuous_batching_of_one_width(family):
+    dense = tiny_model(family, groups=2)
+    layers = random_layers(dense, (8, 8))
+    pruned, masked = cut(ModelView(dense), make_plan(dense, layers)), mask_dense(dense, layers)
+    prompts = [[5, 6, 7, 8, 9], [11, 12, 13]]
+    expected = [masked.generate(torch.tensor([p]), max_new_tokens=8, do_sample=False)[0, len(p) :] for p in prompts]
+    found = pruned.generate_batch(prompts, **BATCHING)
+    assert [output.generated_tokens for output in found.values()] == [tokens.tolist() for tokens in expected]
+
+
+def test_continuous_batching_of_mixed_widths_is_refused(saved):
+    with pytest.raises(ValueError, match="--layout uniform"):
+        saved[1].generate_batch([[5, 6, 7]], **BATCHING)
+
+
+def test_an_engine_with_one_head_dim_for_all_layers_is_refused(saved, ids):
+    _, pruned, _ = saved
+    for width, refused in ((8, False), (16, True)):
+        engine = {0: SimpleNamespace(head_size=width)}
+        with pytest.raises(ValueError, match="update vLLM") if refused else nullcontext():
+            pruned(ids, attention_instances=engine)
 
 
 def test_tensor_parallel_heads_are_refused(saved, ids):

@@ -38,7 +38,7 @@ def cut(view: ModelView, plan: PruningPlan, rotations: Sequence[Rotation] | None
     else:
         with torch.device("meta"):
             pruned = AutoModelForCausalLM.from_config(_config(view, plan), dtype=dense.dtype)
-        rotary = copy.deepcopy(dense.base_model.rotary_emb)  # it holds tensors that are no buffers where it is dynamic
+        rotary = copy.deepcopy(dense.base_model.rotary_emb)  # some tables change with the context, each its own
     state = dict(dense.state_dict())
     base = dense.base_model_prefix
     for index, (attention, layer) in enumerate(zip(view.attention, plan.layers, strict=True)):
@@ -55,7 +55,7 @@ def cut(view: ModelView, plan: PruningPlan, rotations: Sequence[Rotation] | None
         state |= {prefix + name: tensor for name, tensor in narrow.items()}
     pruned.load_state_dict(state, strict=True, assign=True)
     pruned.base_model.rotary_emb = rotary
-    for name, buffer in dense.named_buffers():  # those that no checkpoint holds
+    for name, buffer in dense.named_buffers(remove_duplicate=False):  # those that no checkpoint holds
         module, _, leaf = name.rpartition(".")
         if name not in state and pruned.get_submodule(module).get_buffer(leaf).is_meta:
             pruned.get_submodule(module).register_buffer(leaf, buffer, persistent=False)

@@ -10,7 +10,8 @@ model in which each layer's attention has been replaced by `PrunedAttention`. No
   the smaller head_dim, which is how pruned models go silently wrong.
 - `rope_index` holds, per KV head, the dense numbers of the kept Q/K channels: cos and sin are
   gathered with it, so a kept RoPE pair keeps its original frequency.
-- Widths live in `per_layer_config[i].head_dim`, which transformers and vLLM both read.
+- Widths live in `per_layer_config[i].head_dim`, which transformers and vLLM both read. `config.head_dim` is the one
+  width where all layers have the same, so that whoever makes a cache by it is right, and else the dense head_dim.
 - Folders live for years, and transformers renames what a block hands its attention. The KV cache is taken under any
   name; where none comes although one is wanted, that is an error and never a model without a memory.
 """
@@ -28,6 +29,9 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     Cache,
 )
 from transformers.cache_utils import CacheLayerMixin
@@ -40,6 +44,10 @@ VERSION = 2  # of this file: 1 (which said no number) loses the cache from trans
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what transformers has called it, or may
 # What it is called here, in calls of a model and in what a model returns: "cache" from transformers 5.24 on.
 CACHE = CACHE_NAMES[0] if CACHE_NAMES[0] in BaseModelOutputWithPast.__dataclass_fields__ else CACHE_NAMES[1]
+# Before 5.24 that was the name of a paged cache, which attention functions themselves read and write.
+PAGED = "" if CACHE == "cache" else "cache"
+# Other heads on the same base model, which they get from AutoModel
+HEADS = (AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering)
 
 
 def take_cache(arguments: dict[str, Any]) -> Any:
@@ -48,7 +56,8 @@ def take_cache(arguments: dict[str, Any]) -> Any:
     A `Cache`, or one layer of a cache, is known by its class too. Raises TypeError for two different ones, and for
     something else under a cache's name.
     """
-    names = [n for n, v in arguments.items() if n in CACHE_NAMES or isinstance(v, (Cache, CacheLayerMixin))]
+    named = [name for name in CACHE_NAMES if name != PAGED]
+    names = [n for n, v in arguments.items() if n in named or isinstance(v, (Cache, CacheLayerMixin))]
     found = None
     for name in names:
         value = arguments.pop(name)
@@ -122,6 +131,15 @@ class PrunedAttention(nn.Module):
         told = {"kwargs": kwargs} if CACHE_NAMES[0] == CACHE else {}
         return cache.update(key, value, *place, **told)
 
+    def _check_engine(self, kwargs):
+        """vLLM before 0.27.2 gives all layers the one head_dim of the config, and would mix up tokens."""
+        engine = (kwargs.get("attention_instances") or {}).get(self.layer_idx)
+        if engine is not None and getattr(engine, "head_size", self.head_dim) != self.head_dim:
+            raise ValueError(
+                f"layer {self.layer_idx} has {self.head_dim} channels a head and this vLLM gives it "
+                f"{engine.head_size}; update vLLM, or prune with --layout uniform"
+            )
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -130,11 +148,12 @@ class PrunedAttention(nn.Module):
         **kwargs,
     ):
         cache = take_cache(kwargs)
-        if cache is None and kwargs.get("use_cache"):
+        if cache is None and kwargs.get("use_cache") and kwargs.get(PAGED) is None:
             raise TypeError(
                 f"layer {self.layer_idx}: a KV cache is wanted, but this transformers hands none to attention under "
                 f"a name that kvprune knows ({', '.join(CACHE_NAMES)}); update kvprune, and run: kvprune refresh DIR"
             )
+        self._check_engine(kwargs)
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
         query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
@@ -175,6 +194,17 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
     class Config(dense_config):
         dense_head_dim: int | None = None
 
+        def __getattribute__(self, key):
+            if key == "head_dim" and self.is_heterogeneous:  # where transformers itself would raise
+                widths = {layer.head_dim for layer in self.per_layer_config}
+                return widths.pop() if len(widths) == 1 else self.dense_head_dim
+            return super().__getattribute__(key)
+
+        def _validate_longrope_rope_parameters(self, *args, **kwargs):
+            """As transformers does it, by the width that the factors belong to: they are one for each dense pair."""
+            read = self.dense() if self.is_heterogeneous else self
+            dense_config._validate_longrope_rope_parameters(read, *args, **kwargs)
+
         def dense(self):
             """This config as the dense modules must read it: one head_dim, the dense one."""
             config = copy.deepcopy(self)
@@ -207,18 +237,42 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
             setattr(self, self.base_model_prefix, Model(config))
             self.post_init()
 
+        def init_continuous_batching(self, *args, **kwargs):
+            """As the family does it, which has one cache for all layers. Raises ValueError for mixed widths."""
+            widths = {layer.head_dim for layer in self.config.per_layer_config}
+            if len(widths) > 1:
+                raise ValueError(
+                    f"transformers' continuous batching has one head_dim for all layers, and these have "
+                    f"{sorted(widths)}; use generate or vLLM, or prune with --layout uniform"
+                )
+            return super().init_continuous_batching(*args, **kwargs)
+
     for cls, name in ((Config, "Config"), (Model, "Model"), (ForCausalLM, "ForCausalLM")):
         cls.__name__ = cls.__qualname__ = stem + name
         globals()[cls.__name__] = cls
     return Config, Model, ForCausalLM
 
 
+def _with_head(auto: Any, model_type: str, config: Any, prefix: str) -> Any:
+    """The family's own class for `auto`, around the pruned base model, which is named as in the causal LM."""
+    dense_head = auto._model_mapping[CONFIG_MAPPING[model_type]]
+    name = "KVPrune" + dense_head.__name__
+    own = {"config_class": config, "base_model_prefix": prefix, "__module__": __name__}
+    cls = type(name, (dense_head,), own)
+    globals()[name] = cls
+    return cls
+
+
 def _register(model_type: str) -> None:
-    """Make AutoConfig, AutoModel and AutoModelForCausalLM know a family's pruned twin."""
+    """Make the Auto classes know a family's pruned twin."""
     config, model, lm = _twin(model_type)
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModel.register(config, model, exist_ok=True)
     AutoModelForCausalLM.register(config, lm, exist_ok=True)
+    for auto in HEADS:
+        head = _with_head(auto, model_type, config, lm.base_model_prefix)
+        auto.register(config, head, exist_ok=True)
+        head.register_for_auto_class(auto.__name__)
     # save_pretrained then copies this file and writes auto_map, so that the folder stands alone.
     config.register_for_auto_class("AutoConfig")
     model.register_for_auto_class("AutoModel")
