@@ -85,6 +85,7 @@ def generate(
         raise BadOption("--temperature must not be negative")
     token_filter = asked_filter(skip, skip_preset, skip_layers)
     resolved = sources.resolve(source, revision, trust_remote_code)
+    sources.load_config(resolved)  # refuses what is not supported, before anything is said of the tokenizer
     tokenizer = tokenizers.load_tokenizer(resolved)
     model = _ready(resolved, device, dtype)
     torch.manual_seed(seed)

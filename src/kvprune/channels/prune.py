@@ -23,7 +23,7 @@ from kvprune.errors import BadOption, NotFinite, PlanMismatch, UnreachableRatio
 from kvprune.measure import memory
 from kvprune.measure.fit import fit
 from kvprune.measure.perplexity import perplexity
-from kvprune.models.source import find_device, load_model, resolve
+from kvprune.models.source import find_device, load_config, load_model, resolve
 from kvprune.models.tokenizer import load_tokenizer
 from kvprune.models.view import ModelView
 from kvprune.progress import Progress
@@ -111,6 +111,7 @@ class _Run:
         torch.manual_seed(s.seed)
         peak = memory.PeakMemory(find_device(s.device))
         with self.phase("load"):
+            load_config(source)  # refuses what is not supported, before anything is said of the tokenizer
             tokenizer = load_tokenizer(source)
             lm = load_model(source, s.device, s.dtype)
         view = ModelView(lm)
