@@ -89,6 +89,7 @@ def generate(
     token_filter = asked_filter(skip, skip_preset, skip_layers)
     resolved = sources.resolve(source, revision, trust_remote_code)
     progress = progress or Progress()
+    sources.load_config(resolved)  # refuses what is not supported, before anything is said of the tokenizer
     tokenizer = tokenizers.load_tokenizer(resolved)
     with progress.phase("load"):
         model = _ready(resolved, device, dtype)

@@ -112,7 +112,7 @@ class _Run:
         torch.manual_seed(s.seed)
         peak = memory.PeakMemory(find_device(s.device))
         with self.phase("load"):
-            load_config(source)  # refuses what it can before anything is read
+            load_config(source)  # refuses what is not supported, before anything is said of the tokenizer
             tokenizer = load_tokenizer(source)
             lm = load_model(source, s.device, s.dtype)
         view = ModelView(lm)
