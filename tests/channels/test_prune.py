@@ -120,7 +120,7 @@ kvprune.prune(sys.argv[1], sys.argv[2], ratio=0.5, **json.loads(sys.argv[3]))
 
 
 def test_kill_and_resume_gives_the_same_plan(checkpoint, texts, tmp_path):
-    options = {**COARSE, "calibration_tokens": 4096 * 3, "windows": [32, 64]}
+    options = {**COARSE, "calibration_tokens": 4096 * 3, "repair_tokens": 65536, "windows": [32, 64]}
     command = [sys.executable, "-c", RUN, str(checkpoint), str(tmp_path / "cut"), json.dumps(options)]
     process = subprocess.Popen(command, env=dict(os.environ), stderr=subprocess.DEVNULL)
     losses = tmp_path / "cut" / ".resume" / "losses.jsonl"
@@ -279,7 +279,7 @@ def test_other_models_are_refused(tmp_path, texts):
 ])  # fmt: skip
 def test_repair_options_are_refused_before_any_work(checkpoint, texts, tmp_path, options, message):
     with pytest.raises(errors.KVPruneError, match=message):
-        kvprune.prune(checkpoint, tmp_path / "out", ratio=0.5, **COARSE, **options)
+        kvprune.prune(checkpoint, tmp_path / "out", ratio=0.5, **{**COARSE, **options})
     assert not (tmp_path / "out").exists()
 
 
