@@ -58,7 +58,7 @@ def test_a_line_every_half_minute_and_one_at_the_end(log, lines):
         "train: 120 of 1,000 (12%), 0:30 elapsed, 3:39 left, loss 8.70",
         "train: 240 of 1,000 (24%), 1:00 elapsed, 3:09 left, loss 8.40",
         "train: 360 of 1,000 (36%), 1:30 elapsed, 2:39 left, loss 8.10",
-        "train: done in 90.0 s",
+        "train: done in 90.0 s, loss 8.10",
     ]
 
 
@@ -186,3 +186,9 @@ def test_generate_counts_its_tokens(checkpoint):
     found = kvprune.generate(checkpoint, "the cat", max_new_tokens=7, progress=progress)
     assert progress.phases == [["load", 1, 0], ["generate", 7, found["new_tokens"]]]
     assert found["new_tokens"] > 1
+
+
+def test_the_model_of_a_study_is_loaded_in_sight(checkpoint, texts):
+    progress = Counted()
+    kvprune.study_layers(checkpoint, tokens=128, window=64, device="cpu", progress=progress)
+    assert progress.phases == [["load", 1, 0], ["layers", 2, 2]]

@@ -25,9 +25,8 @@ from kvprune.models.view import ModelView
 from kvprune.progress import Progress
 
 # for prune: few tokens; and widths in small steps
-QUICK = {"calibration_tokens": 512, "calibration_window": 64, "eval_tokens": 512}
-QUICK |= {"windows": (32, 64), "device": "cpu"}
-COARSE = {**QUICK, "align": 2, "min_width": 4}
+QUICK = {"calibration_tokens": 512, "calibration_window": 64, "eval_tokens": 512, "windows": (32, 64), "device": "cpu"}
+COARSE = {**QUICK, "repair_tokens": 4096, "align": 2, "min_width": 4}
 VOCABULARY = 300
 
 

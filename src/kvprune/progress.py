@@ -114,7 +114,9 @@ class Lines(Progress):
 
     def say(self, message: str) -> None:
         with suppress(OSError, ValueError):  # a log that is gone must not end hours of work
-            print(message, file=self.stream or sys.stderr, flush=True)
+            stream = self.stream or sys.stderr
+            stream.write(message + "\n")  # at once: two threads speak
+            stream.flush()
 
     @contextmanager
     def _show(self, name: str, total: int) -> Iterator[Callable[..., None]]:
@@ -138,7 +140,7 @@ class Lines(Progress):
             thread.join()  # no line behind the phase's end
         taken = self.clock() - state.start
         if taken >= LONG:
-            self.say(f"{name}: done in {taken:.1f} s")
+            self.say(", ".join([f"{name}: done in {taken:.1f} s", *filter(None, [state.note])]))
 
 
 @dataclass

@@ -92,9 +92,10 @@ def test_preset_is_the_paper(checkpoint, texts):
 
 
 def test_layouts_and_allocations(checkpoint, texts):
-    uniform = kvprune.prune(checkpoint, ratio=0.4, layout="uniform", **QUICK).plan
+    steps_of_8 = {**QUICK, "repair_tokens": 4096}
+    uniform = kvprune.prune(checkpoint, ratio=0.4, layout="uniform", **steps_of_8).plan
     assert uniform.widths == [16] * 4  # of 32: 0.5 is nearer to 0.4 than 0.25
-    assert kvprune.prune(checkpoint, ratio=0.5, allocation="uniform", **QUICK).plan.widths == [16] * 4
+    assert kvprune.prune(checkpoint, ratio=0.5, allocation="uniform", **steps_of_8).plan.widths == [16] * 4
     ranked = kvprune.prune(checkpoint, ratio=0.5, allocation="rank", **COARSE).plan
     order = sorted(range(4), key=lambda i: ranked.sensitivity[i])
     assert [ranked.widths[i] for i in order] == sorted(ranked.widths)
@@ -136,7 +137,7 @@ kvprune.prune(sys.argv[1], sys.argv[2], ratio=0.5, **json.loads(sys.argv[3]))
 
 def test_kill_and_resume_gives_the_same_plan(checkpoint, texts, tmp_path):
     options = {**COARSE, "allocation": "sensitivity", "probes": "measured", "calibration_tokens": 4096 * 3}
-    options["windows"] = [32, 64]
+    options |= {"repair_tokens": 65536, "windows": [32, 64]}
     command = [sys.executable, "-c", RUN, str(checkpoint), str(tmp_path / "cut"), json.dumps(options)]
     process = subprocess.Popen(command, env=dict(os.environ), stderr=subprocess.DEVNULL)
     losses = tmp_path / "cut" / ".resume" / "losses.jsonl"
@@ -314,7 +315,7 @@ def test_other_models_are_refused(tmp_path, texts):
 ])  # fmt: skip
 def test_repair_options_are_refused_before_any_work(checkpoint, texts, tmp_path, options, message):
     with pytest.raises(errors.KVPruneError, match=message):
-        kvprune.prune(checkpoint, tmp_path / "out", ratio=0.5, **COARSE, **options)
+        kvprune.prune(checkpoint, tmp_path / "out", ratio=0.5, **{**COARSE, **options})
     assert not (tmp_path / "out").exists()
 
 

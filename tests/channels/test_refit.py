@@ -154,7 +154,7 @@ def test_held_out_windows_are_never_fitted():
 
 
 def test_record_tells_what_refit_did(checkpoint, texts, tmp_path):
-    result = kvprune.prune(checkpoint, tmp_path / "out", ratio=0.5, repair_tokens=2048, **COARSE)
+    result = kvprune.prune(checkpoint, tmp_path / "out", ratio=0.5, **{**COARSE, "repair_tokens": 2048})
     record = kvprune.read_record(tmp_path / "out")
     assert len(record["refit"]) == 8
     assert {"layer", "matrix", "before", "after", "ridge"} == set(record["refit"][0])

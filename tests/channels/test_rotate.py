@@ -232,7 +232,7 @@ def test_plan_of_a_rotated_model_applies_again(checkpoint, texts, tmp_path):
 
 
 def test_a_plan_knows_how_much_text_its_refit_took(checkpoint, texts, tmp_path):
-    first = kvprune.prune(checkpoint, tmp_path / "a", ratio=0.5, repair_tokens=1024, **COARSE)
+    first = kvprune.prune(checkpoint, tmp_path / "a", ratio=0.5, **{**COARSE, "repair_tokens": 1024})
     plan = tmp_path / "a" / "plan.json"
     again = kvprune.prune(checkpoint, plan=plan, **QUICK_TEXT)
     for name, tensor in first.model.state_dict().items():
@@ -241,7 +241,7 @@ def test_a_plan_knows_how_much_text_its_refit_took(checkpoint, texts, tmp_path):
         kvprune.prune(checkpoint, plan=plan, repair_tokens=2048, **QUICK_TEXT)
 
 
-QUICK_TEXT = {name: value for name, value in COARSE.items() if name not in ("align", "min_width")}
+QUICK_TEXT = {name: value for name, value in COARSE.items() if name not in ("repair_tokens", "align", "min_width")}
 
 
 def test_joint_channels_cannot_be_rotated(checkpoint, texts):

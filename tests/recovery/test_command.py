@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from kvprune.progress import Lines
 from tiny import words
 
 QUICK = [
@@ -28,8 +27,7 @@ QUICK = [
 
 
 def test_recover_and_show(command, pruned, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(Lines, "interval", 0)
-    monkeypatch.setattr(Lines, "look", 0.001)
+    monkeypatch.setattr("kvprune.progress.LONG", 0)
     code, out, err = command("recover", pruned, "--out", tmp_path / "out", *QUICK, "--json")
     assert code == 0, err
     record = json.loads(out)

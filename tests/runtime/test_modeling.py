@@ -75,7 +75,8 @@ AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=Tru
 """
     command = [sys.executable, "-c", code, str(folder), json.dumps(ids.tolist())]
     command += [str(tmp_path / "logits"), str(tmp_path / "again")]
-    subprocess.run(command, check=True, capture_output=True, env={"HF_HOME": str(tmp_path), "PATH": ""})
+    environment = {"HF_HOME": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
     assert torch.equal(torch.load(tmp_path / "logits"), pruned(ids).logits)
     assert (tmp_path / "again" / "modeling.py").exists()
     assert set(json.loads((folder / "config.json").read_text())["auto_map"]) == {

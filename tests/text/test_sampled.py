@@ -54,10 +54,12 @@ def test_the_caller_keeps_its_random_numbers():
 def test_prune_without_any_text(checkpoint, tmp_path, monkeypatch):
     """Judged on other sampled text; the same seed gives the same plan."""
     monkeypatch.delenv("KVPRUNE_DATA", raising=False)
-    first = kvprune.prune(checkpoint, tmp_path / "out", ratio=0.5, calibration="self", repair_tokens=1024, **COARSE)
+    first = kvprune.prune(
+        checkpoint, tmp_path / "out", ratio=0.5, calibration="self", **{**COARSE, "repair_tokens": 1024}
+    )
     assert [row["text"] for row in first.record["perplexity"]] == ["self", "self"]
     assert (first.plan.calibration["text"], first.plan.calibration["tokens"]) == ("self", 512)
-    again = kvprune.prune(checkpoint, ratio=0.5, calibration="self", repair_tokens=1024, **COARSE)
+    again = kvprune.prune(checkpoint, ratio=0.5, calibration="self", **{**COARSE, "repair_tokens": 1024})
     assert again.plan == first.plan
 
 
