@@ -24,6 +24,10 @@ class BrokenCheckpoint(KVPruneError):
     """A file of a checkpoint is missing, truncated or not what was saved."""
 
 
+class NewerFolder(KVPruneError):
+    """A pruned folder with the code of a newer kvprune."""
+
+
 class UnknownText(KVPruneError):
     """A text name or file that cannot be found or read."""
 

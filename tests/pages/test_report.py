@@ -11,6 +11,7 @@ import pytest
 import kvprune
 from kvprune import cli, errors
 from kvprune.pages import report as page
+from kvprune.runtime import files
 
 QUICK = {"calibration_tokens": 512, "eval_tokens": 512, "windows": (64,), "align": 2, "min_width": 4}
 
@@ -144,3 +145,21 @@ def test_what_it_refuses(pruned, tmp_path, monkeypatch, capsys):
             cli.main()
         assert stop.value.code == 2
         assert "kvprune.json" in capsys.readouterr().err
+
+
+def test_a_folder_that_was_trained_further(pruned, capsys, caplog, monkeypatch):
+    """show, report and eval work, and say that the record's figures are not those of the weights."""
+    model = kvprune.load(pruned, device="cpu")
+    model.lm_head.weight.data *= 1.5
+    model.save_pretrained(pruned)
+    record = kvprune.read_record(pruned)
+    files._noted.clear()
+    monkeypatch.setattr("sys.argv", ["kvprune", "show", str(pruned), "--json"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert (stop.value.code, json.loads(capsys.readouterr().out)) == (0, record)
+    assert [files.CHANGED in entry.message for entry in caplog.records if entry.name == "kvprune"] == [True]
+    words = " ".join(Page(kvprune.report(pruned).read_text()).words)
+    assert files.CHANGED in words
+    (row,) = kvprune.evaluate(pruned, window_lengths=(64,), tokens=512)["perplexity"]
+    assert row["values"] != [pytest.approx(record["perplexity"][0]["pruned"], rel=1e-3)]
