@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvprune.runtime.cache import GrowingCache
     from kvprune.runtime.files import read_record
     from kvprune.runtime.linear import pack_weights
+    from kvprune.runtime.refresh import refresh
     from kvprune.studies.calibration import study_calibration
     from kvprune.studies.layers import study_layers
     from kvprune.studies.robustness import study_robustness
@@ -45,6 +46,7 @@ _HOMES = {
     "Perplexity": "kvprune.measure.perplexity",
     "generate": "kvprune.api",
     "recover": "kvprune.recovery.recover",
+    "refresh": "kvprune.runtime.refresh",
     "report": "kvprune.pages.report",
     "Recovered": "kvprune.recovery.recover",
     "read_record": "kvprune.runtime.files",
@@ -73,6 +75,7 @@ __all__ = [
     "prune",
     "read_record",
     "recover",
+    "refresh",
     "report",
     "study_calibration",
     "study_layers",

@@ -30,7 +30,7 @@ from kvprune.cli_study import study
 from kvprune.errors import KVPruneError
 from kvprune.measure.memory import is_out_of_memory
 from kvprune.progress import on_stderr
-from kvprune.runtime.files import read_shown
+from kvprune.runtime.files import note_changed, read_shown
 
 app = typer.Typer(
     add_completion=False,
@@ -276,7 +276,26 @@ def show(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="a pruned folder")], as_json: Json = False
 ) -> None:
     """What was done to a pruned model, and what it cost."""
-    _show(read_shown(Path(directory)), as_json)
+    record = read_shown(Path(directory))
+    _show(record, as_json)
+    note_changed(Path(directory), record)
+
+
+@app.command()
+def refresh(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="a pruned folder")], as_json: Json = False
+) -> None:
+    """Give a pruned folder of an older kvprune the code of this one."""
+    found = kvprune.refresh(directory)
+    if as_json:
+        print(json.dumps(found))
+    elif found["is"] is None:
+        print(f"{directory} is a stock checkpoint without code of kvprune's: nothing to do")
+    elif not found["changed"]:
+        print(f"{directory} is up to date: modeling.py version {found['is']}")
+    else:
+        was = "missing" if found["was"] is None else f"version {found['was']}"
+        print(f"{directory}: modeling.py was {was}, is version {found['is']}")
 
 
 @app.command()

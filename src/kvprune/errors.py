@@ -28,6 +28,10 @@ class TokenizerMismatch(KVPruneError):
     """A text has tokens that the model's embedding has no row for."""
 
 
+class NewerFolder(KVPruneError):
+    """A pruned folder with the code of a newer kvprune."""
+
+
 class UnknownText(KVPruneError):
     """A text name or file that cannot be found or read."""
 

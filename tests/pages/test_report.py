@@ -11,6 +11,7 @@ import pytest
 import kvprune
 from kvprune import errors
 from kvprune.pages import report as page
+from kvprune.runtime import files
 
 
 @pytest.fixture
@@ -140,3 +141,19 @@ def test_what_it_refuses(command, pruned, tmp_path):
         code, _, err = command(*words)
         assert code == 2
         assert "kvprune.json" in err
+
+
+def test_a_folder_that_was_trained_further(pruned, command, caplog):
+    """show, report and eval work, and say that the record's figures are not those of the weights."""
+    model = kvprune.load(pruned, device="cpu")
+    model.lm_head.weight.data *= 1.5
+    model.save_pretrained(pruned)
+    record = kvprune.read_record(pruned)
+    files._noted.clear()
+    code, out, _ = command("show", pruned, "--json")
+    assert (code, json.loads(out)) == (0, record)
+    assert [files.CHANGED in entry.message for entry in caplog.records if entry.name == "kvprune"] == [True]
+    words = " ".join(Page(kvprune.report(pruned).read_text()).words)
+    assert files.CHANGED in words
+    (row,) = kvprune.evaluate(pruned, window_lengths=(64,), tokens=512)["perplexity"]
+    assert row["values"] != [pytest.approx(record["perplexity"][0]["pruned"], rel=1e-3)]

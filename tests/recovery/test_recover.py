@@ -1,6 +1,7 @@
 """`recover` from end to end on a tiny pruned folder."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -61,6 +62,19 @@ def test_it_recovers_and_the_record_says_how(pruned, texts, tmp_path, quick, los
     assert not (out / ".resume").exists()
     assert not (out / ".partial").exists()
     verify_files(out)
+
+
+def test_a_folder_that_was_trained_further(pruned, texts, tmp_path, quick):
+    """What was there before is measured, not taken from the record."""
+    folder = shutil.copytree(pruned, tmp_path / "trained")
+    model = load_model(resolve(folder), "cpu")
+    model.lm_head.weight.data *= 1.5
+    model.save_pretrained(folder)
+    record = kvprune.recover(folder, tmp_path / "out", loss="next-token", **quick).record
+    ids = load_tokenizer(resolve(pruned))((texts / "wikitext2-test.txt").read_text())["input_ids"]
+    expected = perplexity(model, torch.tensor(ids[:512]).view(-1, 32)).value
+    assert record["perplexity"][0]["before"] == pytest.approx(expected, rel=1e-6)
+    verify_files(tmp_path / "out")
 
 
 def test_the_folder_loads_in_all_three_ways(pruned, texts, tmp_path, quick):

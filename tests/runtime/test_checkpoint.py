@@ -5,6 +5,9 @@ import json
 import os
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import kvprune
 from kvprune import errors
@@ -101,20 +104,90 @@ def test_a_generation_config_is_kept_as_it_came(parts, tmp_path):
     assert kvprune.load(tmp_path).generation_config.temperature == 0.9
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "plan.json", "config.json", "kvprune.json"])
-@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
-def test_damage_is_named(parts, tmp_path, name, damage):
-    checkpoint.save(*parts, tmp_path)
-    path = tmp_path / name
+def damage(path, how):
     data = path.read_bytes()
-    if damage == "gone":
+    if how == "gone":
         path.unlink()
+    elif how == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "longer":
+        path.write_bytes(data + b"x" * 8)
     else:
-        broken = data[: len(data) // 2] if damage == "cut" else data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
-        path.write_bytes(broken)
-    if name == "kvprune.json" and damage != "cut":
-        return  # gone: an ordinary checkpoint with code; flipped: may still be valid JSON
+        path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+
+
+DAMAGE = [
+    *[(name, how) for name in ("model.safetensors", "plan.json", "config.json") for how in ("cut", "gone", "longer")],
+    *[("plan.json", "flip"), ("config.json", "flip"), ("tokenizer.json", "cut"), ("generation_config.json", "cut")],
+    ("kvprune.json", "cut"),
+]
+
+
+@pytest.mark.parametrize(("name", "how"), DAMAGE)
+def test_damage_is_named(parts, tmp_path, name, how):
+    checkpoint.save(*parts, tmp_path)
+    damage(tmp_path / name, how)
     with pytest.raises(errors.KVPruneError) as error:
         kvprune.load(tmp_path)
     assert "\n" not in str(error.value)
-    assert damage == "gone" or name in str(error.value)
+    assert how == "gone" or name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["shard", "model.safetensors.index.json"])
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_damage_of_shards_is_named(parts, tmp_path, monkeypatch, name, how):
+    monkeypatch.setattr(checkpoint, "SHARD_SIZE", "20KB")
+    checkpoint.save(*parts, tmp_path)
+    damage(sorted(tmp_path.glob("model-*"))[1] if name == "shard" else tmp_path / name, how)
+    with pytest.raises(errors.BrokenCheckpoint):
+        kvprune.load(tmp_path)
+
+
+def test_a_tensor_of_another_name_or_shape_is_damage(parts, tmp_path):
+    for change in ("name", "shape"):
+        checkpoint.save(*parts, tmp_path / change)
+        path = tmp_path / change / "model.safetensors"
+        tensors = load_file(path)
+        tensor = tensors.pop("model.norm.weight")
+        tensors |= {"model.norm.other": tensor} if change == "name" else {"model.norm.weight": tensor[:-1].clone()}
+        save_file(tensors, path, {"format": "pt"})
+        with pytest.raises(errors.BrokenCheckpoint):
+            kvprune.load(tmp_path / change)
+
+
+def test_what_people_edit_is_not_checked(parts, tmp_path, caplog):
+    checkpoint.save(*parts, tmp_path)
+    for name in ("generation_config.json", "tokenizer_config.json", "config.json"):
+        settings = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps({**settings, "a_note": "edited"}))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "modeling.py").write_text((tmp_path / "modeling.py").read_text() + "# edited\n")
+    kvprune.load(tmp_path)
+    assert kvprune.load_tokenizer(tmp_path).chat_template == "{{ messages }}"
+    assert not [record for record in caplog.records if record.name == "kvprune"]
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("how", ["trained", "flipped bit"])
+def test_other_weights_load_with_a_note(parts, tmp_path, monkeypatch, caplog, how, shards):
+    """Trained further and saved over the folder as transformers does it, or a bit that flipped: nobody can tell."""
+    if shards:
+        monkeypatch.setattr(checkpoint, "SHARD_SIZE", "20KB")
+    checkpoint.save(*parts, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    if how == "trained":
+        with torch.no_grad():
+            model.lm_head.weight *= 1.5
+        model.save_pretrained(tmp_path)
+    else:
+        damage(sorted(tmp_path.glob("*.safetensors"))[-1], "flip")
+    for _ in range(2):
+        loaded = kvprune.load(tmp_path)
+    (note,) = [record.message for record in caplog.records if record.name == "kvprune"]
+    assert str(tmp_path) in note
+    assert "copy the folder again" in note
+    assert "\n" not in note
+    if how == "trained":
+        ids = torch.arange(3, 12)[None]
+        assert torch.equal(loaded(ids).logits, model(ids).logits)

@@ -11,7 +11,7 @@ import jinja2
 
 from kvprune.errors import BadOption, BrokenCheckpoint
 from kvprune.measure import plot
-from kvprune.runtime.files import read_shown, write_whole, writing_to
+from kvprune.runtime.files import CHANGED, note_changed, read_shown, write_whole, writing_to
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,13 +45,14 @@ def report(
             raise BadOption(f"--with: {name} was made of {other['source']}, not of {record['source']}; leave it out")
     timed = None if bench is None else _read_bench(Path(bench))
     drawings = _drawings(record, quality_rows(records), timed)
+    changed = [f"{one.name}: {CHANGED}." for one in (here, *beside) if note_changed(one, read_shown(one))]
     environment = jinja2.Environment(loader=jinja2.PackageLoader("kvprune.pages", "."), autoescape=True)
     page = environment.get_template("report.html.j2").render(
         name=here.name,
         record=record,
         bench=timed,
         images={name: {theme: _image(draw, theme) for theme in THEMES} for name, draw in drawings.items()},
-        warnings=warnings(record, timed),
+        warnings=[*changed, *warnings(record, timed)],
         provenance=provenance(record),
     )
     with writing_to(target.parent):

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from kvprune.channels.journal import Journal
 from kvprune.errors import BrokenCheckpoint
-from kvprune.runtime.checkpoint import flush
-from kvprune.runtime.files import RESUME, write_whole, writing_to
+from kvprune.runtime.files import RESUME, flush, write_whole, writing_to
 
 _SETTINGS, _BEFORE, _STOPPED, _STATE, _PARTIAL = (
     "settings.json",

@@ -25,7 +25,7 @@ from kvprune.recovery.train import MICRO_TOKENS, Training
 from kvprune.recovery.trainee import ADAPTER, Trainee, add_adapters, blocks, checkpoint_activations
 from kvprune.runtime.checkpoint import save
 from kvprune.runtime.dtype import name_of, round_as_stored, stored_dtype
-from kvprune.runtime.files import PLAN, read_record
+from kvprune.runtime.files import PLAN, read_record, weight_checksums
 from kvprune.text.corpus import SELF
 from kvprune.text.sampled import sample_ids
 from kvprune.text.windows import digest
@@ -181,7 +181,7 @@ class _Run:
         """What must be the same for an unfinished run to go on: the settings, and what they led to."""
         return self.settings.as_json() | {
             "recovery_text": digest(tensor for part in data for tensor in (part.ids, part.labels)),
-            "weights": hashlib.sha256(repr(sorted(old["files"].items())).encode()).hexdigest(),
+            "weights": hashlib.sha256(repr(weight_checksums(Path(self.settings.folder))).encode()).hexdigest(),
             "teacher_weights": None if teacher is None else _fingerprint(teacher),
             "computed_on": f"{self.accelerator.num_processes} x {self.device.type} in {self.settings.dtype} "
             f"on {torch.get_num_threads()} threads",

@@ -19,16 +19,28 @@ class _Placeholder:
 
     def from_dict(self, config_dict, **kwargs):
         """What AutoConfig calls; modeling.py registers the real class in this one's place."""
-        importlib.import_module("kvprune.runtime.modeling")
-        from transformers import CONFIG_MAPPING
-
-        return CONFIG_MAPPING[self.model_type].from_dict(config_dict, **kwargs)
+        modeling = importlib.import_module("kvprune.runtime.modeling")
+        modeling.register()
+        return modeling.config_class(self.model_type.removeprefix(PREFIX)).from_dict(config_dict, **kwargs)
 
 
 def register() -> None:
-    """Let AutoConfig, and through it AutoModelForCausalLM, load pruned checkpoints."""
+    """Let AutoConfig, and through it AutoModelForCausalLM, load pruned checkpoints by kvprune's own code.
+
+    It is used whatever code a folder carries, and with trust_remote_code=True too: transformers takes what is
+    registered from outside it before what comes with a checkpoint. Code of a folder that was loaded before this is
+    replaced; models made of it stay as they are.
+    """
     from transformers import CONFIG_MAPPING
 
-    for family in FAMILIES:
-        if PREFIX + family not in CONFIG_MAPPING:
-            CONFIG_MAPPING.register(PREFIX + family, _Placeholder(PREFIX + family))  # type: ignore[arg-type]
+    for name in (PREFIX + family for family in FAMILIES):
+        known = CONFIG_MAPPING[name].__module__ if name in CONFIG_MAPPING else ""
+        if known.partition(".")[0] != "kvprune":
+            CONFIG_MAPPING.register(name, _Placeholder(name), exist_ok=True)  # type: ignore[arg-type]
+
+
+def look_at_copy(name: str) -> None:
+    """What modeling.py calls before it reads a folder's config: see refresh.py."""
+    from kvprune.runtime.refresh import look
+
+    look(name)

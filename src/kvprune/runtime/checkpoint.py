@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from kvprune.progress import without_bars
 from kvprune.runtime.dtype import stored_dtype
-from kvprune.runtime.files import PLAN, RECORD, checksums, writing_to
+from kvprune.runtime.files import PLAN, RECORD, checksums, flush, writing_to
 
 SHARD_SIZE = "4GB"
 _PARTIAL = ".partial"
@@ -80,12 +80,3 @@ def _move(partial: Path, folder: Path) -> None:
             flush(folder)
         os.replace(partial / name, folder / name)
     flush(folder)
-
-
-def flush(path: Path) -> None:
-    """Have the operating system write a file, or a folder's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

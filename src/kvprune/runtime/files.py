@@ -1,8 +1,15 @@
-"""What lies in a pruned folder, and the checks that it is whole. Needs no torch."""
+"""What lies in a pruned folder, and the checks that it is whole. Needs no torch.
+
+Weights and plan are checked against the record. What people edit or write again (generation config, tokenizer, chat
+template, fields of config.json) only has to be there and readable, and modeling.py does not matter: kvprune runs its
+own. Weights that are whole but not those of the record were trained further, or a bit of them flipped: nobody can
+tell which from the outside, so they load and a note says both.
+"""
 
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -10,17 +17,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from kvprune.errors import BrokenCheckpoint, NoSpace
 
 RECORD = "kvprune.json"  # the plan's summary, every measured figure, and a checksum of every other file
 PLAN = "plan.json"
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
+CHANGED = (
+    "the weights are not those that kvprune measured, so the figures of its record are not theirs; "
+    "if you did not train them further, they are damaged: copy the folder again"
+)
+_INDEX = "model.safetensors.index.json"
+_log = logging.getLogger("kvprune")
+_noted: set[tuple[Path, str]] = set()
 RESUME = ".resume"  # the state of an unfinished run
 
 
 @contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into NoSpace; other errors stay what they are."""
+def writing_to(folder: Path, mend: str = "free some space or choose another --out") -> Iterator[None]:
+    """Turn a full or read-only disk into NoSpace, which says how to mend it; other errors stay what they are."""
     try:
         yield
     except Exception as error:
@@ -29,14 +45,37 @@ def writing_to(folder: Path) -> Iterator[None]:
         code = int(wrapped.group(1)) if wrapped else getattr(error, "errno", None)
         if code not in _DISK_ERRORS:
             raise
-        raise NoSpace(f"cannot write to {folder}: {error}; free some space or choose another --out") from error
+        raise NoSpace(f"cannot write to {folder}: {error}; {mend}") from error
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a file, text as UTF-8, whole or not at all."""
+    """Write a file, text as UTF-8, to the disk, whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data.encode() if isinstance(data, str) else data)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+        flush(partial)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Have the operating system write a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def note(folder: Path, about: str, message: str) -> None:
+    """A line for the user about something of a folder, once in a process."""
+    key = (folder.resolve(), about)
+    if key not in _noted:
+        _noted.add(key)
+        _log.warning("%s: %s", folder, message)
 
 
 def checksum(path: Path) -> str:
@@ -75,14 +114,57 @@ def read_shown(folder: Path) -> dict[str, Any]:
     return record
 
 
-def verify_files(folder: Path) -> None:
-    """Raise BrokenCheckpoint if a file that was saved is missing or not what was saved.
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files that transformers reads the weights from, there or not. Raises BrokenCheckpoint."""
+    if (folder / "model.safetensors").is_file() or not (folder / _INDEX).is_file():
+        return ["model.safetensors"]
+    try:
+        return sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BrokenCheckpoint(f"{folder / _INDEX} is damaged; copy the folder again or prune again") from None
 
-    Files that were added later are none of our business; every saved one is read once (about a second per GB).
+
+def weight_checksums(folder: Path) -> dict[str, str]:
+    """sha256 of each file of weights that is there, read once (about a second per GB)."""
+    return {name: checksum(folder / name) for name in weight_files(folder) if (folder / name).is_file()}
+
+
+def note_changed(folder: Path, record: dict[str, Any]) -> bool:
+    """Whether the weights, if they are there, are others than the record's; then with a note."""
+    changed = any(digest != record["files"].get(name) for name, digest in weight_checksums(folder).items())
+    if changed:
+        note(folder, "weights", CHANGED)
+    return changed
+
+
+def verify_files(folder: Path) -> None:
+    """Raise BrokenCheckpoint if something that was saved is missing, unreadable, or a plan that was changed.
+
+    Names and shapes of the weights are checked when they are loaded. Files that were added later are none of our
+    business.
     """
-    for name, expected in read_record(folder)["files"].items():
+    record = read_record(folder)
+    weights = weight_files(folder)
+    for name in sorted({*record["files"], *weights}):
         path = folder / name
+        is_weights = path.suffix == ".safetensors" or name == _INDEX
+        if name == "modeling.py" or (is_weights and name not in weights):  # saved again, in other pieces
+            continue
         if not path.is_file():
             raise BrokenCheckpoint(f"{path} is missing; copy the folder again or prune again")
-        if checksum(path) != expected:
+        if name == PLAN and checksum(path) != record["files"][name]:
             raise BrokenCheckpoint(f"{path} is not what was saved; copy the folder again or prune again")
+        _check_readable(path)
+    note_changed(folder, record)
+
+
+def _check_readable(path: Path) -> None:
+    """A safetensors file is as long as its header says, a JSON file is JSON. Raises BrokenCheckpoint."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="np"):
+                pass
+        elif path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BrokenCheckpoint(f"{path} is damaged ({error}); copy the folder again or prune again") from None

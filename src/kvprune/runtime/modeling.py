@@ -184,6 +184,13 @@ class PrunedAttention(nn.Module):
         return self.o_proj(attn_output), attn_weights
 
 
+def _look_at_copy(name: Any) -> None:
+    """Where this file is kvprune's own, and not a copy in a folder: have it look at how old a folder's copy is."""
+    look = getattr(sys.modules.get(__package__ or ""), "look_at_copy", None)
+    if look is not None and name:
+        look(name)
+
+
 def _twin(model_type: str) -> tuple[Any, Any, Any]:
     """The pruned config, base model and causal LM of one dense family, made from its own classes."""
     dense_config: Any = CONFIG_MAPPING[model_type]
@@ -199,6 +206,16 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
                 widths = {layer.head_dim for layer in self.per_layer_config}
                 return widths.pop() if len(widths) == 1 else self.dense_head_dim
             return super().__getattribute__(key)
+
+        @classmethod
+        def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+            _look_at_copy(pretrained_model_name_or_path)
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+        @classmethod
+        def from_dict(cls, config_dict, **kwargs):  # what AutoConfig calls
+            _look_at_copy(kwargs.get("name_or_path"))
+            return super().from_dict(config_dict, **kwargs)
 
         def _validate_longrope_rope_parameters(self, *args, **kwargs):
             """As transformers does it, by the width that the factors belong to: they are one for each dense pair."""
@@ -250,50 +267,44 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
     for cls, name in ((Config, "Config"), (Model, "Model"), (ForCausalLM, "ForCausalLM")):
         cls.__name__ = cls.__qualname__ = stem + name
         globals()[cls.__name__] = cls
+    for auto in HEADS:
+        name = "KVPrune" + _dense_head(auto, model_type).__name__
+        # Its base model comes from AutoModel, and is named as in the causal LM, whose weights it loads
+        own = {"config_class": Config, "base_model_prefix": dense_lm.base_model_prefix, "__module__": __name__}
+        globals()[name] = type(name, (_dense_head(auto, model_type),), own)
     return Config, Model, ForCausalLM
 
 
-def _with_head(auto: Any, model_type: str, config: Any, prefix: str) -> Any:
-    """The family's own class for `auto`, around the pruned base model, which is named as in the causal LM."""
-    dense_head = auto._model_mapping[CONFIG_MAPPING[model_type]]
-    name = "KVPrune" + dense_head.__name__
-    own = {"config_class": config, "base_model_prefix": prefix, "__module__": __name__}
-    cls = type(name, (dense_head,), own)
-    globals()[name] = cls
-    return cls
+def _dense_head(auto: Any, model_type: str) -> Any:
+    """The family's own class for one of HEADS."""
+    return auto._model_mapping[CONFIG_MAPPING[model_type]]
 
 
-def _register(model_type: str) -> None:
-    """Make the Auto classes know a family's pruned twin."""
-    config, model, lm = _twin(model_type)
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModel.register(config, model, exist_ok=True)
-    AutoModelForCausalLM.register(config, lm, exist_ok=True)
-    for auto in HEADS:
-        head = _with_head(auto, model_type, config, lm.base_model_prefix)
-        auto.register(config, head, exist_ok=True)
-        head.register_for_auto_class(auto.__name__)
-    # save_pretrained then copies this file and writes auto_map, so that the folder stands alone.
-    config.register_for_auto_class("AutoConfig")
-    model.register_for_auto_class("AutoModel")
-    lm.register_for_auto_class("AutoModelForCausalLM")
+TWINS = {model_type: _twin(model_type) for model_type in FAMILIES}  # (config, base model, causal LM)
 
 
-for _model_type in FAMILIES:
-    _register(_model_type)
+def register() -> None:
+    """Make the Auto classes know the pruned twins, in place of those of another copy of this file."""
+    for model_type, (config, model, lm) in TWINS.items():
+        heads = [(auto, globals()["KVPrune" + _dense_head(auto, model_type).__name__]) for auto in HEADS]
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        for auto, cls in ((AutoModel, model), (AutoModelForCausalLM, lm), *heads):
+            auto.register(config, cls, exist_ok=True)
+            # save_pretrained then copies this file and writes auto_map, so that the folder stands alone.
+            cls.register_for_auto_class(auto.__name__)
+        config.register_for_auto_class("AutoConfig")
+
+
+register()
 
 
 def config_class(model_type: str) -> Any:
     """The pruned config class of a dense model_type."""
-    return CONFIG_MAPPING[PREFIX + model_type]
+    return TWINS[model_type][0]
 
 
 def auto_map(model_type: str) -> dict[str, str]:
     """What config.json needs so that `trust_remote_code=True`, and vLLM, find the classes in the folder."""
-    config = config_class(model_type)
-    found: dict[str, Any] = {
-        "AutoConfig": config,
-        "AutoModel": MODEL_MAPPING[config],
-        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING[config],
-    }
-    return {auto: f"{__name__.rpartition('.')[2]}.{cls.__name__}" for auto, cls in found.items()}
+    names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+    module = __name__.rpartition(".")[2]
+    return {auto: f"{module}.{cls.__name__}" for auto, cls in zip(names, TWINS[model_type], strict=True)}

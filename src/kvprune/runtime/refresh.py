@@ -1,0 +1,83 @@
+"""The copy of modeling.py that a pruned folder carries: how old it is, and today's in its place. Needs no torch.
+
+kvprune never runs that copy, only transformers and vLLM without kvprune do. Its number is read, not executed.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from kvprune.errors import BrokenCheckpoint, NewerFolder, UnknownSource
+from kvprune.runtime import PREFIX
+from kvprune.runtime.files import RECORD, note, read_record, write_whole, writing_to
+
+CODE = "modeling.py"
+OWN = Path(__file__).with_name(CODE)
+
+
+def version_of(code: bytes) -> int:
+    """The VERSION that a modeling.py says; 1 for the first ones, which say none."""
+    found = re.search(rb"^VERSION\s*=\s*(\d+)", code, re.MULTILINE)
+    return int(found.group(1)) if found else 1
+
+
+def look(name: str | Path) -> None:
+    """Note an old copy in a folder, once. Raises NewerFolder. A hub id is left alone: there is no folder to mend."""
+    path = Path(name)
+    copy = (path.parent if path.is_file() else path) / CODE
+    if not copy.is_file():
+        return
+    found, mine = version_of(copy.read_bytes()), version_of(OWN.read_bytes())
+    _refuse_newer(copy.parent, found, mine)
+    if found < mine:
+        note(
+            copy.parent,
+            CODE,
+            f"its {CODE} is version {found}, which is wrong with newer transformers; kvprune uses its own (version "
+            f"{mine}), and so that others can load the folder run: kvprune refresh {copy.parent}",
+        )
+
+
+def refresh(folder: str | Path) -> dict[str, Any]:
+    """Give a pruned folder today's modeling.py, and its record the checksum of it.
+
+    Returns {"folder", "was", "is" (versions; None where there is no such file), "changed"}. A portable folder has no
+    code of ours and stays as it is. The file is written first and the record behind it, each whole, so that whatever
+    happens in between the folder loads. Raises UnknownSource, BrokenCheckpoint, NewerFolder or NoSpace.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UnknownSource(f"there is no folder {folder}; give a pruned folder (download what is on the hub first)")
+    record, path = read_record(folder), folder / CODE
+    if not _model_type(folder).startswith(PREFIX):
+        return {"folder": str(folder), "was": None, "is": None, "changed": False}
+    own = OWN.read_bytes()
+    code = path.read_bytes() if path.is_file() else None
+    was, now = None if code is None else version_of(code), version_of(own)
+    _refuse_newer(folder, was or 0, now)
+    digest = hashlib.sha256(own).hexdigest()
+    is_recorded = record["files"].get(CODE) == digest
+    with writing_to(folder, "make the folder writable, or free some space"):
+        if code != own:
+            write_whole(path, own)
+        if not is_recorded:
+            record["files"][CODE] = digest
+            write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
+    return {"folder": str(folder), "was": was, "is": now, "changed": code != own or not is_recorded}
+
+
+def _model_type(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BrokenCheckpoint(f"{folder / 'config.json'} is missing or damaged; copy the folder again") from None
+
+
+def _refuse_newer(folder: Path, found: int, mine: int) -> None:
+    if found > mine:
+        raise NewerFolder(
+            f"{folder} has {CODE} version {found}, and this kvprune knows {mine}: upgrade kvprune, or load the folder "
+            "with trust_remote_code=True in a program that does not import kvprune"
+        )
