@@ -143,7 +143,7 @@ def test_what_it_refuses(command, pruned, tmp_path):
         assert "kvprune.json" in err
 
 
-def test_a_folder_that_was_trained_further(pruned, command, caplog):
+def test_a_folder_that_was_trained_further(pruned, texts, command, caplog):
     """show, report and eval work, and say that the record's figures are not those of the weights."""
     model = kvprune.load(pruned, device="cpu")
     model.lm_head.weight.data *= 1.5
