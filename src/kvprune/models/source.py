@@ -1,8 +1,10 @@
 """SOURCE -> model. A source is a hub id, a checkpoint folder, a pruned folder or a .gguf file."""
 
+import copy
 import struct
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,11 @@ class Source:
     @property
     def is_pruned(self) -> bool:
         return self.gguf_file is None and (Path(self.folder) / RECORD).is_file()
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """Read once, since that takes seconds of a GGUF file; `load_config` gives copies."""
+        return _read_config(self)
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for every from_pretrained."""
@@ -124,6 +131,10 @@ def load_model(source: Source, device: str = "auto", dtype: str = "auto") -> Pre
 
 def load_config(source: Source) -> PreTrainedConfig:
     """The architecture without its weights; refuses what `load_model` refuses by it."""
+    return copy.deepcopy(source.config)
+
+
+def _read_config(source: Source) -> PreTrainedConfig:
     register()
     if not source.gguf_file:
         _check_settings(source)
