@@ -54,7 +54,7 @@ def prune(
     ] = None,
     channels: Annotated[str | None, typer.Option(help="split or joint  [default: split]")] = None,
     allocation: Annotated[
-        str | None, typer.Option(help="sensitivity, budget, rank or uniform  [default: sensitivity]")
+        str | None, typer.Option(help="sensitivity, budget, rank or uniform  [default: budget]")
     ] = None,
     layout: Annotated[str | None, typer.Option(help="per-layer, uniform or portable  [default: per-layer]")] = None,
     repair: Annotated[
@@ -69,13 +69,15 @@ def prune(
         list[int] | None, typer.Option("--window", help="evaluation window, repeatable  [default: 128 and 2048]")
     ] = None,
     repair_tokens: Annotated[
-        int | None, typer.Option(help="how much of it refit takes, at most  [default: 65536]")
+        int | None, typer.Option(help="how much of it refit takes, at most  [default: 32768]")
     ] = None,
     probes: Annotated[
         str | None, typer.Option(help="estimated (one backward pass) or measured  [default: estimated]")
     ] = None,
     probe: Annotated[float | None, typer.Option(help="fraction a probe removes  [default: the ratio]")] = None,
-    probe_tokens: Annotated[int | None, typer.Option(help="calibration tokens a probe reads  [default: all]")] = None,
+    probe_tokens: Annotated[
+        int | None, typer.Option(help="calibration tokens that probes read  [default: 2048; measured: all]")
+    ] = None,
     tau: Annotated[float | None, typer.Option(help="softness of the allocation by sensitivity  [default: 3]")] = None,
     align: Annotated[int | None, typer.Option(help="widths are multiples of this  [default: 8]")] = None,
     min_width: Annotated[int | None, typer.Option(help="no layer keeps fewer channels  [default: 16]")] = None,

@@ -12,6 +12,7 @@ from kvprune.text.corpus import text_names
 CHANNELS = ("split", "joint")
 ALLOCATIONS = ("sensitivity", "rank", "uniform", "budget")
 PROBES = ("estimated", "measured")
+ESTIMATED_ON = 2048  # tokens: one backward pass says enough on few
 LAYOUTS = ("per-layer", "uniform", "portable")
 
 
@@ -20,7 +21,8 @@ class Settings:
     """Everything that decides a plan; two runs with the same settings give the same plan.
 
     ratio: fraction of the KV bytes per token to remove. probe: fraction of a block's channels that its sensitivity
-    probe removes (None: the ratio); probe_tokens: how much of the calibration text a probe reads (None: all of it).
+    probe removes (None: the ratio); probe_tokens: how much of the calibration text a probe reads (None: ESTIMATED_ON,
+    or all of it where probes are measured).
     probes: sensitivities are estimated from one backward pass (see estimate.py), or measured, as the paper has it.
     repair: None is rotate+refit, or refit for joint channels; repair_tokens: how much text refit takes, at most, from
     the beginning of the calibration text. tau: see allocation.by_sensitivity. calibration_window and windows in tokens.
@@ -30,10 +32,10 @@ class Settings:
     ratio: float = 0.5
     importance: str = "variance"
     channels: str = "split"
-    allocation: str = "sensitivity"
+    allocation: str = "budget"
     layout: str = "per-layer"
     repair: str | None = None
-    repair_tokens: int = 65536
+    repair_tokens: int = 32768
     probes: str = "estimated"
     probe: float | None = None
     probe_tokens: int | None = None
@@ -60,6 +62,8 @@ class Settings:
         object.__setattr__(self, "eval", text_names(self.eval))
         if self.repair is None:
             object.__setattr__(self, "repair", "refit" if self.channels == "joint" else "rotate+refit")
+        if self.probe_tokens is None and self.probes == "estimated":
+            object.__setattr__(self, "probe_tokens", ESTIMATED_ON)
         choices = {
             "importance": tuple(IMPORTANCE),
             "channels": CHANNELS,
