@@ -16,7 +16,7 @@ PROMPT := The Eiffel Tower is a famous landmark in
 demo: .venv/done $(MODEL)
 	! test -f build/demo/config.json || rm -rf build/demo
 	KVPRUNE_DATA=$(CACHE) .venv/bin/kvprune prune $(MODEL) --out build/demo \
-		--ratio 0.5 --calibration wiki --calibration-tokens 8192 --repair-tokens 16384 --resume
+		--ratio 0.5 --calibration wiki --calibration-tokens 4096 --repair-tokens 8192 --eval-tokens 4096 --resume
 	@echo; echo "--- the folder, read by a new process:"
 	.venv/bin/kvprune show build/demo | head -12
 	@echo "--- dense:"
