@@ -11,7 +11,8 @@ LAYERS = re.compile(
 )  # layer numbers of that model; the tiny one has four
 SMALLER = {
     "prune": "--calibration-tokens 512 --repair-tokens 4096 --eval-tokens 512 --window 64 --align 2 --min-width 4",
-    "recover": "--rank 8 --tokens 2048 --window 64 --steps 2 --batch 2 --held-out 256 --eval-tokens 512 --eval-window 64",
+    "recover": "--tokens 2048 --window 64 --steps 2 --batch 2 --rank 8 --held-out 256 --eval-tokens 512 "
+    "--eval-window 64",
     "eval": "--tokens 512",
     "bench": "--batch 1,2 --context 8,16 --new-tokens 2 --rounds 1",
     "fit": "--context 64",
