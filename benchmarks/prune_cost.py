@@ -54,7 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 PARTS = {  # phases of a prune, as the table sums them
-    "load": ("load", "load tokenizer"),
+    "load": ("load",),
     "scores": ("importance", "rotate"),
     "probes": ("sensitivity",),
     "refit": ("refit",),

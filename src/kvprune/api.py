@@ -32,11 +32,12 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A hub id, checkpoint folder, pruned folder (checked against its checksums) or .gguf file, in eval mode.
+    """A hub id, checkpoint folder, pruned folder (whose plan and weights are checked) or .gguf file, in eval mode.
 
     On a CPU, decoding packs the query heads of a group: see runtime/attention.py.
-    dtype: "auto" (the checkpoint's own; bfloat16 for GGUF), "float32", "bfloat16" or "float16". Raises a
-    KVPruneError: UnknownSource, UnsupportedArchitecture, UnsafeWeights, BrokenCheckpoint or BadOption.
+    dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own (bfloat16 for GGUF), but float32 on a CPU
+    that has no instructions for that. Raises a KVPruneError: UnknownSource, UnsupportedArchitecture, UnsafeWeights,
+    BrokenCheckpoint or BadOption.
     """
     return _ready(sources.resolve(source, revision, trust_remote_code), device, dtype)
 

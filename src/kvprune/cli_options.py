@@ -7,7 +7,12 @@ import typer
 SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help="hub id, checkpoint folder or .gguf file")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto (the checkpoint's own; float32 where the CPU is slow in that), float32, bfloat16 or float16"
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="of a hub id: branch, tag or commit")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the source")]
 Out = Annotated[str, typer.Option(help="folder to write, missing or empty")]

@@ -247,6 +247,37 @@ def test_a_run_on_other_text_is_not_resumed(checkpoint, texts, tmp_path, monkeyp
         kvprune.prune(checkpoint, tmp_path / "out", resume=True, **COARSE)
 
 
+def test_a_run_that_was_stopped_behind_its_probes_goes_on_to_the_same_plan(checkpoint, texts, tmp_path, monkeypatch):
+    def stop(*_args):
+        raise RuntimeError("stopped")
+
+    whole = kvprune.prune(checkpoint, ratio=0.5, **COARSE)
+    with monkeypatch.context() as patch:
+        patch.setattr("kvprune.channels.prune.refit", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            kvprune.prune(checkpoint, tmp_path / "out", ratio=0.5, **COARSE)
+    monkeypatch.setattr("kvprune.channels.planning.estimate_sensitivity", stop)  # they are not estimated again
+    found = kvprune.prune(checkpoint, tmp_path / "out", ratio=0.5, resume=True, **COARSE)
+    assert found.plan.layers == whole.plan.layers
+    assert found.plan.sensitivity == whole.plan.sensitivity
+
+
+def test_a_run_that_an_older_kvprune_began_is_not_resumed(checkpoint, texts, tmp_path, monkeypatch):
+    def stop(*_args):
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kvprune.channels.planning.estimate_sensitivity", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            kvprune.prune(checkpoint, tmp_path / "out", **COARSE)
+    path = tmp_path / "out" / ".resume" / "settings.json"
+    settings = json.loads(path.read_text())
+    del settings["probes"]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(errors.OutputExists, match="older kvprune began; remove it"):
+        kvprune.prune(checkpoint, tmp_path / "out", resume=True, **COARSE)
+
+
 def test_a_small_ratio_still_probes_something(checkpoint, texts):
     plan = kvprune.prune(checkpoint, ratio=0.02, **{**COARSE, "min_width": 2}).plan
     assert any(change != 0 for change in plan.sensitivity)
@@ -309,7 +340,14 @@ def test_other_models_are_refused(tmp_path, texts):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"repair_tokens": 2}, "--repair-tokens"),
-    ({"allocation": "budget", "probe": 0.5}, "leave --probe out"),
+    ({"allocation": "budget", "probe": 0.5}, "--probe says nothing to --allocation budget.*sensitivity or rank"),
+    ({"probe": 0.5}, "--probe says nothing to --allocation budget"),
+    ({"tau": 5.0}, "--tau says nothing to --allocation budget.*add --allocation sensitivity"),
+    ({"allocation": "rank", "tau": 5.0}, "--tau says nothing to --allocation rank"),
+    ({"allocation": "uniform", "probes": "measured"}, "--probes says nothing to --allocation uniform"),
+    ({"layout": "uniform", "probe_tokens": 64}, "--probe-tokens says nothing to --allocation uniform"),
+    ({"layout": "portable", "allocation": "budget"}, "--layout portable has one width for all layers"),
+    ({"probes": "guessed"}, "unknown probes 'guessed'; choose estimated, measured"),
     ({"repair": "turn"}, "unknown repair"),
     ({"probe_tokens": 1}, "probe_tokens"),
 ])  # fmt: skip

@@ -141,3 +141,20 @@ def test_a_rerun_from_any_block_gives_the_model_output(family):
     assert torch.equal(runner.output, expected)
     for start in range(3):
         assert torch.equal(runner.rerun(start), expected)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "base_model.model."])
+def test_weights_saved_from_a_wrapper_are_named(checkpoint, tmp_path, prefix):
+    """As a compiled or a peft model is saved."""
+    folder = tmp_path / "wrapped"
+    shutil.copytree(checkpoint, folder)
+    weights = {prefix + name: w for name, w in load_file(checkpoint / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(errors.BrokenCheckpoint, match=rf"has {prefix}.* saved from a model that wraps another"):
+        kvprune.load(folder)
+
+
+def test_what_is_no_hub_id_is_one_line():
+    for use in (kvprune.load, kvprune.evaluate):
+        with pytest.raises(errors.UnknownSource, match="foo bar"):
+            use("foo bar")

@@ -15,8 +15,8 @@ import torch
 
 from kvprune.channels.masking import masked
 from kvprune.channels.sensitivity import Probe
-from kvprune.errors import NotFinite
 from kvprune.measure.loss import next_token_loss
+from kvprune.models.finite import not_finite
 from kvprune.models.stream import frozen
 from kvprune.models.view import ModelView
 
@@ -35,8 +35,8 @@ def estimate_sensitivity(
 ) -> list[float]:
     """Estimated change of the mean loss (nats) for each probe, which touches one block alone.
 
-    batches: token ids (B, T); Memory: a window's activations, and a
-    batch's inputs and gradients of all attentions. `advance` counts batches. Raises NotFinite.
+    batches: token ids (B, T). Memory: a window's activations, and a batch's inputs and gradients of all attentions.
+    `advance` counts batches. Raises NotFinite.
     """
     totals = torch.zeros(len(probes), dtype=torch.float64)
     numbered = sorted(enumerate(probes), key=lambda item: item[1].block)
@@ -49,9 +49,7 @@ def estimate_sensitivity(
         advance(1)
     scored = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
     if not torch.isfinite(totals).all():
-        raise NotFinite(
-            "the gradients on the calibration text are not finite; try --dtype float32, or --probes measured"
-        )
+        raise not_finite("the gradients on the calibration text", view.lm)
     return (totals / scored).tolist()
 
 

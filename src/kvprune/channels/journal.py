@@ -17,6 +17,7 @@ from kvprune.errors import OutputExists
 from kvprune.runtime.files import RESUME, write_whole, writing_to
 
 _SETTINGS, _SCORES, _LOSSES = "settings.json", "scores.safetensors", "losses.jsonl"
+_ESTIMATES = "estimates.json"
 _REFIT = "refit-{:04}.safetensors"
 
 
@@ -109,6 +110,17 @@ class Journal:
         rotations = [Rotation.of(layer) for layer in found] if "slow" in found[0] else None
         return [Scores(layer["qk"], layer["vo"]) for layer in found], rotations
 
+    def save_estimates(self, changes: Sequence[float]) -> None:
+        """Keep the estimated sensitivities of all probes."""
+        if self.folder is not None:
+            with writing_to(self.folder.parent):
+                write_whole(self.folder / _ESTIMATES, json.dumps(list(changes)))
+
+    def load_estimates(self) -> list[float] | None:
+        """What save_estimates kept, or None if that phase had not finished."""
+        path = None if self.folder is None else self.folder / _ESTIMATES
+        return json.loads(path.read_text()) if path is not None and path.exists() else None
+
     def save_refit(self, layer: int, tensors: dict[str, torch.Tensor], report: list[dict[str, Any]]) -> None:
         """Keep what refit made of a layer, and what it reports of it."""
         if self.folder is not None:
@@ -146,7 +158,9 @@ class Journal:
 def check_same(found: dict[str, Any], settings: dict[str, Any], what: str) -> None:
     """Raise OutputExists, which begins with `what`, if `found` has other values than `settings`."""
     for name, value in settings.items():
-        if value != found.get(name):
+        if name not in found:
+            raise OutputExists(f"{what} that an older kvprune began; remove it, or choose another --out")
+        if value != found[name]:
             raise OutputExists(
-                f"{what} with {name}={found.get(name)!r}, not {value!r}; repeat its settings, or choose another --out"
+                f"{what} with {name}={found[name]!r}, not {value!r}; repeat its settings, or choose another --out"
             )

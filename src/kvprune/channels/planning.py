@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -151,8 +151,12 @@ class Planner:
         batches = first_windows(self.batches, s.probe_tokens)
         probes = [probe for width in widths for probe in self._probes(scores, rotations, width)]
         if s.probes == "estimated":
-            with self.phase("sensitivity", len(batches)) as advance:
-                return estimate_sensitivity(self.view, batches, probes, advance)
+            found = self.journal.load_estimates()
+            if found is None:
+                with self.phase("sensitivity", len(batches)) as advance:
+                    found = estimate_sensitivity(self.view, batches, probes, advance)
+                self.journal.save_estimates(found)
+            return found
         with self.phase("sensitivity", len(probes) * len(batches)) as advance:
             return measure_sensitivity(self.view, batches, probes, self.journal, advance)
 
@@ -176,7 +180,7 @@ class Planner:
         if s.allocation == "rank":
             ratios = allocation.by_rank(changes, s.ratio, grid.max_ratio)
         else:
-            ratios = allocation.by_sensitivity(changes, s.ratio, grid.max_ratio, s.tau)
+            ratios = allocation.by_sensitivity(changes, s.ratio, grid.max_ratio, cast(float, s.tau))
         return allocation.round_widths(ratios, s.ratio, grid), changes
 
     def _one_width(self) -> list[int]:

@@ -146,7 +146,9 @@ class _Run:
         def record() -> dict[str, Any]:
             seconds = self.progress.seconds
             found = record_of(s, view, pruned, plan, perplexities, refitted, seconds)
-            return found | {"fit": self.fit} | memory_of(view, peak, texts.scored, texts.repaired if refitted else [])
+            return (
+                found | {"fit": self.fit} | memory_of(s, view, peak, texts.scored, texts.repaired if refitted else [])
+            )
 
         if self.out is None:
             return Pruned(pruned, tokenizer, plan, record())

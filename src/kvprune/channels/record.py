@@ -55,7 +55,7 @@ def record_of(
 
 
 def memory_of(
-    view: ModelView, peak: memory.PeakMemory, batches: list[torch.Tensor], repaired: list[torch.Tensor]
+    s: Settings, view: ModelView, peak: memory.PeakMemory, batches: list[torch.Tensor], repaired: list[torch.Tensor]
 ) -> dict[str, Any]:
     """The measured peak beside what the method may need: see docs/channels.md for the formula."""
     tokens = max((b.numel() for b in batches), default=0)
@@ -65,6 +65,11 @@ def memory_of(
         "hidden states of one batch, all layers": tokens * view.shape.hidden * view.shape.layers * size,
         "logits of one batch": tokens * view.lm.config.vocab_size * size,
     }
+    if s.probes == "estimated" and batches:
+        h, layers = view.shape.hidden, view.shape.layers
+        activations = (16 * h + 6 * view.lm.config.intermediate_size) * layers * size
+        formula["a window's activations"] = min(s.calibration_window, tokens) * activations
+        formula["inputs and gradients of all attentions on a batch"] = 2 * tokens * h * layers * size
     if repaired:
         tokens = sum(batch.numel() for batch in repaired)
         formula["hidden states of the repair text, three times"] = 3 * tokens * view.shape.hidden * size

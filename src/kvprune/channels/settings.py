@@ -12,6 +12,12 @@ from kvprune.text.corpus import text_names
 CHANNELS = ("split", "joint")
 ALLOCATIONS = ("sensitivity", "rank", "uniform", "budget")
 PROBES = ("estimated", "measured")
+TAU = 3.0
+READ_BY = {  # which options say how widths are found, by allocation
+    "sensitivity": ("probes", "probe_tokens", "probe", "tau"),
+    "rank": ("probes", "probe_tokens", "probe"),
+    "budget": ("probes", "probe_tokens"),
+}
 ESTIMATED_ON = 2048  # tokens: one backward pass says enough on few
 LAYOUTS = ("per-layer", "uniform", "portable")
 
@@ -20,7 +26,8 @@ LAYOUTS = ("per-layer", "uniform", "portable")
 class Settings:
     """Everything that decides a plan; two runs with the same settings give the same plan.
 
-    ratio: fraction of the KV bytes per token to remove. probe: fraction of a block's channels that its sensitivity
+    ratio: fraction of the KV bytes per token to remove. allocation: None is budget, or uniform where the layout has one
+    width for all layers. probe: fraction of a block's channels that its sensitivity
     probe removes (None: the ratio); probe_tokens: how much of the calibration text a probe reads (None: ESTIMATED_ON,
     or all of it where probes are measured).
     probes: sensitivities are estimated from one backward pass (see estimate.py), or measured, as the paper has it.
@@ -32,14 +39,14 @@ class Settings:
     ratio: float = 0.5
     importance: str = "variance"
     channels: str = "split"
-    allocation: str = "budget"
+    allocation: str | None = None
     layout: str = "per-layer"
     repair: str | None = None
     repair_tokens: int = 32768
-    probes: str = "estimated"
+    probes: str | None = None
     probe: float | None = None
     probe_tokens: int | None = None
-    tau: float = 3.0
+    tau: float | None = None
     calibration: str = "wikitext2"
     calibration_tokens: int = 16384
     calibration_window: int = 512
@@ -62,19 +69,18 @@ class Settings:
         object.__setattr__(self, "eval", text_names(self.eval))
         if self.repair is None:
             object.__setattr__(self, "repair", "refit" if self.channels == "joint" else "rotate+refit")
-        if self.probe_tokens is None and self.probes == "estimated":
-            object.__setattr__(self, "probe_tokens", ESTIMATED_ON)
+        self._decide_widths()
         choices = {
             "importance": tuple(IMPORTANCE),
             "channels": CHANNELS,
             "allocation": ALLOCATIONS,
-            "probes": PROBES,
+            "probes": (*PROBES, None),
             "layout": LAYOUTS,
             "repair": REPAIRS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise BadOption(f"unknown {name} {getattr(self, name)!r}; choose {', '.join(allowed)}")
+                raise BadOption(f"unknown {name} {getattr(self, name)!r}; choose {', '.join(filter(None, allowed))}")
         if self.probe_tokens is not None and self.probe_tokens < 2:
             raise BadOption("probe_tokens must be at least 2")
         for name in ("calibration_tokens", "calibration_window", "eval_tokens", "repair_tokens"):
@@ -86,12 +92,31 @@ class Settings:
             raise BadOption(
                 f"--repair {self.repair} rotates V/O, which --channels joint cuts with Q/K; use refit or none"
             )
-        if self.allocation == "budget" and self.probe is not None:
-            raise BadOption("--allocation budget probes several widths of its own; leave --probe out")
-        if not self.tau > 0:
+        if self.tau is not None and not self.tau > 0:
             raise BadOption("tau must be positive")
         if self.probe is not None and not 0 < self.probe <= 1:
             raise BadOption("the probe must lie above 0 and up to 1")
+
+    def _decide_widths(self) -> None:
+        """Fill in what says how widths are found. Raises BadOption for an option that nothing would read."""
+        if self.allocation is None:
+            object.__setattr__(self, "allocation", "budget" if self.layout == "per-layer" else "uniform")
+        if self.layout != "per-layer" and self.allocation != "uniform":
+            raise BadOption(f"--layout {self.layout} has one width for all layers; leave out --allocation")
+        read = READ_BY.get(str(self.allocation), ())
+        for name in ("probes", "probe_tokens", "probe", "tau"):
+            if getattr(self, name) is not None and name not in read:
+                wanted = " or ".join(how for how, names in READ_BY.items() if name in names)
+                raise BadOption(
+                    f"--{name.replace('_', '-')} says nothing to --allocation {self.allocation}; leave it out, or add "
+                    f"--allocation {wanted}"
+                )
+        if self.probes is None and "probes" in read:
+            object.__setattr__(self, "probes", "estimated")
+        if self.probe_tokens is None and self.probes == "estimated":
+            object.__setattr__(self, "probe_tokens", ESTIMATED_ON)
+        if self.tau is None and "tau" in read:
+            object.__setattr__(self, "tau", TAU)
 
     @property
     def rotates(self) -> bool:
@@ -125,6 +150,7 @@ DECIDED_BY_A_PLAN = {
         "layout",
         "repair",
         "probes",
+        "probe_tokens",
         "probe",
         "tau",
         "align",

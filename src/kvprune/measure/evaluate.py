@@ -16,6 +16,7 @@ from kvprune.measure.tasks import load_tasks, run_tasks
 from kvprune.models.source import Source, load_config, load_model, resolve
 from kvprune.models.tokenizer import check_ids, one_tokenizer
 from kvprune.progress import Progress
+from kvprune.runtime.dtype import name_of
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import RECENT, decoding_pieces, quantized_cache, quantizer
 from kvprune.text.corpus import read_text
@@ -99,7 +100,7 @@ def evaluate(
                 "source": one.name,
                 "kv_bytes_per_token": bytes_per_token(model, kv_bits, max(lengths)),
                 "parameters": memory.parameters(model),
-                "dtype": str(model.dtype).removeprefix("torch."),
+                "dtype": name_of(model.dtype),
                 "kv_bits": kv_bits,
             }
         )

@@ -19,7 +19,7 @@ from kvprune.measure.memory import kv_bytes_per_token
 from kvprune.measure.shapes import dense_config
 from kvprune.models.family import dense_head_dim, family_of
 from kvprune.options import size_in_bytes
-from kvprune.runtime.dtype import find_dtype
+from kvprune.runtime.dtype import find_dtype, name_of
 from kvprune.runtime.quantized import BACKENDS, bytes_per_number, recent_tokens
 
 TWO_BITS = 0.35  # of the width, recovered, beside 4 bits: more loses more than 2 bits alone
@@ -72,7 +72,7 @@ def fit(
 
     return {
         "source": str(source),
-        "dtype": str(kind).removeprefix("torch."),
+        "dtype": name_of(kind),
         "memory_bytes": room,
         "reserve_bytes": room - sizes.usable,
         "context": context,

@@ -136,7 +136,9 @@ def _with_error(value: float | None, error: Any) -> str:
 
 def print_table(table: RenderableType) -> None:
     """To stdout."""
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    for part in table.renderables if isinstance(table, Group) else [table]:
+        console.print(part, soft_wrap=isinstance(part, str))  # a line stays one
 
 
 def _ratio(pair: dict[str, Any]) -> str:

@@ -116,6 +116,7 @@ def load_model(source: Source, device: str = "auto", dtype: str = "auto") -> Pre
         loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **arguments)
     model: PreTrainedModel
     model, found = loaded
+    _check_prefix(source, found)
     for problem in ("missing_keys", "mismatched_keys"):
         if found.get(problem):  # transformers only warns, and fills in random numbers
             first = sorted(map(str, found[problem]))[0]
@@ -127,6 +128,18 @@ def load_model(source: Source, device: str = "auto", dtype: str = "auto") -> Pre
     if dtype == "auto":
         compute_in_auto(model, target)
     return model.to(target).eval()  # type: ignore[arg-type]
+
+
+def _check_prefix(source: Source, found: dict[str, Any]) -> None:
+    """Raise BrokenCheckpoint for tensors that are all there, but named as in a model that wraps another."""
+    names = sorted(map(str, found.get("unexpected_keys") or ()))
+    for missing in map(str, found.get("missing_keys") or ()):
+        wrapped = next((name for name in names if name.endswith("." + missing)), None)
+        if wrapped is not None:
+            raise BrokenCheckpoint(
+                f"{source.name} has {wrapped} in place of {missing}: it was saved from a model that wraps another "
+                "(torch.compile, peft, DDP); save the model inside it"
+            )
 
 
 def load_config(source: Source) -> PreTrainedConfig:
@@ -150,9 +163,9 @@ def _read_config(source: Source) -> PreTrainedConfig:
 
 def _check_settings(source: Source) -> None:
     """Refuse by config.json what cannot be read, before transformers makes anything of it."""
-    if not source.is_local:
-        check_adapter(source.folder, source.revision)
     with _as_user_error(source):
+        if not source.is_local:
+            check_adapter(source.folder, source.revision)
         revision = {"revision": source.revision} if source.revision else {}
         settings, _ = PreTrainedConfig.get_config_dict(source.folder, **revision)
     family_of(settings.get("model_type", "unknown"))

@@ -86,6 +86,7 @@ class _Run:
         with self._phase("load"):
             tokenizer = load_tokenizer(self.source)
             lm = load_model(self.source, str(self.device), s.dtype)
+            self.computes = name_of(lm.dtype)
             self.weight_bytes = memory.weight_bytes(lm)
             limit = lm.config.max_position_embeddings
             dense = self._dense(lm, old)
@@ -183,7 +184,7 @@ class _Run:
             "recovery_text": digest(tensor for part in data for tensor in (part.ids, part.labels)),
             "weights": hashlib.sha256(repr(weight_checksums(Path(self.settings.folder))).encode()).hexdigest(),
             "teacher_weights": None if teacher is None else _fingerprint(teacher),
-            "computed_on": f"{self.accelerator.num_processes} x {self.device.type} in {self.settings.dtype} "
+            "computed_on": f"{self.accelerator.num_processes} x {self.device.type} in {self.computes} "
             f"on {torch.get_num_threads()} threads",
             "versions": _versions(),
         }

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from kvprune.progress import without_bars
@@ -52,22 +51,19 @@ def save(
 def _save_model(model: PreTrainedModel, folder: Path) -> None:
     """Weights in the dtype that they are stored in, config and code; the generation config as it came, even where
     transformers would refuse to write it (a temperature without do_sample, as many checkpoints have)."""
-    generation, computes = model.generation_config, model.dtype
+    generation, stored = model.generation_config, stored_dtype(model)
+    computed = [(parameter, parameter.data) for parameter in model.parameters()]
     try:
-        _convert(model, stored_dtype(model))
+        for parameter, data in computed:  # alone: `model.to` would round the rotary table too
+            parameter.data = data.to(stored)
         model.generation_config = GenerationConfig()
         with without_bars():
             model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     finally:
         model.generation_config = generation
-        _convert(model, computes)
+        for parameter, data in computed:
+            parameter.data = data
     (folder / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
-
-
-def _convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Parameters alone: `model.to` would round the rotary table too."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 def _move(partial: Path, folder: Path) -> None:
