@@ -150,7 +150,7 @@ def test_a_cache_that_cannot_be_found_is_an_error():
 
 def test_take_cache_leaves_the_rest():
     cache = DynamicCache()
-    arguments = {"use_cache": True, "cache": None, "past_key_values": cache, "layer_past": cache, "mask": 3}
+    arguments = {"use_cache": True, "past_key_value": None, CACHE: cache, "layer_past": cache, "mask": 3}
     assert take_cache(arguments) is cache
     assert arguments == {"use_cache": True, "mask": 3}
 
