@@ -43,7 +43,7 @@ test-newest:
 	.venv-newest/bin/python $(PIP) $(TORCH)
 	.venv-newest/bin/python $(PIP) -e '.[dev,bits,text]' ninja 'selenium>=4.20'
 	.venv-newest/bin/python $(PIP) --upgrade transformers
-	.venv-newest/bin/python $(PIP) list | grep -E "^(transformers|torch|peft|accelerate) "
+	.venv-newest/bin/python -m pip list 2> /dev/null | grep -E "^(transformers|torch|peft|accelerate) "
 	.venv-newest/bin/python -m pytest tests --ignore=tests/real
 
 # Writes down what .venv-newest and .venv-oldest hold, for the environments that the other targets make.
