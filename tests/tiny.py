@@ -21,6 +21,8 @@ from transformers import (
 )
 
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
+from kvprune.channels.selection import Kept
+from kvprune.channels.sensitivity import Probe
 from kvprune.models.view import ModelView
 from kvprune.progress import Progress
 
@@ -162,6 +164,16 @@ def random_layers(model, widths, seed=0):
             vo.append(sorted(torch.randperm(config.head_dim, generator=generator)[:width].tolist()))
         layers.append((qk, vo))
     return layers
+
+
+def batches():
+    """Token ids of five windows, in batches of two and one."""
+    return list(torch.randint(3, VOCABULARY, (5, 13), generator=torch.Generator().manual_seed(1)).split(2))
+
+
+def probes_of(layers):
+    """One probe a layer, of its kept channels (qk, vo)."""
+    return [Probe(i, Kept(torch.tensor(qk), torch.tensor(vo))) for i, (qk, vo) in enumerate(layers)]
 
 
 def mask_dense(model, layers):

@@ -7,10 +7,9 @@ import kvprune
 from kvprune.channels.estimate import estimate_sensitivity
 from kvprune.channels.journal import Journal
 from kvprune.channels.planning import first_windows
-from kvprune.channels.selection import Kept
-from kvprune.channels.sensitivity import Probe, measure_sensitivity
+from kvprune.channels.sensitivity import measure_sensitivity
 from kvprune.models.view import ModelView
-from tiny import COARSE, VOCABULARY, mask_dense, random_layers, tiny_model
+from tiny import COARSE, batches, mask_dense, probes_of, random_layers, tiny_model
 
 LAYERS = 3
 
@@ -18,14 +17,6 @@ LAYERS = 3
 @pytest.fixture(params=["llama", "llama-bias", "qwen2-sliding"])
 def model(request):
     return tiny_model(request.param, groups=2, layers=LAYERS)
-
-
-def batches():
-    return list(torch.randint(3, VOCABULARY, (5, 13), generator=torch.Generator().manual_seed(1)).split(2))
-
-
-def probes_of(layers):
-    return [Probe(i, Kept(torch.tensor(qk), torch.tensor(vo))) for i, (qk, vo) in enumerate(layers)]
 
 
 def attention_outputs(model, window, add=None):

@@ -7,12 +7,12 @@ from kvprune.channels.importance import IMPORTANCE
 from kvprune.channels.journal import Journal
 from kvprune.channels.masking import masked
 from kvprune.channels.selection import Kept
-from kvprune.channels.sensitivity import Probe, measure_sensitivity
+from kvprune.channels.sensitivity import measure_sensitivity
 from kvprune.channels.statistics import score_layers
 from kvprune.errors import NotFinite, OutputExists
 from kvprune.models.stream import BlockRunner
 from kvprune.models.view import ModelView
-from tiny import VOCABULARY, mask_dense, random_layers, tiny_model
+from tiny import VOCABULARY, batches, mask_dense, probes_of, random_layers, tiny_model
 
 LAYERS, D = 4, 16
 
@@ -20,14 +20,6 @@ LAYERS, D = 4, 16
 @pytest.fixture(params=["llama", "mistral", "qwen2-sliding"])
 def model(request):
     return tiny_model(request.param, groups=2, layers=LAYERS)
-
-
-def batches():
-    return list(torch.randint(3, VOCABULARY, (5, 13), generator=torch.Generator().manual_seed(1)).split(2))
-
-
-def probes_of(layers):
-    return [Probe(i, Kept(torch.tensor(qk), torch.tensor(vo))) for i, (qk, vo) in enumerate(layers)]
 
 
 def full_loss(model):
