@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 import kvprune
 from kvprune import errors
+from kvprune.recovery import recover
 from kvprune.runtime import dtype as dtypes
 from tiny import COARSE, tiny_model, tiny_tokenizer
 
@@ -118,6 +119,20 @@ def test_recover_too(cpu, half, texts, tmp_path):
     assert (record["dtype"], record["compute_dtype"]) == ("bfloat16", "float32")
     written = load_file(tmp_path / "again" / "model.safetensors")
     assert {weight.dtype for name, weight in written.items() if "rope_index" not in name} == {torch.bfloat16}
+
+
+def test_a_teacher_in_another_dtype_keeps_its_rotary_table(checkpoint, texts, tmp_path, monkeypatch):
+    """The dense model is stored in float32, what was pruned of it in bfloat16."""
+    kvprune.prune(checkpoint, tmp_path / "out", ratio=0.5, dtype="bfloat16", **COARSE)
+    loaded = []
+    load = recover.load_model
+    monkeypatch.setattr(recover, "load_model", lambda *a: loaded.append(load(*a)) or loaded[-1])
+    quick = {"rank": 4, "tokens": 2048, "window": 64, "steps": 1, "batch": 2, "held_out": 256, "eval_tokens": 512}
+    kvprune.recover(tmp_path / "out", tmp_path / "again", eval_windows=[64], device="cpu", **quick)
+    teacher = loaded[-1]
+    exact = kvprune.load(checkpoint, device="cpu").model.rotary_emb.inv_freq
+    assert teacher.dtype == loaded[0].dtype
+    assert torch.equal(teacher.model.rotary_emb.inv_freq, exact)
 
 
 def test_an_asked_dtype_is_computed_in_and_written(cpu, half, texts, tmp_path):

@@ -70,9 +70,9 @@ def evaluate(
     tokenizer = one_tokenizer(sources)
     contents = {name: read_text(name, "test") for name in texts}
     cut = {(t, n): windows(contents[t], tokenizer, n, tokens or None, t) for t in texts for n in lengths}
-    rows_of = {one.name: load_config(one).vocab_size for one in sources}
+    least = min(load_config(one).vocab_size for one in sources)
     for (text, _), pages in cut.items():
-        check_ids(pages, min(rows_of.values()), f"the text {text}")
+        check_ids(pages, least, f"the text {text}")
     loaded = []
     if names:
         with progress.phase("load tasks"):

@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvprune.errors import NotFinite
+from kvprune.runtime.dtype import name_of
 
 
 def not_finite(what: str, lm: PreTrainedModel) -> NotFinite:
@@ -18,7 +19,7 @@ def not_finite(what: str, lm: PreTrainedModel) -> NotFinite:
             return NotFinite(f"{what}: not finite, since {name} is too large for float16; try --dtype float32")
         return NotFinite(f"{what}: not finite, since {name} holds NaN or infinity; fetch or make the checkpoint again")
     if lm.dtype != torch.float32:
-        return NotFinite(f"{what}: not finite in {str(lm.dtype).removeprefix('torch.')}; try --dtype float32")
+        return NotFinite(f"{what}: not finite in {name_of(lm.dtype)}; try --dtype float32")
     return NotFinite(
         f"{what}: not finite in float32, though all weights are: activations overflow; the checkpoint is damaged, or "
         "its config.json is another model's"

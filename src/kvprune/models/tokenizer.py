@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from kvprune.errors import BadOption, BrokenCheckpoint, KVPruneError, TokenizerMismatch, UnknownSource
+from kvprune.models.check import first_line
 from kvprune.models.source import Source
 from kvprune.runtime import register
 
@@ -32,7 +33,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 def _unreadable(source: Source, error: Exception) -> KVPruneError:
     """Why there is no tokenizer, in one line."""
     folder = Path(source.folder)
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     if "trust_remote_code" in str(error):
         return UnknownSource(f"the tokenizer of {source.name} has code of its own; to run it, --trust-remote-code")
     if source.gguf_file:

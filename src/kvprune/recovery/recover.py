@@ -168,7 +168,8 @@ class _Run:
         try:
             source = resolve(name, None if s.teacher else old.get("revision"))
             teacher = load_model(source, str(self.device), s.dtype)
-            teacher.to(dtype=lm.dtype)  # type: ignore[call-arg]  # the same weights as in the prune, computed alike
+            if teacher.dtype != lm.dtype:  # loaded so, since `to` would round the rotary table as well
+                teacher = load_model(source, str(self.device), name_of(lm.dtype))
         except KVPruneError as error:
             raise UnknownSource(f"the teacher {name}: {error}; name the dense model with --teacher") from error
         for what in ("vocab_size", "hidden_size", "num_hidden_layers"):
