@@ -62,7 +62,7 @@ def _changes(
     dense = [_output(attention.module, call) for call in calls]
     for number, probe in probes:
         total = 0.0
-        with masked(attention, probe.kept, probe.rotation):
+        with masked(attention, probe.kept, probe.basis):
             for call, before in zip(calls, dense, strict=True):
                 delta = _output(attention.module, call).float() - before.float()
                 along = (call.gradient.float() * delta).sum(-1).double()

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from kvprune.channels.basis import Basis
 from kvprune.channels.importance.base import Scores
-from kvprune.channels.repair.rotate import Rotation
 from kvprune.errors import OutputExists
 from kvprune.runtime.files import RESUME, write_whole, writing_to
 
@@ -85,16 +85,16 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def save_scores(self, scores: Sequence[Scores], rotations: Sequence[Rotation] | None) -> None:
-        """Keep the importance scores of all layers, and the rotations they go with."""
+    def save_scores(self, scores: Sequence[Scores], bases: Sequence[Basis] | None) -> None:
+        """Keep the importance scores of all layers, and the bases they go with."""
         if self.folder is None:
             return
         tensors = {f"{i}.{name}": getattr(s, name) for i, s in enumerate(scores) for name in ("qk", "vo")}
-        for i, rotation in enumerate(rotations or ()):
-            tensors |= {f"{i}.{name}": tensor for name, tensor in rotation.tensors().items()}
+        for i, basis in enumerate(bases or ()):
+            tensors |= {f"{i}.{name}": tensor for name, tensor in basis.tensors().items()}
         self._save(_SCORES, tensors)
 
-    def load_scores(self) -> tuple[list[Scores], list[Rotation] | None] | None:
+    def load_scores(self) -> tuple[list[Scores], list[Basis] | None] | None:
         """What save_scores kept, or None if that phase had not finished."""
         if self.folder is None or not (self.folder / _SCORES).exists():
             return None
@@ -107,8 +107,8 @@ class Journal:
             layer, _, field = name.partition(".")
             layers.setdefault(int(layer), {})[field] = tensor
         found = [layers[i] for i in sorted(layers)]
-        rotations = [Rotation.of(layer) for layer in found] if "slow" in found[0] else None
-        return [Scores(layer["qk"], layer["vo"]) for layer in found], rotations
+        scores = [Scores(layer.pop("qk"), layer.pop("vo")) for layer in found]
+        return scores, [Basis.of(layer) for layer in found] if found[0] else None
 
     def save_estimates(self, changes: Sequence[float]) -> None:
         """Keep the estimated sensitivities of all probes."""

@@ -1,48 +1,40 @@
-"""A layer as if channels were gone, for probing: the dense tensors, with the removed rows zeroed for a while."""
+"""A layer as if channels were gone, for probing: the dense weights of K and V, projected for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from kvprune.channels.repair.rotate import Rotation
-from kvprune.channels.selection import Kept
+from kvprune.channels.basis import Basis, Kept
 from kvprune.models.attention import Attention
 
 
 @contextmanager
 @torch.no_grad()
-def masked(attention: Attention, kept: Kept, rotation: Rotation | None = None) -> Iterator[None]:
-    """Zero what a plan would cut, and restore it bit for bit, also after an error.
+def masked(attention: Attention, kept: Kept, basis: Basis) -> Iterator[None]:
+    """Lose what a plan would cut, and restore it bit for bit, also after an error.
 
-    Q and K lose the removed channels with their biases; V loses their weights and keeps their biases, which are
-    a constant at the output that surgery keeps too. `kept` may be empty: the attention then adds only that. With a
-    rotation, the channels are those of the turned weights.
+    K and its bias are what comes back from the kept coordinates; so are V's weights. V keeps its bias, which is a
+    constant at the output that surgery keeps too. `kept` may be empty: the attention then adds only that.
     """
     w = attention.weights()
-    gone = removed(kept.qk, attention.shape.head_dim).to(w.k.device)
-    gone_vo = removed(kept.values, attention.shape.head_dim).to(w.v.device)
-    changed = [(name, tensor) for name, tensor in vars(w).items() if tensor is not None]
-    saved = [tensor.clone() for _, tensor in changed]
+    changed = [tensor for tensor in (w.k, w.v, w.k_bias) if tensor is not None]
+    saved = [tensor.clone() for tensor in changed]
+    of_keys, of_values = basis.cut(kept).projections()
+    heads = basis.heads
     try:
-        if rotation is not None:
-            turned = rotation.turned(w)
-            for name, tensor in changed:
-                tensor.copy_(getattr(turned, name))
-        w.k[gone] = 0
-        w.q.transpose(1, 2)[gone] = 0
+        w.k[heads] = _projected(of_keys, w.k, heads)
+        w.v[heads] = _projected(of_values, w.v, heads)
         if w.k_bias is not None:
-            w.k_bias[gone] = 0
-        if w.q_bias is not None:
-            w.q_bias.transpose(1, 2)[gone] = 0
-        w.v[gone_vo] = 0
+            w.k_bias[heads] = _projected(of_keys, w.k_bias.unsqueeze(-1), heads).squeeze(-1)
         yield
     finally:
-        for (_, tensor), values in zip(changed, saved, strict=True):
+        for tensor, values in zip(changed, saved, strict=True):
             tensor.copy_(values)
 
 
-def removed(kept: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Kept channels (kv_heads, width) -> mask (kv_heads, head_dim) of the others."""
-    gone = torch.ones(kept.shape[0], head_dim, dtype=torch.bool)
-    return gone.scatter_(1, kept.cpu(), False)
+def _projected(projection: torch.Tensor, rows: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """Rows (kv_heads, D, x) of the heads (groups, m), side by side, projected: (groups, m, D, x)."""
+    group = rows[heads].flatten(1, 2)
+    found = projection.to(rows.device) @ group.double()
+    return found.to(rows.dtype).view(*heads.shape, *rows.shape[1:])

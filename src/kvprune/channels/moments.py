@@ -1,60 +1,80 @@
 """What the calibration text says of every layer's attention, layer by layer: who looks at what, and how it varies."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, cast
 
 import torch
 
+from kvprune.channels.grouping import group_heads
 from kvprune.models.attention import Attention
 from kvprune.models.finite import not_finite
 from kvprune.models.stream import enter
 from kvprune.models.view import ModelView
 from kvprune.runtime.modeling import rotate_half
 
+Outputs = dict[str, torch.Tensor]  # what Q, K and V put out, (B, T, heads * D)
+
 
 @dataclass(frozen=True)
 class AttentionMoments:
-    """One layer, means over query tokens, summed over the group's query heads; float64, on the layer's device.
+    """One layer, means over query tokens, each summed over the query heads of one KV head; on the layer's device.
 
-    pairs (kv_heads, D): the variance of a RoPE pair's contribution to a query's scores, over the keys as the
-    attention weighs them, halved between the pair's two channels. Scores enter the softmax only up to a
-    constant, so this variance is what a pair decides (half of it is the KL divergence that losing it costs, to second
-    order).
-    queries, keys (kv_heads, n, n): second moments of the `slow` channels before RoPE, scaled as in `pairs`: E q q^T,
-    and the mean over queries of the keys' covariance as the attention weighs them.
-    outputs (kv_heads, D, D): E z z^T of the attention outputs z before O, without V's bias.
+    The KV heads stand in groups of m, and a KV head's queries are related to the keys and values of its whole group:
+    that is what a cut across heads needs. heads (groups, m): the dense KV heads of each group, which is also the order
+    of the others' first dim, H = groups * m. D channels a head in pairs of RoPE; a pair is a complex number.
+    queries (H, pairs): E |q|^2 of a pair, scaled as in the scores.
+    keys (H, pairs, m, m), complex: E |q|^2 Cov(k), the covariance of the group's m keys, behind RoPE, as the attention
+    weighs them. Scores enter the softmax only up to a constant, so the variance is what a pair decides (half of it is
+    the KL divergence that losing it costs, to second order).
+    slow_queries (H, n, n), slow_keys (H, m * n, m * n): of the n `slow` channels before RoPE, E q q^T and the mean over
+    queries of Cov(k).
+    outputs (H, m * D, m * D): E z z^T of the attention outputs z, which are the group's values as the query heads mix
+    them, without V's bias.
     """
 
-    pairs: torch.Tensor
+    heads: torch.Tensor
     queries: torch.Tensor
     keys: torch.Tensor
+    slow_queries: torch.Tensor
+    slow_keys: torch.Tensor
     outputs: torch.Tensor
 
 
 @torch.no_grad()
 def attention_moments(
-    view: ModelView, batches: Sequence[torch.Tensor], slow: torch.Tensor, advance: Callable[[int], None]
+    view: ModelView, batches: Sequence[torch.Tensor], slow: torch.Tensor, merge: int, advance: Callable[[int], None]
 ) -> Iterator[AttentionMoments]:
-    """Moments of every layer in turn, from one pass over the batches (B, T). slow (n,): channel numbers.
+    """Moments of every layer in turn, from one pass over the batches (B, T), for groups of `merge` KV heads.
 
-    Memory: the hidden states of the text before one block, one layer's moments, and one window's attention
-    weights of one KV head's group. Raises NotFinite.
+    slow (n,): channel numbers, pair by pair. Memory: the hidden states of the text before one block, one layer's
+    moments, one window's attention weights of one query head, and, where the groups must be chosen, what one layer's
+    Q, K and V put out. Raises NotFinite.
     """
     states, calls = enter(view, batches)
     tokens = sum(batch.numel() for batch in batches)
+    chooses = 1 < merge < view.shape.kv_heads
     for index, (block, attention) in enumerate(zip(view.blocks, view.attention, strict=True)):
-        sums = _Sums(view, attention, slow)
+        waiting: list[tuple[Outputs, dict[str, Any]]] = []
+        sums = None if chooses else _Sums(view, attention, slow, torch.arange(view.shape.kv_heads).view(-1, merge))
         for number, state in enumerate(states):
-            outputs: dict[str, torch.Tensor] = {}
+            outputs: Outputs = {}
             hooks = [attention.watch(name, partial(outputs.__setitem__, name)) for name in "qkv"]
             try:
                 states[number] = calls.run(block, index, state)
             finally:
                 for hook in hooks:
                     hook.remove()
-            sums.add(outputs, calls.of_length[state.shape[1]][index].kwargs)
+            told = outputs, calls.of_length[state.shape[1]][index].kwargs
+            if sums is None:
+                waiting.append(told)
+            else:
+                sums.add(*told)
+        if sums is None:
+            sums = _Sums(view, attention, slow, group_heads(view.shape, [o for o, _ in waiting], merge))
+            for told in waiting:
+                sums.add(*told)
         yield sums.means(tokens, index)
         if not all(torch.isfinite(state).all() for state in states):
             raise not_finite(f"layer {index}: its output on the calibration text", view.lm)
@@ -62,25 +82,29 @@ def attention_moments(
 
 
 class _Sums:
-    """Sums over queries and the group's heads of one layer."""
+    """Sums over queries and the query heads of each KV head, of one layer."""
 
-    def __init__(self, view: ModelView, attention: Attention, slow: torch.Tensor):
+    def __init__(self, view: ModelView, attention: Attention, slow: torch.Tensor, heads: torch.Tensor):
         self.lm, s = view.lm, view.shape
-        self.shape = s
+        self.shape, self.heads = s, heads
         rotary = view.lm.base_model.get_submodule("rotary_emb")
         self.stretch = float(cast(float, getattr(rotary, "attention_scaling", 1.0)))  # of cos and sin, as YaRN has it
         self.scaling = cast(float, attention.module.scaling)
         self.device = attention.projection("o").weight.device
         self.v_bias = attention.weights().v_bias
-        self.units = view.units.to(self.device)
-        self.slow = slow.to(self.device)
+        self.units, self.slow = view.units.to(self.device), slow.to(self.device)
+        m, pairs, n = heads.shape[1], len(self.units), len(slow)
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
-        self.pairs = zeros(s.kv_heads, len(self.units))
-        self.queries = zeros(s.kv_heads, len(slow), len(slow))
-        self.keys, self.outputs = self.queries.clone(), zeros(s.kv_heads, s.head_dim, s.head_dim)
+        self.sums = AttentionMoments(
+            heads,
+            zeros(s.kv_heads, pairs),
+            zeros(s.kv_heads, pairs, m, m, dtype=torch.complex128),
+            zeros(s.kv_heads, n, n),
+            zeros(s.kv_heads, m * n, m * n),
+            zeros(s.kv_heads, m * s.head_dim, m * s.head_dim),
+        )
 
-    def add(self, outputs: dict[str, torch.Tensor], call: dict[str, Any]) -> None:
-        """outputs: what Q, K, V put out, (B, T, heads * D)."""
+    def add(self, outputs: Outputs, call: dict[str, Any]) -> None:
         s, length = self.shape, outputs["q"].shape[1]
         cos, sin = (table[0].float() for table in call["position_embeddings"])  # (T, D)
         visible = _visible(call.get("attention_mask"), length, self.device)
@@ -91,44 +115,73 @@ class _Sums:
                 v = v - self.v_bias.flatten()
             v = v.float().view(length, s.kv_heads, s.head_dim).transpose(0, 1)
             q_turned, k_turned = (x * cos + rotate_half(x) * sin for x in (q, k))
-            for head in range(s.kv_heads):
-                scores = q_turned[head] @ k_turned[head].T  # (groups, T, T)
-                weights = scores.masked_fill_(~visible, -torch.inf).softmax(-1)
-                self._add_head(head, weights, q[head], k[head], q_turned[head], k_turned[head], v[head])
+            for number, group in enumerate(self.heads):
+                seen = _Seen.of(k[group], k_turned[group], v[group], self.slow, self.units)
+                for member, head in enumerate(group.tolist()):
+                    scores = (q_turned[head] @ k_turned[head].T).masked_fill_(~visible, -torch.inf)
+                    self._add_head(number * len(group) + member, scores.softmax(-1), q[head], seen)
 
-    def _add_head(self, head: int, weights, q, k, q_turned, k_turned, v) -> None:
-        """weights (groups, T, T), q and q_turned (groups, T, D), k, k_turned and v (T, D)."""
-        a, b = (self.units[:, i] for i in range(2))
-        k_turned = k_turned - k_turned.mean(0)  # what all keys share has no variance, and would drown it in rounding
-        ka, kb = k_turned[:, a], k_turned[:, b]  # (T, pairs)
-        mean_a, mean_b, aa, ab, bb = (weights @ torch.cat((ka, kb, ka * ka, ka * kb, kb * kb), 1)).chunk(5, dim=-1)
-        qa, qb = q_turned[..., a], q_turned[..., b]
-        variance = qa * qa * (aa - mean_a * mean_a) + qb * qb * (bb - mean_b * mean_b)
-        variance += 2 * qa * qb * (ab - mean_a * mean_b)
-        self.pairs[head] += variance.sum((0, 1), dtype=torch.float64)
+    def _add_head(self, row: int, weights: torch.Tensor, q: torch.Tensor, seen: "_Seen") -> None:
+        """weights (groups, T, T) and q (groups, T, D), before RoPE, of one KV head's query heads."""
+        a, b = (q[..., self.units[:, i]] for i in range(2))
+        squares = (a * a + b * b) * self.stretch**2  # (groups, T, pairs)
+        mean = weights @ seen.columns
+        of_pairs, of_slow, z = mean.split([seen.pairs[0].numel() * 2, seen.slow.shape[1], seen.width], dim=-1)
+        weighed = (squares.mT @ weights).sum(0)  # (pairs, T): how much each key is looked at, by this pair
+        means = torch.view_as_complex(of_pairs.reshape(*of_pairs.shape[:2], *seen.pairs.shape[1:], 2).contiguous())
+        sums = self.sums
+        sums.queries[row] += squares.sum((0, 1), dtype=torch.float64)
+        sums.keys[row] += _outer(seen.pairs, weighed.T) - sum(map(_outer, means, squares))
         queries = q[..., self.slow].flatten(0, 1).double()
-        keys = k[:, self.slow]
-        keys = keys - keys.mean(0)
-        mean = (weights @ keys).flatten(0, 1).double()
-        keys, seen = keys.double(), weights.sum((0, 1)).double().unsqueeze(1)
-        self.queries[head] += queries.T @ queries
-        self.keys[head] += (keys * seen).T @ keys - mean.T @ mean
-        z = (weights @ v).flatten(0, 1).double()
-        self.outputs[head] += z.T @ z
+        sums.slow_queries[row] += queries.T @ queries
+        slow, of_slow = seen.slow.double(), of_slow.flatten(0, 1).double()
+        sums.slow_keys[row] += (slow * weights.sum((0, 1)).double().unsqueeze(1)).T @ slow - of_slow.T @ of_slow
+        z = z.flatten(0, 1).double()
+        sums.outputs[row] += z.T @ z
 
     def means(self, tokens: int, index: int) -> AttentionMoments:
-        pairs = torch.zeros(self.shape.kv_heads, self.shape.head_dim, dtype=torch.float64, device=self.device)
-        for channels in self.units.T:
-            pairs[:, channels] = self.pairs.clamp_min(0) / (2 * tokens)
+        sums, groups = self.sums, self.shape.groups
         found = AttentionMoments(
-            pairs,
-            queries=self.queries * self.stretch**4 / tokens,
-            keys=self.keys / (tokens * self.shape.groups),
-            outputs=self.outputs / tokens,
+            self.heads,
+            sums.queries / tokens,
+            sums.keys / tokens,
+            sums.slow_queries * self.stretch**4 / tokens,
+            sums.slow_keys / (tokens * groups),
+            sums.outputs / tokens,
         )
-        if not all(torch.isfinite(x).all() for x in (found.pairs, found.queries, found.keys, found.outputs)):
+        if not all(torch.isfinite(getattr(found, field.name)).all() for field in fields(found)):
             raise not_finite(f"layer {index}: its attention on the calibration text", self.lm)
         return found
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Keys and values of one group in a window, centred over its tokens: what all share has no variance, and would
+    drown it in rounding. pairs (T, pairs, m) complex, behind RoPE; slow (T, m * n); columns (T, ...): these and the
+    values, which are not centred, side by side, as real numbers. width: m * D."""
+
+    pairs: torch.Tensor
+    slow: torch.Tensor
+    columns: torch.Tensor
+    width: int
+
+    @classmethod
+    def of(cls, k: torch.Tensor, k_turned: torch.Tensor, v: torch.Tensor, slow: torch.Tensor, units: torch.Tensor):
+        """k, k_turned and v (m, T, D)."""
+        turned = (k_turned - k_turned.mean(1, keepdim=True)).permute(1, 2, 0)  # (T, D, m)
+        pairs = torch.complex(turned[:, units[:, 0]], turned[:, units[:, 1]])
+        few = k[..., slow].transpose(0, 1).flatten(1)
+        few = few - few.mean(0)
+        values = v.transpose(0, 1).flatten(1)
+        flat = torch.view_as_real(pairs).flatten(1)
+        # Twice the numbers of `pairs`: real and imaginary parts
+        return cls(pairs, few, torch.cat((flat, few, values), 1), values.shape[1])
+
+
+def _outer(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum over rows of weights x x^*, x (T, pairs, m) complex and weights (T, pairs) -> (pairs, m, m) complex128."""
+    by_pair = x.transpose(0, 1)  # (pairs, T, m)
+    return ((by_pair * weights.T.unsqueeze(-1)).mT @ by_pair.conj()).to(torch.complex128)
 
 
 def _visible(mask: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor:

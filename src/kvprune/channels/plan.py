@@ -10,16 +10,19 @@ from kvprune.models.attention import AttentionShape
 
 
 class LayerPlan(BaseModel):
-    """Kept channels of one layer, in the dense numbering, ascending: qk[h] and vo[h] for KV head h.
+    """What one layer keeps, ascending: qk[h] and vo[h] for KV head h of the pruned model.
 
-    All heads of a layer keep the same number, and K keeps as many as V. vo is None where V and O were rotated before
-    the cut: the leading directions stayed, which only the weights and the calibration text can tell.
+    All heads of a layer keep the same number, and K keeps as many as V. vo is None where there was a change of basis
+    before the cut: the leading directions of V stayed, and qk are numbers of the basis's coordinates (see basis.py),
+    which only the weights and the calibration text can tell. Else both are channels in the dense numbering. heads[h]:
+    the dense KV heads that were merged into head h; None where each stayed for itself.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     qk: tuple[tuple[int, ...], ...]
     vo: tuple[tuple[int, ...], ...] | None
+    heads: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def width(self) -> int:
@@ -27,8 +30,8 @@ class LayerPlan(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "LayerPlan":
-        if not self.qk or (self.vo is not None and len(self.qk) != len(self.vo)):
-            raise ValueError("qk and vo need one list per KV head")
+        if not self.qk or any(part is not None and len(self.qk) != len(part) for part in (self.vo, self.heads)):
+            raise ValueError("qk, vo and heads need one list per KV head")
         for kept in (*self.qk, *(self.vo or ())):
             if len(kept) != self.width or not kept:
                 raise ValueError("every KV head of a layer must keep the same number of channels, at least one")
@@ -56,15 +59,17 @@ class PruningPlan(BaseModel):
     """What to keep in every layer, and where that came from.
 
     `method` is how it was decided (importance, channels, allocation, ...), `calibration` on what text,
-    `sensitivity` the change of mean loss (nats) when that block alone was probed (None if not measured).
+    `sensitivity` the change of mean loss (nats) when that block alone was probed (None if not measured). merge: how many
+    dense KV heads make one of the pruned model. format 1: made before heads could be merged.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 2
     model: Model
     ratio: float
     layout: str
+    merge: int = 1
     method: dict[str, Any]
     calibration: dict[str, Any] | None
     sensitivity: tuple[float, ...] | None
@@ -79,19 +84,17 @@ class PruningPlan(BaseModel):
 
     @property
     def is_rotated(self) -> bool:
-        """Whether V and O of some layer were rotated before the cut."""
+        """Whether some layer had a change of basis before the cut."""
         return any(layer.vo is None for layer in self.layers)
 
     @property
     def ratio_achieved(self) -> float:
         """Fraction of the dense KV bytes per token that goes."""
-        return 1 - sum(self.widths) / (self.model.layers * self.model.head_dim)
+        return 1 - sum(self.widths) / (self.model.layers * self.model.head_dim * self.merge)
 
-    def check(self, architecture: str, shape: AttentionShape, units: list[list[int]]) -> None:
-        """Raise PlanMismatch unless this plan fits a model of that shape.
-
-        units: the channels that must leave Q and K together (RoPE pairs).
-        """
+    def check(self, architecture: str, shape: AttentionShape) -> None:
+        """Raise PlanMismatch unless this plan fits a model of that shape, in which channels c and c + half of a head (of
+        a merged one: of its coordinates) leave Q and K together."""
         expected = {
             "architecture": architecture,
             "layers": shape.layers,
@@ -107,11 +110,18 @@ class PruningPlan(BaseModel):
                 )
         if len(self.layers) != shape.layers:
             raise PlanMismatch(f"the plan has {len(self.layers)} layers, the model {shape.layers}; make it again")
+        if self.format == 1 and self.is_rotated:
+            raise PlanMismatch("the plan was made by an older kvprune, whose rotation was another one; make it again")
+        size = shape.head_dim * self.merge
         for i, layer in enumerate(self.layers):
-            if len(layer.qk) != shape.kv_heads or max(max(k) for k in (*layer.qk, *(layer.vo or ()))) >= shape.head_dim:
+            highest = max(max(kept) for kept in (*layer.qk, *(layer.vo or ())))
+            if len(layer.qk) * self.merge != shape.kv_heads or highest >= size:
                 raise PlanMismatch(f"layer {i} of the plan does not fit {shape.kv_heads} KV heads of {shape.head_dim}")
+            heads = layer.heads or [(head,) for head in range(len(layer.qk))]
+            if {len(group) for group in heads} != {self.merge} or sorted(sum(heads, ())) != [*range(shape.kv_heads)]:
+                raise PlanMismatch(f"layer {i} of the plan must have every KV head in one group of {self.merge}")
             for kept in map(set, layer.qk):
-                if any(0 < len(kept.intersection(unit)) < len(unit) for unit in units):
+                if any((c + size // 2) % size not in kept for c in kept):
                     raise PlanMismatch(f"layer {i} of the plan splits a RoPE pair; keep both of its channels or none")
 
     def to_json(self) -> str:

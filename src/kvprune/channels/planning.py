@@ -9,21 +9,23 @@ from typing import Any, cast
 import torch
 
 from kvprune.channels import allocation
+from kvprune.channels.basis import Basis, Kept, identity
 from kvprune.channels.estimate import estimate_sensitivity
 from kvprune.channels.importance import IMPORTANCE, Scores
 from kvprune.channels.journal import Journal
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
-from kvprune.channels.repair.rotate import Rotation
-from kvprune.channels.selection import Kept, everything, select, shared_pairs
+from kvprune.channels.selection import leading, select, shared_pairs
 from kvprune.channels.sensitivity import Probe, measure_sensitivity, probe_width
-from kvprune.channels.settings import Settings
+from kvprune.channels.settings import AUTO, Settings
 from kvprune.channels.statistics import measure_attention, score_layers
-from kvprune.errors import PlanMismatch
+from kvprune.errors import BadOption, PlanMismatch
+from kvprune.models.attention import AttentionShape, rope_pairs
 from kvprune.models.source import Source
 from kvprune.models.view import ModelView
 from kvprune.text.windows import digest
 from kvprune.versions import versions
 
+WIDEST = 256  # channels of a head that FlashAttention, and so vLLM, takes
 BUDGET_PROBES = (0.25, 0.5, 0.75)  # shares of a block's channels that `budget` probes
 
 
@@ -33,6 +35,33 @@ def reachable(s: Settings, grid: allocation.Grid) -> None:
         allocation.one_width(s.ratio, grid)
     else:
         allocation.round_widths(allocation.uniform(grid.layers, s.ratio), s.ratio, grid)
+
+
+def choose_merge(s: Settings, shape: AttentionShape, say: Callable[[str], None]) -> int:
+    """How many KV heads become one. Raises BadOption for a number that cannot be.
+
+    auto: the most that divide the KV heads and keep the mean width within WIDEST channels, which is where attention
+    kernels stop; heads stay apart where channels are cut as they are, without a change of basis across heads.
+    """
+    possible = [m for m in range(1, shape.kv_heads + 1) if shape.kv_heads % m == 0]
+    fits = [m for m in possible if m == 1 or m * shape.head_dim * (1 - s.ratio) <= WIDEST]
+    if s.merge != AUTO:
+        if s.merge not in possible:
+            raise BadOption(
+                f"--merge {s.merge} does not divide the {shape.kv_heads} KV heads; choose {AUTO}, "
+                f"{', '.join(map(str, fits))}"
+            )
+        if s.merge not in fits:
+            raise BadOption(
+                f"--merge {s.merge} makes heads of {int(s.merge * shape.head_dim * (1 - s.ratio))} channels at --ratio "
+                f"{s.ratio:g}, and attention kernels take {WIDEST}; choose {AUTO}, {', '.join(map(str, fits))}"
+            )
+        return int(s.merge)
+    if not s.can_merge or s.ratio == 0:
+        return 1
+    if shape.kv_heads == 1:
+        say("the model has one KV head, so there are none to merge")
+    return max(fits)
 
 
 def first_windows(batches: list[torch.Tensor], tokens: int | None) -> list[torch.Tensor]:
@@ -53,60 +82,60 @@ class Planner:
 
     settings: Settings
     view: ModelView
+    merge: int
     grid: allocation.Grid
     batches: list[torch.Tensor]
     journal: Journal
     phase: Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
     say: Callable[[str], None]
 
-    def plan(self, source: Source) -> tuple[PruningPlan, list[Rotation] | None]:
-        """The plan, and the rotations it goes with."""
+    def plan(self, source: Source) -> tuple[PruningPlan, list[Basis] | None]:
+        """The plan, and the bases it goes with."""
         s = self.settings
-        sensitivity, rotations = None, None
+        sensitivity, bases = None, None
         if s.ratio == 0:
-            kept = [everything(self.view.shape.kv_heads, self.grid.head_dim)] * self.grid.layers
+            every = leading(self.view.shape.kv_heads, self.grid.head_dim)
+            kept = [Kept(every, every)] * self.grid.layers
         else:
-            scores, rotations = self._scores()
+            scores, bases = self._scores()
             if s.layout == "portable":
                 scores = shared_pairs(scores)
-            widths, sensitivity = self._widths(scores, rotations)
+            widths, sensitivity = self._widths(scores, bases)
             kept = [self._kept(score, width) for score, width in zip(scores, widths, strict=True)]
         plan = PruningPlan(
             model=_model(self.view, source),
             ratio=s.ratio,
             layout=s.layout,
+            merge=self.merge,
             method=_method(s),
             calibration=self.calibration,
             sensitivity=None if sensitivity is None else tuple(sensitivity),
             seed=s.seed,
             versions=versions(),
-            layers=tuple(
-                LayerPlan(qk=k.qk.tolist(), vo=None if k.vo is None else k.vo.tolist())  # type: ignore[arg-type]
-                for k in kept
-            ),
+            layers=tuple(_layer(k, bases[i] if bases else None) for i, k in enumerate(kept)),
         )
-        return plan, rotations
+        return plan, bases
 
-    def rotations(self, given: PruningPlan) -> list[Rotation] | None:
+    def bases(self, given: PruningPlan) -> list[Basis] | None:
         """Those that a given plan was made with, if the calibration text is the same."""
         if not given.is_rotated:
             return None
         importance = given.method.get("importance")
         if importance not in IMPORTANCE:
-            raise PlanMismatch("the plan rotates V and O, but its method names no importance; make it again")
+            raise PlanMismatch("the plan changes the basis, but its method names no importance; make it again")
         if self.calibration != given.calibration:
-            self.say("the plan was made on another calibration text: its rotation, and so the weights, will differ")
-        return self._attention(importance, rotate=True)[1]
+            self.say("the plan was made on another calibration text: its basis, and so the weights, will differ")
+        return self._attention(importance, given.merge)[1]
 
     @property
     def calibration(self) -> dict[str, Any] | None:
-        """The text that scores and rotations come from: its name, its length, and what was in it."""
+        """The text that scores and bases come from: its name, its length, and what was in it."""
         if not self.batches:
             return None
         tokens = sum(batch.numel() for batch in self.batches)
         return {"text": self.settings.calibration, "tokens": tokens, "sha256": digest(self.batches)}
 
-    def _scores(self) -> tuple[list[Scores], list[Rotation] | None]:
+    def _scores(self) -> tuple[list[Scores], list[Basis] | None]:
         """Measured, or read from the journal of an interrupted run."""
         found = self.journal.load_scores()
         if found is None:
@@ -114,42 +143,42 @@ class Planner:
             self.journal.save_scores(*found)
         return found
 
-    def _measured_scores(self) -> tuple[list[Scores], list[Rotation] | None]:
+    def _measured_scores(self) -> tuple[list[Scores], list[Basis] | None]:
         s = self.settings
         importance = IMPORTANCE[s.importance]
         scores: list[Scores] = []
-        rotations = None
+        bases = None
         if s.rotates or importance.needs == "attention":
-            scores, rotations = self._attention(s.importance, s.rotates)
+            scores, bases = self._attention(s.importance, self.merge if s.rotates else None)
         if not scores:
             with self.phase("importance", sum(len(b) for b in self.batches)) as advance:
                 scores = score_layers(self.view, importance, self.batches, advance)
-        return scores, rotations
+        return scores, bases
 
-    def _attention(self, importance: str, rotate: bool) -> tuple[list[Scores], list[Rotation] | None]:
+    def _attention(self, importance: str, merge: int | None) -> tuple[list[Scores], list[Basis] | None]:
         score = IMPORTANCE[importance]
         with self.phase("importance" if score.needs == "attention" else "rotate", self.view.shape.layers) as advance:
-            return measure_attention(self.view, self.batches, score, rotate, advance)
+            return measure_attention(self.view, self.batches, score, merge, advance)
 
     def _kept(self, score: Scores, width: int) -> Kept:
-        """The channels of one layer; a layer that keeps all of them is left as it is."""
+        """The coordinates of one layer that stay."""
         s = self.settings
-        if width == self.grid.head_dim:
-            return everything(self.view.shape.kv_heads, width)
-        kept = select(score, width, self.view.units, s.channels == "joint")
-        return Kept(kept.qk, None) if s.rotates else kept
+        if s.rotates and not score.vo.numel() == 0:  # V is rotated, whatever scores the channels of Q and K
+            score = Scores(score.qk, score.vo[:, :0])
+        return select(score, width, rope_pairs(self.grid.head_dim, self.view.family.rope), s.channels == "joint")
 
-    def _probes(self, scores: list[Scores], rotations: list[Rotation] | None, width: int) -> list[Probe]:
+    def _probes(self, scores: list[Scores], bases: list[Basis] | None, width: int) -> list[Probe]:
+        plain = identity(self.view.shape.kv_heads, self.grid.head_dim)
         return [
-            Probe(block, self._kept(score, width), None if rotations is None else rotations[block])
+            Probe(block, self._kept(score, width), plain if bases is None else bases[block])
             for block, score in enumerate(scores)
         ]
 
-    def _sensitivity(self, scores: list[Scores], rotations: list[Rotation] | None, widths: list[int]) -> list[float]:
+    def _sensitivity(self, scores: list[Scores], bases: list[Basis] | None, widths: list[int]) -> list[float]:
         """Changes of the mean loss, block by block, for one width after another."""
         s = self.settings
         batches = first_windows(self.batches, s.probe_tokens)
-        probes = [probe for width in widths for probe in self._probes(scores, rotations, width)]
+        probes = [probe for width in widths for probe in self._probes(scores, bases, width)]
         if s.probes == "estimated":
             found = self.journal.load_estimates()
             if found is None:
@@ -160,7 +189,7 @@ class Planner:
         with self.phase("sensitivity", len(probes) * len(batches)) as advance:
             return measure_sensitivity(self.view, batches, probes, self.journal, advance)
 
-    def _widths(self, scores: list[Scores], rotations: list[Rotation] | None) -> tuple[list[int], list[float] | None]:
+    def _widths(self, scores: list[Scores], bases: list[Basis] | None) -> tuple[list[int], list[float] | None]:
         """Kept channels per layer, and the sensitivities that decided them."""
         s, grid = self.settings, self.grid
         if s.layout != "per-layer":
@@ -170,7 +199,7 @@ class Planner:
         unit = self.view.units.shape[1]
         shares = BUDGET_PROBES if s.allocation == "budget" else (s.ratio if s.probe is None else s.probe,)
         widths = [probe_width(grid.head_dim, share, unit) for share in shares]
-        changes = self._sensitivity(scores, rotations, widths)
+        changes = self._sensitivity(scores, bases, widths)
         if max(changes) <= 0:
             self.say("no layer's probe raised the loss: widths are uniform; calibrate on more text")
             return allocation.round_widths(allocation.uniform(grid.layers, s.ratio), s.ratio, grid), changes
@@ -192,6 +221,14 @@ class Planner:
                 f"layout {s.layout} has one width for all layers: {widths[0]} is the nearest, ratio {achieved:.4g}"
             )
         return widths
+
+
+def _layer(kept: Kept, basis: Basis | None) -> LayerPlan:
+    qk, vo = (tuple(map(tuple, x.tolist())) for x in (kept.qk, kept.vo))
+    if basis is None:
+        return LayerPlan(qk=qk, vo=vo)
+    heads = tuple(map(tuple, basis.heads.tolist()))
+    return LayerPlan(qk=qk, vo=None, heads=None if len(heads[0]) == 1 else heads)
 
 
 def _model(view: ModelView, source: Source) -> Model:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvprune.channels import allocation, portable
 from kvprune.channels.journal import Journal
 from kvprune.channels.plan import PruningPlan
-from kvprune.channels.planning import Planner, reachable
+from kvprune.channels.planning import Planner, choose_merge, reachable
 from kvprune.channels.record import memory_of, record_of
 from kvprune.channels.repair.refit import Refitted, refit
 from kvprune.channels.settings import Settings, with_preset
@@ -116,22 +116,23 @@ class _Run:
             tokenizer = load_tokenizer(source)
             lm = load_model(source, s.device, s.dtype)
         view = ModelView(lm)
-        grid = allocation.Grid(view.shape.layers, view.shape.head_dim, s.align, s.min_width, view.units.shape[1])
+        merge = given.merge if given is not None else choose_merge(s, view.shape, self.progress.say)
+        grid = allocation.Grid(view.shape.layers, view.shape.head_dim * merge, s.align, s.min_width, view.units.shape[1])
         if given is None:
             reachable(s, grid)
         else:
-            given.check(view.family.model_type, view.shape, view.units.tolist())
+            given.check(view.family.model_type, view.shape)
         if (s.layout if given is None else given.layout) == "portable":
             portable.check(view)
         calibrate = s.ratio > 0 if given is None else given.is_rotated or _refits(given)
         texts = prepare(s, lm, tokenizer, calibrate, self.progress)
         journal = Journal.open(self.out, self._identity(view, texts), self.resume) if self.out else Journal()
         try:
-            planner = Planner(s, view, grid, texts.scored, journal, self.phase, self.progress.say)
-            plan, rotations = planner.plan(source) if given is None else (given, planner.rotations(given))
+            planner = Planner(s, view, merge, grid, texts.scored, journal, self.phase, self.progress.say)
+            plan, bases = planner.plan(source) if given is None else (given, planner.bases(given))
             dense = self._perplexities(lm, texts.evaluated, "evaluate dense")
             with self.phase("surgery"):
-                pruned = cut(view, plan, rotations)
+                pruned = cut(view, plan, bases)
                 round_as_stored(pruned)
             refitted = self._repair(view, pruned, texts.repaired if _refits(plan) else [], journal)
             after = self._perplexities(pruned, texts.evaluated, "evaluate pruned")

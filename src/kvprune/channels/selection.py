@@ -1,31 +1,11 @@
-"""Scores and a width -> the channels that stay."""
+"""Scores and a width -> the coordinates that stay."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
+from kvprune.channels.basis import Kept
 from kvprune.channels.importance.base import Scores, normalised
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Kept channels of one layer, ascending: qk and vo (kv_heads, width), int64.
-
-    vo is None where V and O are rotated first: then the leading directions stay, as many as channels in qk.
-    """
-
-    qk: torch.Tensor
-    vo: torch.Tensor | None
-
-    @property
-    def width(self) -> int:
-        return self.qk.shape[1]
-
-    @property
-    def values(self) -> torch.Tensor:
-        """vo, or the leading directions of the turned weights, (kv_heads, width)."""
-        return torch.arange(self.width).expand(len(self.qk), -1) if self.vo is None else self.vo
 
 
 def select(scores: Scores, width: int, units: torch.Tensor, joint: bool) -> Kept:
@@ -33,8 +13,10 @@ def select(scores: Scores, width: int, units: torch.Tensor, joint: bool) -> Kept
 
     Q and K lose whole `units` (RoPE pairs, (units, channels per unit)), so width is a multiple of the unit.
     joint: one index set for Q, K, V and O, by the mean of their normalised scores (KVPruner); then V and O lose
-    units too. Otherwise Q/K and V/O are chosen apart.
+    units too. Otherwise Q/K and V/O are chosen apart. Scores without any for V/O: their leading coordinates stay.
     """
+    if not scores.vo.numel():
+        return Kept(_top(scores.qk, width, units), leading(len(scores.qk), width))
     singles = torch.arange(scores.vo.shape[1]).unsqueeze(1)
     if joint:
         both = (normalised(scores.qk) + normalised(scores.vo)) / 2
@@ -61,7 +43,6 @@ def _top(score: torch.Tensor, width: int, units: torch.Tensor) -> torch.Tensor:
     return units[order].flatten(1).sort(dim=1).values
 
 
-def everything(kv_heads: int, head_dim: int) -> Kept:
-    """All channels of all heads."""
-    kept = torch.arange(head_dim).repeat(kv_heads, 1)
-    return Kept(kept, kept)
+def leading(kv_heads: int, width: int) -> torch.Tensor:
+    """(kv_heads, width): the first coordinates of every head."""
+    return torch.arange(width).repeat(kv_heads, 1)

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from kvprune.channels.basis import Basis, Kept
 from kvprune.channels.journal import Journal
 from kvprune.channels.masking import masked
-from kvprune.channels.repair.rotate import Rotation
-from kvprune.channels.selection import Kept
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.finite import not_finite
 from kvprune.models.stream import BlockRunner
@@ -20,11 +19,11 @@ DENSE = -1  # the journal's probe number of a batch's dense loss
 
 @dataclass(frozen=True)
 class Probe:
-    """Block `block` with only `kept` of its channels, in the basis of `rotation` where there is no kept.vo."""
+    """Block `block` with only `kept` of the coordinates of its basis."""
 
     block: int
     kept: Kept
-    rotation: Rotation | None = None
+    basis: Basis
 
 
 def probe_width(head_dim: int, share: float, unit: int) -> int:
@@ -83,7 +82,7 @@ def _probe_batch(
         journal.add(number, DENSE, _finite(dense, what, view))
     for index in missing:
         probe = probes[index]
-        with masked(view.attention[probe.block], probe.kept, probe.rotation):
+        with masked(view.attention[probe.block], probe.kept, probe.basis):
             changed = loss(runner.rerun(probe.block))
         journal.add(number, index, _finite(changed, f"layer {probe.block}, probed", view))
         advance(1)

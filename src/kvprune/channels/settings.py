@@ -9,6 +9,7 @@ from kvprune.errors import BadOption
 from kvprune.options import preset_options
 from kvprune.text.corpus import text_names
 
+AUTO = "auto"
 CHANNELS = ("split", "joint")
 ALLOCATIONS = ("sensitivity", "rank", "uniform", "budget")
 PROBES = ("estimated", "measured")
@@ -27,8 +28,9 @@ class Settings:
     """Everything that decides a plan; two runs with the same settings give the same plan.
 
     ratio: fraction of the KV bytes per token to remove. allocation: None is budget, or uniform where the layout has one
-    width for all layers. probe: fraction of a block's channels that its sensitivity
-    probe removes (None: the ratio); probe_tokens: how much of the calibration text a probe reads (None: ESTIMATED_ON,
+    width for all layers. merge: how many KV heads become one (see planning.choose_merge); heads are merged only
+    with split channels, a repair that rotates, and the importance "variance". probe: fraction of a block's channels that
+    its sensitivity probe removes (None: the ratio); probe_tokens: how much of the calibration text a probe reads (None: ESTIMATED_ON,
     or all of it where probes are measured).
     probes: sensitivities are estimated from one backward pass (see estimate.py), or measured, as the paper has it.
     repair: None is rotate+refit, or refit for joint channels; repair_tokens: how much text refit takes, at most, from
@@ -39,6 +41,7 @@ class Settings:
     ratio: float = 0.5
     importance: str = "variance"
     channels: str = "split"
+    merge: int | str = AUTO
     allocation: str | None = None
     layout: str = "per-layer"
     repair: str | None = None
@@ -92,6 +95,7 @@ class Settings:
             raise BadOption(
                 f"--repair {self.repair} rotates V/O, which --channels joint cuts with Q/K; use refit or none"
             )
+        self._check_merge()
         if self.tau is not None and not self.tau > 0:
             raise BadOption("tau must be positive")
         if self.probe is not None and not 0 < self.probe <= 1:
@@ -117,6 +121,24 @@ class Settings:
             object.__setattr__(self, "probe_tokens", ESTIMATED_ON)
         if self.tau is None and "tau" in read:
             object.__setattr__(self, "tau", TAU)
+
+    def _check_merge(self) -> None:
+        if self.merge == AUTO:
+            return
+        if not isinstance(self.merge, int) and str(self.merge).isdecimal():
+            object.__setattr__(self, "merge", int(self.merge))
+        if not isinstance(self.merge, int) or self.merge < 1:
+            raise BadOption(f"--merge {self.merge} must be {AUTO}, or how many KV heads become one, from 1 up")
+        if self.merge > 1 and not self.can_merge:
+            raise BadOption(
+                f"--merge {self.merge} changes the basis across heads: that wants --channels split, --importance variance "
+                "and --repair rotate or rotate+refit"
+            )
+
+    @property
+    def can_merge(self) -> bool:
+        """Whether KV heads can be merged at all."""
+        return self.rotates and self.channels == "split" and self.importance == "variance"
 
     @property
     def rotates(self) -> bool:
@@ -146,6 +168,7 @@ DECIDED_BY_A_PLAN = {
         "ratio",
         "importance",
         "channels",
+        "merge",
         "allocation",
         "layout",
         "repair",

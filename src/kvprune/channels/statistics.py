@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from kvprune.channels.basis import Basis, basis_of, slow_channels
 from kvprune.channels.importance.base import Importance, Scores, Statistics
 from kvprune.channels.moments import attention_moments
-from kvprune.channels.repair.rotate import Rotation, key_basis, slow_channels, turned_scores, value_basis
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.attention import Attention, AttentionWeights
 from kvprune.models.finite import not_finite
@@ -27,7 +27,7 @@ def score_layers(
     statistics or scores hold NaN or infinity.
     """
     if importance.needs == "attention":
-        return measure_attention(view, list(batches), importance, False, advance)[0]
+        return measure_attention(view, list(batches), importance, None, advance)[0]
     if importance.needs == "energy":
         statistics = _energies(view, batches, advance)
     elif importance.needs == "gradients":
@@ -46,28 +46,31 @@ def score_layers(
 
 @torch.no_grad()
 def measure_attention(
-    view: ModelView, batches: Sequence[torch.Tensor], importance: Importance, rotate: bool, advance: Advance
-) -> tuple[list[Scores], list[Rotation] | None]:
-    """Scores of an importance that needs attention, and the layers' rotations if asked for, in one pass.
+    view: ModelView, batches: Sequence[torch.Tensor], importance: Importance, merge: int | None, advance: Advance
+) -> tuple[list[Scores], list[Basis] | None]:
+    """Scores of an importance that needs attention, and the layers' bases over `merge` KV heads, in one pass.
 
-    Q and K are rotated too only where their scores can be told apart in the same unit as the others'. With any other
-    importance the scores are empty: those come from score_layers.
+    merge None: no bases. With any other importance the scores are empty: those come from score_layers, of channels, and
+    so only V and O are rotated, each head for itself.
     """
     own = importance.needs == "attention"
-    slow = slow_channels(view) if rotate and own else torch.empty(0, dtype=torch.int64)
-    scores, rotations = [], []
-    for attention, moments in zip(view.attention, attention_moments(view, batches, slow, advance), strict=True):
+    slow = slow_channels(view) if merge is not None and own else torch.empty(0, dtype=torch.int64)
+    scores, bases = [], []
+    for attention, moments in zip(
+        view.attention, attention_moments(view, batches, slow, merge or 1, advance), strict=True
+    ):
         weights = attention.weights()
-        score = importance.scores(weights, Statistics(attention=moments), view.units) if own else None
-        keys = None
-        if rotate:
-            if score is not None and len(slow):
-                keys, kept = key_basis(moments)
-                score = Scores(turned_scores(score.qk, kept, slow), score.vo)
-            rotations.append(Rotation(value_basis(moments, weights.o), keys, slow))
+        score = importance.scores(weights, Statistics(attention=moments), view.units) if own and not merge else None
+        if merge is not None:
+            basis, worth = basis_of(moments, weights, slow)
+            if own:
+                score = Scores(worth, torch.empty(len(worth), 0))
+            else:
+                basis = basis.of_values()
+            bases.append(basis)
         if score is not None:
             scores.append(Scores(score.qk.float().cpu(), score.vo.float().cpu()))
-    return scores, rotations if rotate else None
+    return scores, None if merge is None else bases
 
 
 @torch.no_grad()

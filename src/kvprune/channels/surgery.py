@@ -7,12 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kvprune.channels import portable
-from kvprune.channels.masking import removed
-from kvprune.channels.plan import PruningPlan
-from kvprune.channels.repair.rotate import Rotation
-from kvprune.channels.selection import Kept
+from kvprune.channels.basis import Basis, Cut, Kept, identity
+from kvprune.channels.plan import LayerPlan, PruningPlan
+from kvprune.channels.selection import leading
 from kvprune.errors import PlanMismatch
-from kvprune.models.attention import AttentionWeights
+from kvprune.models.attention import AttentionShape, AttentionWeights
 from kvprune.models.view import ModelView
 from kvprune.runtime import modeling
 from kvprune.runtime.dtype import stored_dtype
@@ -20,36 +19,34 @@ from kvprune.runtime.twin import twin_config
 
 
 @torch.no_grad()
-def cut(view: ModelView, plan: PruningPlan, rotations: Sequence[Rotation] | None = None) -> PreTrainedModel:
+def cut(view: ModelView, plan: PruningPlan, bases: Sequence[Basis] | None = None) -> PreTrainedModel:
     """A pruned model that shares every tensor but the attention's with the dense one, which stays as it is.
 
-    Its logits equal the dense model's with the removed channels masked: Q/K rows zeroed, V rows zeroed but for
-    their biases. Where the plan has no vo, V and O are rotated with that layer's of `rotations` and keep the leading
-    directions. Raises PlanMismatch if the plan is for another model, or wants rotations that are not given.
+    Its logits equal those of the dense model whose K and V (not V's bias) go to the kept coordinates and back: with
+    no change of basis, of the dense model with the removed channels masked. Where the plan has no vo, the coordinates
+    are those of that layer's of `bases`. Raises PlanMismatch if the plan is for another model, or wants bases that are
+    not given.
     """
-    if plan.is_rotated and rotations is None:
-        raise PlanMismatch("the plan rotates V and O on its calibration text: apply it with kvprune prune --plan")
-    plan.check(view.family.model_type, view.shape, view.units.tolist())
+    if plan.is_rotated and bases is None:
+        raise PlanMismatch("the plan changes the basis on its calibration text: apply it with kvprune prune --plan")
+    plan.check(view.family.model_type, view.shape)
     dense = view.lm
     is_portable = plan.layout == "portable"
+    factored = [not is_portable and is_factored(view.shape, width) for width in plan.widths]
     if is_portable:
         pruned = portable.stock_model(view, plan)
         rotary = type(pruned.base_model.rotary_emb)(pruned.config).to(view.device)
     else:
         with torch.device("meta"):
-            pruned = AutoModelForCausalLM.from_config(_config(view, plan), dtype=dense.dtype)
+            pruned = AutoModelForCausalLM.from_config(_config(view, plan, factored), dtype=dense.dtype)
         rotary = copy.deepcopy(dense.base_model.rotary_emb)  # some tables change with the context, each its own
     state = dict(dense.state_dict())
     base = dense.base_model_prefix
     for index, (attention, layer) in enumerate(zip(view.attention, plan.layers, strict=True)):
         prefix = f"{base}.{view.family.layers}.{index}.{view.family.attention}."
         state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
-        kept = Kept(torch.tensor(layer.qk), None if layer.vo is None else torch.tensor(layer.vo))
-        weights = attention.weights()
-        if kept.vo is None:
-            assert rotations is not None
-            weights = rotations[index].turned(weights)
-        narrow = _narrow(weights, kept)
+        basis = identity(view.shape.kv_heads, view.shape.head_dim) if bases is None else bases[index]
+        narrow = _narrow(attention.weights(), basis, _kept(layer), factored[index])
         if is_portable:
             _make_stock(narrow, portable.query_scale(view, plan))
         state |= {prefix + name: tensor for name, tensor in narrow.items()}
@@ -65,43 +62,61 @@ def cut(view: ModelView, plan: PruningPlan, rotations: Sequence[Rotation] | None
     return pruned.eval()
 
 
-def _config(view: ModelView, plan: PruningPlan):
+def is_factored(shape: AttentionShape, width: int) -> bool:
+    """Whether a step of decoding reads fewer weights if Q and O stay as wide as they were, with a matrix for each KV
+    head between them and the kept coordinates, than if they are written out at the kept width."""
+    heads = shape.kv_heads * shape.groups
+    return heads * (width - shape.head_dim) * shape.hidden > shape.kv_heads * shape.head_dim * width
+
+
+def _kept(layer: LayerPlan) -> Kept:
+    qk = torch.tensor(layer.qk)
+    return Kept(qk, leading(*qk.shape) if layer.vo is None else torch.tensor(layer.vo))
+
+
+def _config(view: ModelView, plan: PruningPlan, factored: Sequence[bool]):
     """The pruned twin's config, as a checkpoint has it."""
-    config = twin_config(view.lm.config, view.shape.head_dim, plan.widths)
+    config = twin_config(view.lm.config, view.shape.head_dim, plan.widths, plan.merge, factored)
     config.tie_word_embeddings = view.is_tied
     config.auto_map = modeling.auto_map(view.family.model_type)
     config._attn_implementation = view.lm.config._attn_implementation
     return config
 
 
-def _narrow(w: AttentionWeights, kept: Kept) -> dict[str, torch.Tensor]:
-    """The kept rows of Q, K, V and columns of O, named as PrunedAttention names them."""
-    device, hidden = w.k.device, w.k.shape[-1]
-    qk, vo = kept.qk.to(device), kept.values.to(device)
-    head = torch.arange(len(qk), device=device).unsqueeze(1)  # (kv_heads, 1), beside (kv_heads, width)
+def _narrow(w: AttentionWeights, basis: Basis, kept: Kept, factored: bool) -> dict[str, torch.Tensor]:
+    """Q, K, V and O of the kept coordinates, named as PrunedAttention names them."""
+    maps, dtype, device = basis.cut(kept), w.k.dtype, w.k.device
+    heads, hidden = basis.heads, w.k.shape[-1]
+    maps = Cut(*(x.to(device) for x in vars(maps).values()))
+    order = heads.flatten()  # queries follow the groups, and so does what O reads
 
-    def rows(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """(kv_heads, D, ...) -> (kv_heads, width, ...)"""
-        return tensor[head, index]
+    def grouped(rows: torch.Tensor) -> torch.Tensor:
+        """(kv_heads, D, x) -> (groups, m * D, x)"""
+        return rows[heads].flatten(1, 2).double()
 
-    q = rows(w.q.transpose(1, 2), qk).transpose(1, 2)  # (kv_heads, groups, width, hidden)
-    o = rows(w.o.transpose(1, 2), vo).transpose(1, 2)
+    q, o = w.q[order].double(), w.o[order].double()  # (H, query heads of each, D, hidden)
+    q_bias = None if w.q_bias is None else w.q_bias[order].double().unsqueeze(-1)
     state = {
-        "rope_index": qk,
-        "q_proj.weight": q.reshape(-1, hidden),
-        "k_proj.weight": rows(w.k, qk).reshape(-1, hidden),
-        "v_proj.weight": rows(w.v, vo).reshape(-1, hidden),
-        "o_proj.weight": o.permute(3, 0, 1, 2).reshape(hidden, -1),
+        "rope_index": maps.rope,
+        "k_proj.weight": (maps.keys @ grouped(w.k)).reshape(-1, hidden),
+        "v_proj.weight": (maps.values @ grouped(w.v)).reshape(-1, hidden),
     }
-    if w.q_bias is not None:
-        state["q_proj.bias"] = rows(w.q_bias.transpose(1, 2), qk).transpose(1, 2).reshape(-1)
+    if factored:
+        state |= {"q_mix.weight": maps.queries, "o_mix.weight": maps.outputs.mT}
+    else:
+        back = maps.queries.mT.unsqueeze(1)  # (H, 1, width, D)
+        q, o = back @ q, maps.outputs.mT.unsqueeze(1) @ o
+        q_bias = None if q_bias is None else back @ q_bias
+    state |= {"q_proj.weight": q.reshape(-1, hidden), "o_proj.weight": o.permute(3, 0, 1, 2).reshape(hidden, -1)}
+    if q_bias is not None:
+        state["q_proj.bias"] = q_bias.reshape(-1)
     if w.k_bias is not None:
-        state["k_proj.bias"] = rows(w.k_bias, qk).reshape(-1)
+        state["k_proj.bias"] = (maps.keys @ grouped(w.k_bias.unsqueeze(-1))).reshape(-1)
     if w.v_bias is not None:
-        state["v_proj.bias"] = rows(w.v_bias, vo).reshape(-1)
+        state["v_proj.bias"] = (maps.values @ grouped(w.v_bias.unsqueeze(-1))).reshape(-1)
     if w.o_bias is not None or w.v_bias is not None:
-        state["o_proj.bias"] = _output_bias(w, vo)
-    return {name: tensor.contiguous().clone() for name, tensor in state.items()}
+        state["o_proj.bias"] = _output_bias(w, basis, maps)
+    return {n: t.contiguous().clone() if n == "rope_index" else t.to(dtype).contiguous() for n, t in state.items()}
 
 
 def _make_stock(state: dict[str, torch.Tensor], query_scale: float) -> None:
@@ -112,13 +127,14 @@ def _make_stock(state: dict[str, torch.Tensor], query_scale: float) -> None:
             state[name] = state[name] * query_scale
 
 
-def _output_bias(w: AttentionWeights, vo: torch.Tensor) -> torch.Tensor:
-    """O's bias, plus what the removed V channels' biases put out: attention weights sum to one, so it is constant."""
+def _output_bias(w: AttentionWeights, basis: Basis, maps: Cut) -> torch.Tensor:
+    """O's bias, plus what V's bias loses on the way to the kept coordinates and back: attention weights sum to one, so
+    it is constant."""
     total = torch.zeros(w.o.shape[-1], dtype=torch.float64, device=w.o.device)
     if w.o_bias is not None:
         total += w.o_bias.double()
     if w.v_bias is not None:
-        gone = removed(vo, w.v.shape[1]).to(w.v_bias.device)
-        lost = torch.where(gone, w.v_bias, 0).double()  # (kv_heads, D)
-        total += torch.einsum("kd,kgdh->h", lost, w.o.double())
-    return total.to(w.o.dtype)
+        bias = w.v_bias[basis.heads].flatten(1).double().unsqueeze(-1)  # (groups, m * D, 1)
+        lost = (bias - maps.projections()[1] @ bias).view(-1, w.v_bias.shape[1])  # (H, D)
+        total += torch.einsum("kd,kgdh->h", lost, w.o[basis.heads.flatten()].double())
+    return total

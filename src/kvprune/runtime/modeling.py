@@ -10,6 +10,9 @@ model in which each layer's attention has been replaced by `PrunedAttention`. No
   the smaller head_dim, which is how pruned models go silently wrong.
 - `rope_index` holds, per KV head, the dense numbers of the kept Q/K channels: cos and sin are
   gathered with it, so a kept RoPE pair keeps its original frequency.
+- A KV head may stand for several dense ones (merged heads): `num_key_value_heads` is what the cache holds, and
+  `dense_kv_heads` what the dense model had. Q and O are then written out at the merged width, or, where that would read
+  more bytes, stay at the dense width with a small matrix per dense KV head behind Q and before O (`HeadMix`).
 - Widths live in `per_layer_config[i].head_dim`, which transformers and vLLM both read. `config.head_dim` is the one
   width where all layers have the same, so that whoever makes a cache by it is right, and else the dense head_dim.
 - Folders live for years, and transformers renames what a block hands its attention. The KV cache is taken under any
@@ -40,7 +43,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 FAMILIES = ("llama", "mistral", "qwen2")  # every dense model_type that has a pruned twin here
 PREFIX = "kvprune_"  # model_type of the twin: kvprune_llama, ...
-VERSION = 2  # of this file: 1 (which said no number) loses the cache from transformers 5.24 on
+# Of this file. 1 (which said no number) loses the cache from transformers 5.24 on; 2 knows no merged heads.
+VERSION = 3
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what transformers has called it, or may
 # What it is called here, in calls of a model and in what a model returns: "cache" from transformers 5.24 on.
 CACHE = CACHE_NAMES[0] if CACHE_NAMES[0] in BaseModelOutputWithPast.__dataclass_fields__ else CACHE_NAMES[1]
@@ -77,21 +81,36 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
 
 
+class HeadMix(nn.Module):
+    """One matrix (before, behind) for each dense KV head, applied to each of its query heads."""
+
+    def __init__(self, kv_heads: int, before: int, behind: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(kv_heads, before, behind))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., query heads * before) -> (..., query heads * behind)."""
+        kv_heads, before, _ = self.weight.shape
+        grouped = x.reshape(-1, kv_heads, x.shape[-1] // (kv_heads * before), before).transpose(0, 1)
+        mixed = grouped.flatten(1, 2) @ self.weight  # (kv_heads, rows * groups, behind)
+        return mixed.unflatten(1, grouped.shape[1:3]).transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+
 class PrunedAttention(nn.Module):
-    """Attention with `width` of the dense head_dim channels per head (half-split RoPE, GQA).
+    """Attention with `width` channels per head (half-split RoPE, GQA).
 
     Q, K, V: hidden -> heads * width; O: heads * width -> hidden; the cache holds width numbers per
-    KV head for K and for V. O has a bias where V had one: a removed V channel's bias is a constant
+    KV head for K and for V. factored: Q and O have the dense head_dim per head, and `q_mix` and `o_mix` lead to the
+    width and back. O has a bias where V had one: a removed V channel's bias is a constant
     at the output, and that is where it is kept.
     """
 
-    def __init__(self, dense: nn.Module, config, width: int):
+    def __init__(self, dense: nn.Module, config, width: int, factored: bool = False):
         super().__init__()
         self.config = config
         self.layer_idx = dense.layer_idx
         self.head_dim = width
         self.scaling = dense.scaling  # 1 / sqrt(dense head_dim), or whatever the family says
-        self.num_key_value_groups = dense.num_key_value_groups
         self.attention_dropout = dense.attention_dropout
         self.is_causal = dense.is_causal
         # Families with a window pass it on with every call; the mask is made by the model.
@@ -99,11 +118,16 @@ class PrunedAttention(nn.Module):
         self.eager_attention = sys.modules[type(dense).__module__].eager_attention_forward
 
         hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        self.num_key_value_groups = heads // kv_heads
+        own = config.dense_head_dim if factored else width
         has_bias = {name: getattr(dense, name).bias is not None for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-        self.q_proj = nn.Linear(hidden, heads * width, bias=has_bias["q_proj"])
+        self.q_proj = nn.Linear(hidden, heads * own, bias=has_bias["q_proj"])
         self.k_proj = nn.Linear(hidden, kv_heads * width, bias=has_bias["k_proj"])
         self.v_proj = nn.Linear(hidden, kv_heads * width, bias=has_bias["v_proj"])
-        self.o_proj = nn.Linear(heads * width, hidden, bias=has_bias["o_proj"] or has_bias["v_proj"])
+        self.o_proj = nn.Linear(heads * own, hidden, bias=has_bias["o_proj"] or has_bias["v_proj"])
+        dense_kv_heads = config.dense_kv_heads or kv_heads
+        self.q_mix = HeadMix(dense_kv_heads, own, width) if factored else None
+        self.o_mix = HeadMix(dense_kv_heads, width, own) if factored else None
         self.rope_index: torch.Tensor
         self.register_buffer("rope_index", torch.arange(width).repeat(kv_heads, 1))  # (kv_heads, width)
 
@@ -124,6 +148,15 @@ class PrunedAttention(nn.Module):
         grouped = query.unflatten(1, (kv_heads, -1))  # (B, kv_heads, groups, T, width)
         grouped = grouped * cos.unsqueeze(2) + rotate_half(grouped) * sin.unsqueeze(2)
         return grouped.flatten(1, 2), key
+
+    def queries(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (..., hidden) -> queries before RoPE, (..., heads * width)."""
+        query = self.q_proj(hidden)
+        return query if self.q_mix is None else self.q_mix(query)
+
+    def outputs(self, attended: torch.Tensor) -> torch.Tensor:
+        """Mixed values (..., heads * width) -> (..., hidden)."""
+        return self.o_proj(attended if self.o_mix is None else self.o_mix(attended))
 
     def _update(self, cache, key, value, kwargs):
         """Keys and values (B, kv_heads, T, width) -> all that are cached; a paged cache reads and changes kwargs."""
@@ -156,7 +189,7 @@ class PrunedAttention(nn.Module):
         self._check_engine(kwargs)
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
-        query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        query_states = self.queries(hidden_states).view(hidden_shape).transpose(1, 2)
         key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
 
@@ -180,8 +213,7 @@ class PrunedAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
-        return self.o_proj(attn_output), attn_weights
+        return self.outputs(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
 
 
 def _look_at_copy(name: Any) -> None:
@@ -200,6 +232,8 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
 
     class Config(dense_config):
         dense_head_dim: int | None = None
+        dense_kv_heads: int | None = None  # None: as many as num_key_value_heads
+        factored: bool = False
 
         def __getattribute__(self, key):
             if key == "head_dim" and self.is_heterogeneous:  # where transformers itself would raise
@@ -223,10 +257,11 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
             dense_config._validate_longrope_rope_parameters(read, *args, **kwargs)
 
         def dense(self):
-            """This config as the dense modules must read it: one head_dim, the dense one."""
+            """This config as the dense modules must read it: one head_dim, the dense one, and all KV heads."""
             config = copy.deepcopy(self)
             config.per_layer_config = None
             config.head_dim = self.dense_head_dim
+            config.num_key_value_heads = self.dense_kv_heads or self.num_key_value_heads
             return config
 
     Config.model_type = PREFIX + model_type
@@ -241,7 +276,8 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
             config._attn_implementation = self.config._attn_implementation
             self.config: Any = config
             for layer, layer_config in zip(self.layers, config.per_layer_config, strict=True):
-                layer.self_attn = PrunedAttention(layer.self_attn, config, layer_config.head_dim)
+                own = layer_config.head_dim, layer_config.factored
+                layer.self_attn = PrunedAttention(layer.self_attn, config, *own)
             self.post_init()
 
     class ForCausalLM(dense_lm):

@@ -8,12 +8,24 @@ from transformers import PreTrainedConfig
 from kvprune.runtime import modeling
 
 
-def twin_config(dense: PreTrainedConfig, head_dim: int, widths: Sequence[int]) -> Any:
-    """The dense config with a head_dim per layer, of the family's pruned class; head_dim: the dense one."""
+def twin_config(
+    dense: PreTrainedConfig, head_dim: int, widths: Sequence[int], merge: int = 1, factored: Sequence[bool] = ()
+) -> Any:
+    """The dense config with a head_dim per layer, of the family's pruned class; head_dim: the dense one.
+
+    merge: how many dense KV heads one of the pruned model stands for; factored: see PrunedAttention, by layer."""
     settings = dense.to_dict()
     for name in ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version"):
         settings.pop(name, None)
     settings["head_dim"] = settings["dense_head_dim"] = head_dim
+    if merge > 1:
+        settings["dense_kv_heads"] = settings["num_key_value_heads"]
+        settings["num_key_value_heads"] //= merge
     config = modeling.config_class(dense.model_type)(**settings)
     config.per_layer_config = {i: {"head_dim": width} for i, width in enumerate(widths)}
+    if any(factored):
+        config.per_layer_config = {
+            i: {"head_dim": width, "factored": bool(mixes)}
+            for i, (width, mixes) in enumerate(zip(widths, factored, strict=True))
+        }
     return config

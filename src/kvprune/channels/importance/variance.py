@@ -14,8 +14,9 @@ class Variance:
     """Expected loss of attention, to second order [ours].
 
     Q/K, a RoPE pair: E over queries of the variance, over the keys as the attention weighs them, of the pair's
-    contribution to the scores, summed over the group. Half of it is the KL divergence between the attention with and
-    without the pair, to second order; what a pair adds to all keys alike costs nothing, unlike in `energy`. V/O, a
+    contribution to the scores, summed over the group, if the phases of q and k are unrelated. Half of it is the KL
+    divergence between the attention with and without the pair, to second order; what a pair adds to all keys alike
+    costs nothing, unlike in `energy`. Across heads: see basis.key_basis. V/O, a
     channel c: E z_c^2 * sum over the group of |W_o column|^2 of the attention outputs z, which are values mixed over
     tokens. One pass over the calibration text, no gradients. Takes pairs as unrelated.
     """
@@ -25,5 +26,9 @@ class Variance:
     def scores(self, weights: AttentionWeights, statistics: Statistics, units: torch.Tensor) -> Scores:
         moments = statistics.attention
         assert moments is not None
+        pairs = moments.keys[:, :, 0, 0].real.clamp_min(0) / 4  # half the energy, halved between two channels
+        qk = torch.zeros(len(pairs), units.numel(), dtype=torch.float64, device=pairs.device)
+        for channels in units.T:
+            qk[:, channels] = pairs
         size = weights.o.double().square().sum((1, 3))  # (kv_heads, D)
-        return Scores(moments.pairs, moments.outputs.diagonal(dim1=1, dim2=2) * size)
+        return Scores(qk, moments.outputs.diagonal(dim1=1, dim2=2) * size)
