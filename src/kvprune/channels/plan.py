@@ -112,6 +112,8 @@ class PruningPlan(BaseModel):
             raise PlanMismatch(f"the plan has {len(self.layers)} layers, the model {shape.layers}; make it again")
         if self.format == 1 and self.is_rotated:
             raise PlanMismatch("the plan was made by an older kvprune, whose rotation was another one; make it again")
+        if any((layer.vo is None) != (self.is_rotated or self.merge > 1) for layer in self.layers):
+            raise PlanMismatch("a plan has vo in every layer, or null in all, as where heads are merged; make it again")
         size = shape.head_dim * self.merge
         for i, layer in enumerate(self.layers):
             highest = max(max(kept) for kept in (*layer.qk, *(layer.vo or ())))
