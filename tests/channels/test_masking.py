@@ -49,7 +49,7 @@ def test_projects_as_plain_loops_do(family, merge):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_is_what_surgery_makes(family, merge):
-    """The probes see the very model that is cut, slow pairs included: here they stand still, so that mixing is exact."""
+    """The probes see the very model that is cut, slow pairs included: these stand still here, so mixing is exact."""
     model = tiny_model(family, kv_heads=4, groups=2, layers=1, **STILL)
     (basis,) = measured_bases(model, merge, slow=True)
     assert len(basis.slow) == 14  # all pairs but the first

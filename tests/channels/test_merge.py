@@ -80,7 +80,9 @@ def test_a_merge_that_cannot_be_is_refused():
         choose(8, 128, merge=3, ratio=0.5)
     with pytest.raises(errors.BadOption, match=r"--merge 16 does not divide the 8 KV heads"):
         choose(8, 128, merge=16, ratio=0.5)
-    with pytest.raises(errors.BadOption, match=r"--merge 8 makes heads of 512 channels.*take 256; choose auto, 1, 2, 4$"):
+    with pytest.raises(
+        errors.BadOption, match=r"--merge 8 makes heads of 512 channels.*take 256; choose auto, 1, 2, 4$"
+    ):
         choose(8, 128, merge=8, ratio=0.5)
     with pytest.raises(errors.BadOption, match=r"--merge 4 makes heads of 384 channels at --ratio 0\.25"):
         choose(8, 128, merge=4, ratio=0.25)
@@ -188,7 +190,7 @@ def test_an_older_rotated_plan_is_refused_before_any_work(checkpoint, texts, tmp
     content = json.loads(plan.to_json()) | {"format": 1}
     del content["merge"]
     (tmp_path / "plan.json").write_text(json.dumps(content))
-    with pytest.raises(errors.PlanMismatch, match="older kvprune.*make it again"):
+    with pytest.raises(errors.PlanMismatch, match=r"older kvprune.*make it again"):
         kvprune.prune(checkpoint, tmp_path / "out", plan=tmp_path / "plan.json", **WITHOUT_WIDTHS)
     assert not (tmp_path / "out").exists()
 
@@ -256,7 +258,8 @@ def test_a_users_mistake_is_one_line_and_writes_nothing(checkpoint, texts, tmp_p
 
 
 def test_the_command_line(command, checkpoint, texts, tmp_path):
-    words = "--calibration-tokens 512 --eval-tokens 512 --window 64 --repair-tokens 4096 --device cpu --json".split()
+    few = {"calibration-tokens": 512, "eval-tokens": 512, "window": 64, "repair-tokens": 4096, "device": "cpu"}
+    words = [word for name, value in few.items() for word in (f"--{name}", value)] + ["--json"]
     code, out, _ = command("prune", checkpoint, "--out", tmp_path / "out", "--merge", "2", *words)
     assert code == 0
     assert json.loads(out)["source"] == str(checkpoint)

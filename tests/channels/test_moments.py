@@ -52,7 +52,7 @@ def by_plain_loops(model, layer, groups, order):
     tokens = 0
     for q, k, v, cos, sin, weights in windows_of(model, layer):
         tokens += len(q)
-        for row, (group, head) in enumerate((group, head) for group in order for head in group):
+        for row, (group, head) in enumerate((heads, head) for heads in order for head in heads):
             behind_rope = torch.stack([turned(k[n, group], cos[n], sin[n]) for n in range(len(k))])  # (T, m, pairs)
             before_rope = torch.stack([torch.cat([k[n, other, SLOW] for other in group]) for n in range(len(k))])
             values = torch.stack([torch.cat([v[n, other] for other in group]) for n in range(len(k))])

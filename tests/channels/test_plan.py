@@ -73,7 +73,7 @@ def test_a_rotated_plan_of_format_1_is_refused(model, tmp_path):
     bases = random_bases(model, 1)
     cut(ModelView(model), plan, bases)
     (tmp_path / "plan.json").write_text(older(plan))
-    with pytest.raises(PlanMismatch, match="older kvprune.*make it again"):
+    with pytest.raises(PlanMismatch, match=r"older kvprune.*make it again"):
         cut(ModelView(model), PruningPlan.read(tmp_path), bases)
 
 
