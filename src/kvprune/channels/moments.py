@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import islice, repeat
 from typing import Any, cast
 
 import torch
@@ -27,9 +28,11 @@ class AttentionMoments:
     queries (H, pairs): E |q|^2 of a pair, scaled as in the scores.
     keys (H, pairs, m, m), complex: E |q|^2 Cov(k), the covariance of the group's m keys, behind RoPE, as the attention
     weighs them. Scores enter the softmax only up to a constant, so the variance is what a pair decides (half of it is
-    the KL divergence that losing it costs, to second order).
+    the KL divergence that losing it costs, to second order). With gradients, E |q|^2 c c^* in its place: c is the sum
+    over the keys of dL/ds k, where L is the loss and s the score of that key, so that q c is what the loss would change
+    by, to first order, if the pair grew. Its square is the Fisher information: what losing the pair costs the loss.
     slow_queries (H, n, n), slow_keys (H, m * n, m * n): of the n `slow` channels before RoPE, E q q^T and the mean over
-    queries of Cov(k).
+    queries of Cov(k), or of c c^T.
     outputs (H, m * D, m * D): E z z^T of the attention outputs z, which are the group's values as the query heads mix
     them, without V's bias.
     """
@@ -44,11 +47,16 @@ class AttentionMoments:
 
 @torch.no_grad()
 def attention_moments(
-    view: ModelView, batches: Sequence[torch.Tensor], slow: torch.Tensor, merge: int, advance: Callable[[int], None]
+    view: ModelView,
+    batches: Sequence[torch.Tensor],
+    slow: torch.Tensor,
+    merge: int,
+    advance: Callable[[int], None],
+    gradients: Sequence[Sequence[torch.Tensor]] | None = None,
 ) -> Iterator[AttentionMoments]:
     """Moments of every layer in turn, from one pass over the batches (B, T), for groups of `merge` KV heads.
 
-    slow (n,): channel numbers, pair by pair. Memory: the hidden states of the text before one block, one layer's
+    slow (n,): channel numbers, pair by pair. gradients: what output_gradients gave for these batches. Memory: the hidden states of the text before one block, one layer's
     moments, one window's attention weights of one query head, and, where the groups must be chosen, what one layer's
     Q, K and V put out. Raises NotFinite.
     """
@@ -56,7 +64,8 @@ def attention_moments(
     tokens = sum(batch.numel() for batch in batches)
     chooses = 1 < merge < view.shape.kv_heads
     for index, (block, attention) in enumerate(zip(view.blocks, view.attention, strict=True)):
-        waiting: list[tuple[Outputs, dict[str, Any]]] = []
+        waiting: list[tuple[Outputs, dict[str, Any], list[torch.Tensor | None]]] = []
+        of_layer = iter(repeat(None) if gradients is None else gradients[index])
         sums = None if chooses else _Sums(view, attention, slow, torch.arange(view.shape.kv_heads).view(-1, merge))
         for number, state in enumerate(states):
             outputs: Outputs = {}
@@ -66,13 +75,13 @@ def attention_moments(
             finally:
                 for hook in hooks:
                     hook.remove()
-            told = outputs, calls.of_length[state.shape[1]][index].kwargs
+            told = outputs, calls.of_length[state.shape[1]][index].kwargs, list(islice(of_layer, len(state)))
             if sums is None:
                 waiting.append(told)
             else:
                 sums.add(*told)
         if sums is None:
-            sums = _Sums(view, attention, slow, group_heads([o for o, _ in waiting], view.units, merge))
+            sums = _Sums(view, attention, slow, group_heads([o for o, _, _ in waiting], view.units, merge))
             for told in waiting:
                 sums.add(*told)
         yield sums.means(tokens, index)
@@ -91,7 +100,8 @@ class _Sums:
         self.stretch = float(cast(float, getattr(rotary, "attention_scaling", 1.0)))  # of cos and sin, as YaRN has it
         self.scaling = cast(float, attention.module.scaling)
         self.device = attention.projection("o").weight.device
-        self.v_bias = attention.weights().v_bias
+        weights = attention.weights()
+        self.v_bias, self.o = weights.v_bias, weights.o
         self.units, self.slow = view.units.to(self.device), slow.to(self.device)
         m, pairs, n = heads.shape[1], len(self.units), len(slow)
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
@@ -104,11 +114,12 @@ class _Sums:
             zeros(s.kv_heads, m * s.head_dim, m * s.head_dim),
         )
 
-    def add(self, outputs: Outputs, call: dict[str, Any]) -> None:
+    def add(self, outputs: Outputs, call: dict[str, Any], gradients: list[torch.Tensor | None]) -> None:
+        """A batch of windows; gradients: of each at the attention's output, (T, hidden)."""
         s, length = self.shape, outputs["q"].shape[1]
         cos, sin = (table[0].float() for table in call["position_embeddings"])  # (T, D)
         visible = _visible(call.get("attention_mask"), length, self.device)
-        for q, k, v in zip(*(outputs[name] for name in "qkv"), strict=True):
+        for q, k, v, gradient in zip(*(outputs[name] for name in "qkv"), gradients, strict=True):
             q = q.float().view(length, s.kv_heads, s.groups, s.head_dim).permute(1, 2, 0, 3) * self.scaling
             k = k.float().view(length, s.kv_heads, s.head_dim).transpose(0, 1)
             if self.v_bias is not None:
@@ -119,25 +130,46 @@ class _Sums:
                 seen = _Seen.of(k[group], k_turned[group], v[group], self.slow, self.units)
                 for member, head in enumerate(group.tolist()):
                     scores = (q_turned[head] @ k_turned[head].T).masked_fill_(~visible, -torch.inf)
-                    self._add_head(number * len(group) + member, scores.softmax(-1), q[head], seen)
+                    weights, row = scores.softmax(-1), number * len(group) + member
+                    mixed = self._add_outputs(row, weights, q[head], seen)
+                    if gradient is None:
+                        self._add_variance(row, weights, q[head], seen)
+                    else:
+                        at_values = gradient.float() @ self.o[head].float().mT  # (groups, T, D): dL/dz
+                        own = mixed.unflatten(-1, (len(group), -1))[..., member, :]
+                        reach = at_values @ v[head].T - (at_values * own).sum(-1, keepdim=True)
+                        self._add_gradients(row, weights * reach, q[head], seen)
 
-    def _add_head(self, row: int, weights: torch.Tensor, q: torch.Tensor, seen: "_Seen") -> None:
-        """weights (groups, T, T) and q (groups, T, D), before RoPE, of one KV head's query heads."""
+    def _add_outputs(self, row: int, weights: torch.Tensor, q: torch.Tensor, seen: "_Seen") -> torch.Tensor:
+        """weights (groups, T, T) and q (groups, T, D), before RoPE, of one KV head's query heads -> what they mix of the
+        group's values, (groups, T, m * D)."""
+        squares, queries = self._squares(q), q[..., self.slow].flatten(0, 1).double()
+        self.sums.queries[row] += squares.sum((0, 1), dtype=torch.float64)
+        self.sums.slow_queries[row] += queries.T @ queries
+        mixed = weights @ seen.values
+        z = mixed.flatten(0, 1).double()
+        self.sums.outputs[row] += z.T @ z
+        return mixed
+
+    def _squares(self, q: torch.Tensor) -> torch.Tensor:
+        """|q|^2 of every pair, as it stands in the scores: (groups, T, pairs)."""
         a, b = (q[..., self.units[:, i]] for i in range(2))
-        squares = (a * a + b * b) * self.stretch**2  # (groups, T, pairs)
-        mean = weights @ seen.columns
-        of_pairs, of_slow, z = mean.split([seen.pairs[0].numel() * 2, seen.slow.shape[1], seen.width], dim=-1)
+        return (a * a + b * b) * self.stretch**2
+
+    def _add_variance(self, row: int, weights: torch.Tensor, q: torch.Tensor, seen: "_Seen") -> None:
+        squares = self._squares(q)
+        means, of_slow = seen.split(weights @ seen.columns)
         weighed = (squares.mT @ weights).sum(0)  # (pairs, T): how much each key is looked at, by this pair
-        means = torch.view_as_complex(of_pairs.reshape(*of_pairs.shape[:2], *seen.pairs.shape[1:], 2).contiguous())
-        sums = self.sums
-        sums.queries[row] += squares.sum((0, 1), dtype=torch.float64)
-        sums.keys[row] += _outer(seen.pairs, weighed.T) - sum(map(_outer, means, squares))
-        queries = q[..., self.slow].flatten(0, 1).double()
-        sums.slow_queries[row] += queries.T @ queries
+        self.sums.keys[row] += _outer(seen.pairs, weighed.T) - sum(map(_outer, means, squares))
         slow, of_slow = seen.slow.double(), of_slow.flatten(0, 1).double()
-        sums.slow_keys[row] += (slow * weights.sum((0, 1)).double().unsqueeze(1)).T @ slow - of_slow.T @ of_slow
-        z = z.flatten(0, 1).double()
-        sums.outputs[row] += z.T @ z
+        self.sums.slow_keys[row] += (slow * weights.sum((0, 1)).double().unsqueeze(1)).T @ slow - of_slow.T @ of_slow
+
+    def _add_gradients(self, row: int, reach: torch.Tensor, q: torch.Tensor, seen: "_Seen") -> None:
+        """reach (groups, T, T): the gradient of the loss in the scores, of each query over the keys."""
+        pairs, slow = seen.split(reach @ seen.columns)
+        self.sums.keys[row] += sum(map(_outer, pairs, self._squares(q)))
+        slow = slow.flatten(0, 1).double()
+        self.sums.slow_keys[row] += slow.T @ slow
 
     def means(self, tokens: int, index: int) -> AttentionMoments:
         sums, groups = self.sums, self.shape.groups
@@ -157,13 +189,13 @@ class _Sums:
 @dataclass(frozen=True)
 class _Seen:
     """Keys and values of one group in a window, centred over its tokens: what all share has no variance, and would
-    drown it in rounding. pairs (T, pairs, m) complex, behind RoPE; slow (T, m * n); columns (T, ...): these and the
-    values, which are not centred, side by side, as real numbers. width: m * D."""
+    drown it in rounding. pairs (T, pairs, m) complex, behind RoPE; slow (T, m * n); columns: both side by side, as real
+    numbers. values (T, m * D), which are not centred."""
 
     pairs: torch.Tensor
     slow: torch.Tensor
     columns: torch.Tensor
-    width: int
+    values: torch.Tensor
 
     @classmethod
     def of(cls, k: torch.Tensor, k_turned: torch.Tensor, v: torch.Tensor, slow: torch.Tensor, units: torch.Tensor):
@@ -172,10 +204,14 @@ class _Seen:
         pairs = torch.complex(turned[:, units[:, 0]], turned[:, units[:, 1]])
         few = k[..., slow].transpose(0, 1).flatten(1)
         few = few - few.mean(0)
-        values = v.transpose(0, 1).flatten(1)
-        flat = torch.view_as_real(pairs).flatten(1)
-        # Twice the numbers of `pairs`: real and imaginary parts
-        return cls(pairs, few, torch.cat((flat, few, values), 1), values.shape[1])
+        columns = torch.cat((torch.view_as_real(pairs).flatten(1), few), 1)
+        return cls(pairs, few, columns, v.transpose(0, 1).flatten(1))
+
+    def split(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What became of the columns, (groups, T, ...), as pairs (groups, T, pairs, m) complex, and slow channels."""
+        of_pairs, of_slow = mixed.tensor_split([2 * self.pairs[0].numel()], dim=-1)
+        shape = *mixed.shape[:2], *self.pairs.shape[1:], 2
+        return torch.view_as_complex(of_pairs.reshape(shape).contiguous()), of_slow
 
 
 def _outer(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from kvprune.options import preset_options
 from kvprune.text.corpus import text_names
 
 CHANNELS = ("split", "joint")
+ACROSS_HEADS = ("fisher", "variance")  # importances that can tell channels of one head from those of another
 ALLOCATIONS = ("sensitivity", "rank", "uniform", "budget")
 PROBES = ("estimated", "measured")
 TAU = 3.0
@@ -29,7 +30,7 @@ class Settings:
 
     ratio: fraction of the KV bytes per token to remove. allocation: None is budget, or uniform where the layout has one
     width for all layers. merge: how many KV heads become one, or AUTO (see planning.choose_merge); heads are merged
-    only with split channels, a repair that rotates, and the importance "variance". align and min_width count channels
+    only with split channels, a repair that rotates, and the importance "fisher" or "variance". align and min_width count channels
     of a KV head of the pruned model. probe: fraction of a block's channels that its sensitivity probe removes (None:
     the ratio); probe_tokens: how much of the calibration text a probe reads (None: ESTIMATED_ON, or all of it where
     probes are measured). probes: sensitivities are estimated from one backward pass (see estimate.py), or measured, as
@@ -40,7 +41,7 @@ class Settings:
 
     source: str
     ratio: float = 0.5
-    importance: str = "variance"
+    importance: str = "fisher"
     channels: str = "split"
     merge: int | str = AUTO
     allocation: str | None = None
@@ -128,13 +129,13 @@ class Settings:
         if self.merge not in (AUTO, 1) and not self.can_merge:
             raise BadOption(
                 f"--merge {self.merge} changes the basis across heads: that wants --channels split, --importance "
-                "variance and --repair rotate or rotate+refit"
+                "fisher or variance and --repair rotate or rotate+refit"
             )
 
     @property
     def can_merge(self) -> bool:
         """Whether KV heads can be merged at all."""
-        return self.rotates and self.channels == "split" and self.importance == "variance"
+        return self.rotates and self.channels == "split" and self.importance in ACROSS_HEADS
 
     @property
     def rotates(self) -> bool:
