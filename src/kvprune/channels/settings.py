@@ -106,7 +106,7 @@ class Settings:
     def _decide_widths(self) -> None:
         """Fill in what says how widths are found. Raises BadOption for an option that nothing would read."""
         if self.allocation is None:
-            object.__setattr__(self, "allocation", "budget" if self.layout == "per-layer" else "uniform")
+            object.__setattr__(self, "allocation", "uniform")
         if self.layout != "per-layer" and self.allocation != "uniform":
             raise BadOption(f"--layout {self.layout} has one width for all layers; leave out --allocation")
         read = READ_BY.get(str(self.allocation), ())

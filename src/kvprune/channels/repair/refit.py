@@ -35,15 +35,18 @@ class Refitted:
 
 
 class Moments:
-    """Sums over rows of x x^T, x y^T and |y|^2 in float64, (n, n), (n, m) and a number; x (..., n), y (..., m)."""
+    """Sums over rows of x x^T, x y^T and |y|^2 in float64, (n, n), (n, m) and a number; x (..., n), y (..., m).
+
+    A row's weight (..., 1) multiplies both x and y.
+    """
 
     def __init__(self) -> None:
         self.xx: torch.Tensor | float = 0.0
         self.xy: torch.Tensor | float = 0.0
         self.yy: torch.Tensor | float = 0.0
 
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        x, y = x.flatten(0, -2).float(), y.flatten(0, -2).float()
+    def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | float = 1.0) -> None:
+        x, y = (x.float() * weight).flatten(0, -2), (y.float() * weight).flatten(0, -2)
         self.xx = self.xx + gram(x).double()
         self.xy = self.xy + (x.T @ y).double()
         self.yy = self.yy + y.square().sum(dtype=torch.float64)
@@ -92,7 +95,8 @@ def refit(
 
     Two streams walk through the layers, the dense model's and the pruned one's, whose earlier layers are repaired
     already. O is fitted so that the residual stream behind the attention becomes the dense model's, then the MLP's
-    last matrix so that the one behind the block does. Batches (B, T). Every eighth window is held out: it chooses
+    last matrix so that the one behind the block does. A token's error counts relative to the size of its residual
+    stream, which is what the next norm divides by: else the few tokens with huge ones would decide. Batches (B, T). Every eighth window is held out: it chooses
     the ridge, and where no ridge lowers its error the matrix stays. Memory: of the text before one block the hidden
     states, four times, or three times and the inputs of the MLP's last matrix; and one layer's moments. A layer that
     the journal has is taken from there: the streams only pass through it. Raises NotFinite.
@@ -176,7 +180,8 @@ class _Layer:
         """Fit O, so that behind the attention `states` become the targets."""
         moments = Moments(), Moments()
         for number, (state, z, target) in enumerate(zip(states, attended, targets, strict=True)):
-            moments[number >= self.fitted].add(_with_one(z, self.o), target.float() - state.float())
+            missing = target.float() - state.float()
+            moments[number >= self.fitted].add(_with_one(z, self.o), missing, _inverse_size(target))
         return self._fit("o", self.o, *moments)
 
     def _fit_down(
@@ -202,7 +207,7 @@ class _Layer:
                     output = self._run(state)
                 # What the MLP should have added is what it added and what is still missing behind the block.
                 missing = target.float() - output.float() + added.pop().float()
-                moments[number >= self.fitted].add(_with_one(inner[-1], self.down), missing)
+                moments[number >= self.fitted].add(_with_one(inner[-1], self.down), missing, _inverse_size(target))
         finally:
             hook.remove()
         return self._fit("down", self.down, *moments)
@@ -265,6 +270,11 @@ def split(batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[tor
         out[-1] = True
     size = len(batches[0])
     return list(windows[~out].split(size)), list(windows[out].split(size))
+
+
+def _inverse_size(stream: torch.Tensor) -> torch.Tensor:
+    """(..., hidden) -> (..., 1): one over the root mean square."""
+    return stream.float().square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
 
 
 def _with_one(x: torch.Tensor, module: nn.Linear) -> torch.Tensor:
