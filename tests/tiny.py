@@ -61,7 +61,17 @@ FAMILIES = {
 
 
 def tiny_model(
-    family: str, *, kv_heads=2, groups=1, head_dim=16, layers=2, attention="sdpa", seed=0, positions=128, **extra
+    family: str,
+    *,
+    kv_heads=2,
+    groups=1,
+    head_dim=16,
+    layers=2,
+    attention="sdpa",
+    seed=0,
+    positions=128,
+    hidden=None,
+    **extra,
 ):
     """A random model in eval mode, float32, with biases that are not zero."""
     config_class, model_class, options = FAMILIES[family]
@@ -73,7 +83,7 @@ def tiny_model(
     torch.manual_seed(seed)
     config = config_class(
         vocab_size=VOCABULARY,
-        hidden_size=12 * kv_heads * groups,
+        hidden_size=hidden or 12 * kv_heads * groups,
         intermediate_size=40,
         num_hidden_layers=layers,
         num_attention_heads=kv_heads * groups,
@@ -263,7 +273,7 @@ def project_dense(model, plan, bases):
         attention, width = block.self_attn, layer.width
         leading = [list(range(width)) for _ in layer.qk]
         maps = basis.cut(Kept(torch.tensor(layer.qk), torch.tensor(leading)))
-        before = {name: t.double() for name, t in attention.state_dict().items()}
+        before = {name: t.double().clone() for name, t in attention.state_dict().items()}
         for g, group in enumerate(layer.heads or [[head] for head in range(len(layer.qk))]):
             rows = [head * d + channel for head in group for channel in range(d)]
             for j, head in enumerate(group):
@@ -271,9 +281,9 @@ def project_dense(model, plan, bases):
                 for name, down, up in (("k", maps.keys, maps.queries), ("v", maps.values, maps.outputs)):
                     there_and_back = up[g * len(group) + j] @ down[g]  # (d, m * d)
                     linear = getattr(attention, f"{name}_proj")
-                    linear.weight[own] = (there_and_back @ before[f"{name}_proj.weight"][rows]).float()
+                    linear.weight[own] = (there_and_back @ before[f"{name}_proj.weight"][rows]).to(model.dtype)
                     if name == "k" and linear.bias is not None:
-                        linear.bias[own] = (there_and_back @ before["k_proj.bias"][rows]).float()
+                        linear.bias[own] = (there_and_back @ before["k_proj.bias"][rows]).to(model.dtype)
     return projected
 
 

@@ -87,6 +87,7 @@ class HeadMix(nn.Module):
     def __init__(self, kv_heads: int, before: int, behind: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(kv_heads, before, behind))
+        nn.init.normal_(self.weight, std=before**-0.5)  # of a model made without weights; transformers leaves it alone
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., query heads * before) -> (..., query heads * behind)."""
