@@ -119,20 +119,23 @@ def test_ratio_zero_is_the_dense_model_bit_for_bit(family, attention):
     assert torch.equal(pruned(ids).logits, dense(ids).logits)
 
 
-@pytest.mark.parametrize("widths", [(8, 12), (8, 8)], ids=["mixed", "uniform"])
+@pytest.mark.parametrize(
+    ("widths", "merge"), [((8, 12), None), ((8, 8), None), ((12, 28), 2)], ids=["mixed", "uniform", "merged"]
+)
 @pytest.mark.parametrize("rope", ["longrope", "dynamic"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 @torch.no_grad()
-def test_rope_that_changes_with_the_context_saved_and_loaded(family, rope, widths, tmp_path):
+def test_rope_that_changes_with_the_context_saved_and_loaded(family, rope, widths, merge, tmp_path):
     """Before the change, behind it, and back: its frequencies are the dense width's, whatever is kept, and whatever
     context the dense model saw last."""
     parameters = tiny_model(rope).config.rope_parameters
     dense = tiny_model(family, groups=3, rope_parameters=dict(parameters))
-    layers = random_layers(dense, widths)
-    masked = mask_dense(dense, layers)
+    bases = random_bases(dense, merge) if merge else None
+    plan = merged_plan(dense, bases, widths) if bases else make_plan(dense, random_layers(dense, widths))
+    masked = project_dense(dense, plan, bases) if bases else mask_dense(dense, [(x.qk, x.vo) for x in plan.layers])
     ids = torch.randint(3, VOCABULARY, (1, 140))
     dense(ids)
-    pruned = cut(ModelView(dense), make_plan(dense, layers))
+    pruned = cut(ModelView(dense), plan, bases)
     pruned.save_pretrained(tmp_path)
     for model in (pruned, AutoModelForCausalLM.from_pretrained(tmp_path)):
         for tokens in (20, 140, 20):
