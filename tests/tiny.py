@@ -24,6 +24,7 @@ from kvprune.channels.basis import Basis, Kept, basis_of, identity, slow_channel
 from kvprune.channels.moments import AttentionMoments, attention_moments
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
 from kvprune.channels.sensitivity import Probe
+from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.progress import Progress
 
@@ -212,6 +213,13 @@ def merged_plan(model, bases, widths, seed=0) -> PruningPlan:
         layers.append((qk, None, basis.heads.tolist()))
     kept = sum(widths) / sum(basis.width for basis in bases)
     return make_plan(model, layers, ratio=1 - kept, merge=merge)
+
+
+def merged_model(model, widths, merge=2, seed=0):
+    """(projected dense, pruned), with random bases, pairs and groups of `merge` KV heads."""
+    bases = random_bases(model, merge, seed)
+    plan = merged_plan(model, bases, widths, seed)
+    return project_dense(model, plan, bases), cut(ModelView(model), plan, bases)
 
 
 def random_layers(model, widths, seed=0):
