@@ -169,7 +169,7 @@ def make_plan(model, layers, ratio=0.5, merge=1) -> PruningPlan:
 
 
 def measured_bases(model, merge, *, slow=False, text=None) -> list[Basis]:
-    """Bases across groups of `merge` KV heads, from what the attention does on random text; slow: slow pairs are mixed."""
+    """Bases across groups of `merge` KV heads, from what the attention does on random text; slow: mix slow pairs."""
     view = ModelView(model)
     channels = slow_channels(view) if slow else torch.empty(0, dtype=torch.int64)
     moments = attention_moments(view, batches() if text is None else text, channels, merge, lambda layers: None)

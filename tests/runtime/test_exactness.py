@@ -1,5 +1,5 @@
-"""The product's conscience: pruned logits equal the masked dense model's, and with merged heads those of the dense model
-whose keys and values go to the kept coordinates and back, in every way a model is run."""
+"""The product's conscience: pruned logits equal the masked dense model's, and with merged heads those of the dense
+model whose keys and values go to the kept coordinates and back, in every way a model is run."""
 
 from functools import cache
 
@@ -82,7 +82,8 @@ def test_merged_heads_in_prefill_decode_and_left_padding(family, groups, merge, 
     assert (pruned.config.num_key_value_heads, pruned.config.dense().num_key_value_heads) == (4 // m, 4)
     check(dense, projected, pruned)
     cached = pruned(torch.zeros(1, 3, dtype=torch.long), use_cache=True)[CACHE]
-    assert [(layer.keys.shape, layer.values.shape) for layer in cached.layers] == [((1, 4 // m, 3, w),) * 2 for w in widths]
+    for layer, width in zip(cached.layers, widths, strict=True):
+        assert layer.keys.shape == layer.values.shape == (1, 4 // m, 3, width)
 
 
 @torch.no_grad()

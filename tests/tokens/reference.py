@@ -44,8 +44,8 @@ def mixed(x, mix, heads):
 
 @torch.no_grad()
 def run(model, ids, *, rates, drop_rates=None, prompt_ends=(), options):
-    """model: dense, or pruned with or without merged heads; ids: a list of token ids; rates: {layer: rate}; options: the
-    fields of Settings (with drop_rates, only the threshold "quantile")."""
+    """model: dense, or pruned with or without merged heads; ids: a list of token ids; rates: {layer: rate}; options:
+    the fields of Settings (with drop_rates, only the threshold "quantile")."""
     o, config = options, model.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     n = len(ids)
