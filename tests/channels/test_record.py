@@ -1,4 +1,4 @@
-"""The bytes that a record has, against those of the model that was written, of its cache and of the tensors in a run."""
+"""The bytes that a record has, against those of the model that was written, of its cache and of a run's tensors."""
 
 from dataclasses import fields
 
@@ -59,7 +59,7 @@ def test_bytes_are_those_of_what_was_written(tmp_path, texts, merge, ratio, tied
 @pytest.mark.parametrize("slow", [0, 6])
 def test_what_the_statistics_take(merge, slow):
     view = ModelView(tiny_model("llama", kv_heads=4, groups=2))
-    chosen = view.units[:slow // 2].flatten()
+    chosen = view.units[: slow // 2].flatten()
     for moments in attention_moments(view, batches(), chosen, merge, lambda n: None):
         held = sum(getattr(moments, field.name).nbytes for field in fields(moments))
         assert record.moments_bytes(view.shape, merge, slow) == held

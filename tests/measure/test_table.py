@@ -58,5 +58,5 @@ def test_a_bench_says_what_a_step_reads(checkpoint, pruned_half):
     read["dense"]["all"], read["pruned"]["all"] = 123_400_000, 45_600_000
     lines = lines_of(bench_table(report))
     assert "every 2 KV heads of the second merged" in " ".join(" ".join(lines[:3]).split())
-    assert "123" in line_with(lines, "123")
-    assert "46" in line_with(lines, " 46 ")
+    assert line_with(lines, " 123 ")
+    assert line_with(lines, " 46 ")
