@@ -6,10 +6,19 @@ import sys
 import pytest
 import torch
 
-from kvprune.measure.memory import _left_to_container, is_out_of_memory, weights_read_bytes
+from kvprune.measure.evaluate import bytes_per_token
+from kvprune.measure.memory import (
+    _left_to_container,
+    cache_bytes,
+    is_out_of_memory,
+    kv_bytes_per_token,
+    weights_read_bytes,
+)
 from kvprune.measure.shapes import random_model
+from kvprune.runtime.cache import GrowingCache
+from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.twin import twin_config
-from tiny import tiny_model
+from tiny import merged_model, tiny_model
 
 CHILD = """
 import torch
@@ -82,3 +91,17 @@ def test_what_a_step_reads_of_the_weights(family, tied):
     shrunk = sum(2 * (4 - 2 * width / 16) * 16 * 96 for width in (16, 24, 32))  # K and V
     biases = (4 * 16 + 4 * 16) * 3 - 2 * 2 * (16 + 24 + 32) - 96 * 3 if family == "qwen2" else 0  # and O gained one
     assert weights_read_bytes(merged) / 2 == weights_read_bytes(dense) / 4 + mixes - shrunk - biases
+
+
+@torch.no_grad()
+def test_kv_bytes_of_merged_heads():
+    """Four KV heads of 16 channels that became two of 12 and 28: counted by hand, from a cache, and by the formula."""
+    dense = tiny_model("llama", kv_heads=4, groups=2)
+    _, pruned = merged_model(dense, (12, 28), merge=2)
+    a_token = 2 * 2 * (12 + 28) * 4
+    assert kv_bytes_per_token([12, 28], pruned.config.num_key_value_heads, torch.float32) == a_token
+    assert bytes_per_token(pruned) == a_token
+    assert bytes_per_token(dense) == kv_bytes_per_token([16, 16], 4, torch.float32) == 2 * 2 * 4 * 16 * 4
+    cache = GrowingCache(pruned.config)
+    pruned(torch.zeros(3, 7, dtype=torch.long), **{CACHE: cache})
+    assert cache_bytes(cache) == 3 * 7 * a_token
