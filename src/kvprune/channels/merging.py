@@ -45,7 +45,8 @@ def divisors(kv_heads: int) -> list[int]:
 
 def is_within(merge: int, head_dim: int, ratio: float) -> bool:
     """Whether attention kernels take the mean width; heads that stay apart are no wider than they were."""
-    return merge == 1 or merge * head_dim * (1 - ratio) <= WIDEST + 1e-6  # a ratio is a rounded number
+    # A ratio is a rounded number, and one that is none is refused elsewhere
+    return merge == 1 or not merge * head_dim * (1 - ratio) > WIDEST + 1e-6
 
 
 def is_factored(shape: AttentionShape, width: float) -> bool:

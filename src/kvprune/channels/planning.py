@@ -19,7 +19,7 @@ from kvprune.channels.selection import leading, select, shared_pairs
 from kvprune.channels.sensitivity import Probe, measure_sensitivity, probe_width
 from kvprune.channels.settings import Settings
 from kvprune.channels.statistics import measure_attention, score_layers
-from kvprune.errors import PlanMismatch
+from kvprune.errors import BadOption, PlanMismatch
 from kvprune.models.attention import AttentionShape, rope_pairs
 from kvprune.models.source import Source
 from kvprune.models.view import ModelView
@@ -41,8 +41,10 @@ def choose_merge(s: Settings, shape: AttentionShape, say: Callable[[str], None])
     """How many KV heads become one. Raises BadOption for a number that cannot be.
 
     auto: see merging.merge_of; heads stay apart where channels are cut as they are, without a change of basis across
-    heads.
+    heads, and where nothing is cut.
     """
+    if s.ratio == 0 and s.merge not in (AUTO, 1):
+        raise BadOption(f"--ratio 0 removes nothing, so no KV heads are merged; leave out --merge {s.merge}")
     if s.merge == AUTO:
         if not s.can_merge or s.ratio == 0:
             return 1
@@ -150,7 +152,7 @@ class Planner:
     def _kept(self, score: Scores, width: int) -> Kept:
         """The coordinates of one layer that stay."""
         s = self.settings
-        if s.rotates and not score.vo.numel() == 0:  # V is rotated, whatever scores the channels of Q and K
+        if s.rotates and score.vo.numel():  # V is rotated, whatever scores the channels of Q and K
             score = Scores(score.qk, score.vo[:, :0])
         return select(score, width, rope_pairs(self.grid.head_dim, self.view.family.rope), s.channels == "joint")
 

@@ -120,7 +120,9 @@ class _Run:
             lm = load_model(source, s.device, s.dtype)
         view = ModelView(lm)
         merge = given.merge if given is not None else choose_merge(s, view.shape, self.progress.say)
-        grid = allocation.Grid(view.shape.layers, view.shape.head_dim * merge, s.align, s.min_width, view.units.shape[1])
+        grid = allocation.Grid(
+            view.shape.layers, view.shape.head_dim * merge, s.align, s.min_width, view.units.shape[1]
+        )
         if given is None:
             reachable(s, grid)
         else:
