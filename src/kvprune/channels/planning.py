@@ -14,11 +14,11 @@ from kvprune.channels.estimate import estimate_sensitivity
 from kvprune.channels.importance import IMPORTANCE, Scores
 from kvprune.channels.journal import Journal
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
-from kvprune.channels.selection import leading, select, shared_pairs
+from kvprune.channels.selection import leading, one_of_each, select, shared_pairs
 from kvprune.channels.sensitivity import Probe, measure_sensitivity, probe_width
 from kvprune.channels.settings import AUTO, Settings
 from kvprune.channels.statistics import measure_attention, score_layers
-from kvprune.errors import BadOption, PlanMismatch
+from kvprune.errors import BadOption, PlanMismatch, UnreachableRatio
 from kvprune.models.attention import AttentionShape, rope_pairs
 from kvprune.models.source import Source
 from kvprune.models.view import ModelView
@@ -31,6 +31,8 @@ BUDGET_PROBES = (0.25, 0.5, 0.75)  # shares of a block's channels that `budget` 
 
 def reachable(s: Settings, grid: allocation.Grid) -> None:
     """Raise UnreachableRatio, before any work is done, for a ratio that the layout cannot reach."""
+    if s.layout == "stock":
+        return  # choose_merge has looked at it
     if s.layout != "per-layer":
         allocation.one_width(s.ratio, grid)
     else:
@@ -41,9 +43,12 @@ def choose_merge(s: Settings, shape: AttentionShape, say: Callable[[str], None])
     """How many KV heads become one. Raises BadOption for a number that cannot be.
 
     auto: the most that divide the KV heads and keep the mean width within WIDEST channels, which is where attention
-    kernels stop; heads stay apart where channels are cut as they are, without a change of basis across heads.
+    kernels stop; heads stay apart where channels are cut as they are, without a change of basis across heads. Layout
+    stock keeps the dense head_dim, so its ratio says how many.
     """
     possible = [m for m in range(1, shape.kv_heads + 1) if shape.kv_heads % m == 0]
+    if s.layout == "stock":
+        return _stock_merge(s, possible)
     fits = [m for m in possible if m == 1 or m * shape.head_dim * (1 - s.ratio) <= WIDEST]
     if s.merge != AUTO:
         if s.merge not in possible:
@@ -62,6 +67,20 @@ def choose_merge(s: Settings, shape: AttentionShape, say: Callable[[str], None])
     if shape.kv_heads == 1:
         say("the model has one KV head, so there are none to merge")
     return max(fits)
+
+
+def _stock_merge(s: Settings, possible: list[int]) -> int:
+    """How many KV heads become one of the same width: the nearest to the ratio. Raises BadOption, UnreachableRatio."""
+    reached = ", ".join(f"{1 - 1 / m:.4g} (merge {m})" for m in possible if m > 1) or "none, of a single KV head"
+    told = f"layout stock merges whole KV heads; the ratios that it reaches: {reached}"
+    if not 0 <= s.ratio < 1:  # also refuses NaN
+        raise UnreachableRatio(f"--ratio {s.ratio:g} must lie from 0 to below 1; {told}")
+    nearest = min(possible, key=lambda m: (abs(1 - 1 / m - s.ratio), m))
+    if s.ratio > 0 and nearest == 1:
+        raise UnreachableRatio(f"--ratio {s.ratio:g} is nearest to removing nothing; {told}; or use --layout uniform")
+    if s.merge not in (AUTO, nearest):
+        raise BadOption(f"--merge {s.merge} contradicts --ratio {s.ratio:g} (merge {nearest}); leave one out; {told}")
+    return nearest
 
 
 def first_windows(batches: list[torch.Tensor], tokens: int | None) -> list[torch.Tensor]:
@@ -101,7 +120,10 @@ class Planner:
             if s.layout == "portable":
                 scores = shared_pairs(scores)
             widths, sensitivity = self._widths(scores, bases)
-            kept = [self._kept(score, width) for score, width in zip(scores, widths, strict=True)]
+            if s.layout == "stock":
+                kept = [one_of_each(basis) for basis in cast(list[Basis], bases)]
+            else:
+                kept = [self._kept(score, width) for score, width in zip(scores, widths, strict=True)]
         plan = PruningPlan(
             model=_model(self.view, source),
             ratio=s.ratio,
@@ -214,9 +236,12 @@ class Planner:
 
     def _one_width(self) -> list[int]:
         s, grid = self.settings, self.grid
-        widths = allocation.one_width(s.ratio, grid)
+        stock = s.layout == "stock"
+        widths = [self.view.shape.head_dim] * grid.layers if stock else allocation.one_width(s.ratio, grid)
         achieved = 1 - widths[0] / grid.head_dim
-        if abs(achieved - s.ratio) > 1e-9:
+        if abs(achieved - s.ratio) > 1e-9 and stock:
+            self.say(f"layout stock merges whole KV heads: {self.merge} into one is the nearest, ratio {achieved:.4g}")
+        elif abs(achieved - s.ratio) > 1e-9:
             self.say(
                 f"layout {s.layout} has one width for all layers: {widths[0]} is the nearest, ratio {achieved:.4g}"
             )

@@ -74,6 +74,8 @@ def _to_fit(source: str | Path, options: dict[str, Any]) -> tuple[dict[str, Any]
         return options, None
     if options.get("ratio") is not None or options.get("plan") is not None:
         raise BadOption("--fit finds the ratio itself; leave out --ratio and --plan")
+    if options.get("layout") == "stock":
+        raise BadOption("--fit finds ratios that --layout stock does not reach; give --ratio 1 - 1/m (m KV heads as one)")
     if "context" not in asked:
         raise BadOption("--fit needs --context: how many tokens a sequence has")
     shared = ("dtype", "layout", "min_width", "align", "revision", "trust_remote_code")
@@ -122,8 +124,7 @@ class _Run:
             reachable(s, grid)
         else:
             given.check(view.family.model_type, view.shape)
-        if (s.layout if given is None else given.layout) == "portable":
-            portable.check(view)
+        portable.check(view, s.layout if given is None else given.layout)
         calibrate = s.ratio > 0 if given is None else given.is_rotated or _refits(given)
         texts = prepare(s, lm, tokenizer, calibrate, self.progress)
         journal = Journal.open(self.out, self._identity(view, texts), self.resume) if self.out else Journal()

@@ -20,7 +20,7 @@ READ_BY = {  # which options say how widths are found, by allocation
     "budget": ("probes", "probe_tokens"),
 }
 ESTIMATED_ON = 2048  # tokens: one backward pass says enough on few
-LAYOUTS = ("per-layer", "uniform", "portable")
+LAYOUTS = ("per-layer", "uniform", "portable", "stock")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Settings:
 
     ratio: fraction of the KV bytes per token to remove. allocation: None is budget, or uniform where the layout has one
     width for all layers. merge: how many KV heads become one (see planning.choose_merge); heads are merged only
-    with split channels, a repair that rotates, and the importance "variance". probe: fraction of a block's channels that
+    with split channels, a repair that rotates, and the importance "variance". layout: see docs/channels.md; stock does
+    nothing but merge. probe: fraction of a block's channels that
     its sensitivity probe removes (None: the ratio); probe_tokens: how much of the calibration text a probe reads (None: ESTIMATED_ON,
     or all of it where probes are measured).
     probes: sensitivities are estimated from one backward pass (see estimate.py), or measured, as the paper has it.
@@ -123,6 +124,9 @@ class Settings:
             object.__setattr__(self, "tau", TAU)
 
     def _check_merge(self) -> None:
+        wants = "--channels split, --importance variance and --repair rotate or rotate+refit"
+        if self.layout == "stock" and self.ratio > 0 and not self.can_merge:
+            raise BadOption(f"--layout stock merges KV heads: that wants {wants}")
         if self.merge == AUTO:
             return
         if not isinstance(self.merge, int) and str(self.merge).isdecimal():
@@ -130,10 +134,7 @@ class Settings:
         if not isinstance(self.merge, int) or self.merge < 1:
             raise BadOption(f"--merge {self.merge} must be {AUTO}, or how many KV heads become one, from 1 up")
         if self.merge > 1 and not self.can_merge:
-            raise BadOption(
-                f"--merge {self.merge} changes the basis across heads: that wants --channels split, --importance variance "
-                "and --repair rotate or rotate+refit"
-            )
+            raise BadOption(f"--merge {self.merge} changes the basis across heads: that wants {wants}")
 
     @property
     def can_merge(self) -> bool:
