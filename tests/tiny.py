@@ -1,6 +1,6 @@
-"""Tiny random models of every family, a tokenizer for them, and the masked dense reference.
+"""Tiny random models of every family, a tokenizer for them, and the dense references: masked, and projected.
 
-The reference is written from the exactness rules with plain loops and shares no code with the library.
+The references are written from the exactness rules with plain loops and share no code with the library.
 """
 
 import copy
@@ -20,8 +20,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from kvprune.channels.basis import Basis, Kept, basis_of, identity, slow_channels
+from kvprune.channels.moments import AttentionMoments, attention_moments
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
-from kvprune.channels.selection import Kept
 from kvprune.channels.sensitivity import Probe
 from kvprune.models.view import ModelView
 from kvprune.progress import Progress
@@ -30,6 +31,8 @@ from kvprune.progress import Progress
 QUICK = {"calibration_tokens": 512, "calibration_window": 64, "eval_tokens": 512, "windows": (32, 64), "device": "cpu"}
 COARSE = {**QUICK, "repair_tokens": 4096, "align": 2, "min_width": 4}
 VOCABULARY = 300
+# RoPE so slow that half of the pairs do not turn at all over a tiny text: then mixing them is exact.
+STILL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e60}}
 
 
 def rope(kind, **settings):
@@ -134,20 +137,71 @@ def write_gguf(model, path) -> None:
     writer.close()
 
 
-def make_plan(model, layers, ratio=0.5) -> PruningPlan:
-    """A plan from [(qk, vo) per layer], lists of kept channels per KV head."""
+def make_plan(model, layers, ratio=0.5, merge=1) -> PruningPlan:
+    """A plan from [(qk, vo) or (qk, vo, heads) per layer], lists of kept channels, or coordinates, per KV head of the
+    pruned model, and of the dense KV heads that it stands for."""
     view = ModelView(model)
     return PruningPlan(
         model=Model(source="tiny", revision=None, architecture=view.family.model_type, **vars(view.shape)),
         ratio=ratio,
         layout="per-layer",
+        merge=merge,
         method={},
         calibration=None,
         sensitivity=None,
         seed=0,
         versions={},
-        layers=tuple(LayerPlan.model_validate({"qk": qk, "vo": vo}) for qk, vo in layers),
+        layers=tuple(
+            LayerPlan.model_validate(dict(zip(("qk", "vo", "heads"), layer, strict=False))) for layer in layers
+        ),
     )
+
+
+def measured_bases(model, merge, *, slow=False, text=None) -> list[Basis]:
+    """Bases across groups of `merge` KV heads, from what the attention does on random text; slow: slow pairs are mixed."""
+    view = ModelView(model)
+    channels = slow_channels(view) if slow else torch.empty(0, dtype=torch.int64)
+    moments = attention_moments(view, batches() if text is None else text, channels, merge, lambda layers: None)
+    return [basis_of(m, a.weights(), channels)[0] for m, a in zip(moments, view.attention, strict=True)]
+
+
+def random_bases(model, merge, seed=0) -> list[Basis]:
+    """Bases from random moments, across groups of KV heads in any order."""
+    view = ModelView(model)
+    s, generator = view.shape, torch.Generator().manual_seed(seed)
+
+    def covariances(*shape, dtype=torch.float64):
+        factors = torch.randn(*shape, shape[-1], dtype=dtype, generator=generator)
+        return factors @ factors.mH / shape[-1]
+
+    nothing = torch.empty(0, dtype=torch.int64)
+    found = []
+    for attention in view.attention:
+        moments = AttentionMoments(
+            heads=torch.randperm(s.kv_heads, generator=generator).view(-1, merge),
+            queries=torch.rand(s.kv_heads, s.head_dim // 2, dtype=torch.float64, generator=generator) + 0.5,
+            keys=covariances(s.kv_heads, s.head_dim // 2, merge, dtype=torch.complex128),
+            slow_queries=torch.zeros(s.kv_heads, 0, 0, dtype=torch.float64),
+            slow_keys=torch.zeros(s.kv_heads, 0, 0, dtype=torch.float64),
+            outputs=covariances(s.kv_heads, merge * s.head_dim),
+        )
+        found.append(basis_of(moments, attention.weights(), nothing)[0])
+    return found
+
+
+def merged_plan(model, bases, widths, seed=0) -> PruningPlan:
+    """A plan for these bases that keeps random pairs of the keys' coordinates, and the leading ones of the values."""
+    generator = torch.Generator().manual_seed(seed)
+    merge = bases[0].heads.shape[1]
+    layers = []
+    for basis, width in zip(bases, widths, strict=True):
+        half, qk = basis.width // 2, []
+        for _ in basis.heads:
+            pairs = torch.randperm(half, generator=generator)[: width // 2].tolist()
+            qk.append(sorted(pairs + [p + half for p in pairs]))
+        layers.append((qk, None, basis.heads.tolist()))
+    kept = sum(widths) / sum(basis.width for basis in bases)
+    return make_plan(model, layers, ratio=1 - kept, merge=merge)
 
 
 def random_layers(model, widths, seed=0):
@@ -171,9 +225,12 @@ def batches():
     return list(torch.randint(3, VOCABULARY, (5, 13), generator=torch.Generator().manual_seed(1)).split(2))
 
 
-def probes_of(layers):
+def probes_of(layers, head_dim=16):
     """One probe a layer, of its kept channels (qk, vo)."""
-    return [Probe(i, Kept(torch.tensor(qk), torch.tensor(vo))) for i, (qk, vo) in enumerate(layers)]
+    return [
+        Probe(i, Kept(torch.tensor(qk), torch.tensor(vo)), identity(len(qk), head_dim))
+        for i, (qk, vo) in enumerate(layers)
+    ]
 
 
 def mask_dense(model, layers):
@@ -194,6 +251,30 @@ def mask_dense(model, layers):
                     if channel not in vo[kv_head]:
                         attention.v_proj.weight[kv_head * d + channel] = 0
     return masked
+
+
+@torch.no_grad()
+def project_dense(model, plan, bases):
+    """A copy of the dense model whose keys (weights and biases) and values (weights alone) go to the kept coordinates
+    and back, Q and O untouched. The maps there and back are the bases'; the rest is written out."""
+    projected = copy.deepcopy(model)
+    d = model.config.head_dim
+    for block, layer, basis in zip(projected.model.layers, plan.layers, bases, strict=True):
+        attention, width = block.self_attn, layer.width
+        leading = [list(range(width)) for _ in layer.qk]
+        maps = basis.cut(Kept(torch.tensor(layer.qk), torch.tensor(leading)))
+        before = {name: t.double() for name, t in attention.state_dict().items()}
+        for g, group in enumerate(layer.heads or [[head] for head in range(len(layer.qk))]):
+            rows = [head * d + channel for head in group for channel in range(d)]
+            for j, head in enumerate(group):
+                own = slice(head * d, (head + 1) * d)
+                for name, down, up in (("k", maps.keys, maps.queries), ("v", maps.values, maps.outputs)):
+                    there_and_back = up[g * len(group) + j] @ down[g]  # (d, m * d)
+                    linear = getattr(attention, f"{name}_proj")
+                    linear.weight[own] = (there_and_back @ before[f"{name}_proj.weight"][rows]).float()
+                    if name == "k" and linear.bias is not None:
+                        linear.bias[own] = (there_and_back @ before["k_proj.bias"][rows]).float()
+    return projected
 
 
 def zero_row(linear, row):

@@ -53,6 +53,9 @@ def prune(
         str | None, typer.Option(help="variance, energy, taylor, l1 or l2  [default: variance]")
     ] = None,
     channels: Annotated[str | None, typer.Option(help="split or joint  [default: split]")] = None,
+    merge: Annotated[
+        str | None, typer.Option(help="auto, or how many KV heads become one; 1: none are merged  [default: auto]")
+    ] = None,
     allocation: Annotated[
         str | None, typer.Option(help="sensitivity, budget, rank or uniform  [default: budget]")
     ] = None,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kvprune.errors import PlanMismatch
 from kvprune.models.attention import AttentionShape
@@ -69,7 +69,7 @@ class PruningPlan(BaseModel):
     model: Model
     ratio: float
     layout: str
-    merge: int = 1
+    merge: int = Field(default=1, ge=1)
     method: dict[str, Any]
     calibration: dict[str, Any] | None
     sensitivity: tuple[float, ...] | None

@@ -43,14 +43,16 @@ def choose_merge(s: Settings, shape: AttentionShape, say: Callable[[str], None])
     """How many KV heads become one. Raises BadOption for a number that cannot be.
 
     auto: the most that divide the KV heads and keep the mean width within WIDEST channels, which is where attention
-    kernels stop; heads stay apart where channels are cut as they are, without a change of basis across heads. Layout
-    stock keeps the dense head_dim, so its ratio says how many.
+    kernels stop; heads stay apart where channels are cut as they are, without a change of basis across heads, and
+    where nothing is cut. Layout stock keeps the dense head_dim, so there the ratio says how many.
     """
     possible = [m for m in range(1, shape.kv_heads + 1) if shape.kv_heads % m == 0]
     if s.layout == "stock":
         return _stock_merge(s, possible)
-    fits = [m for m in possible if m == 1 or m * shape.head_dim * (1 - s.ratio) <= WIDEST]
+    fits = [m for m in possible if m == 1 or not m * shape.head_dim * (1 - s.ratio) > WIDEST]
     if s.merge != AUTO:
+        if s.ratio == 0 and s.merge != 1:
+            raise BadOption(f"--ratio 0 removes nothing, so no KV heads are merged; leave out --merge {s.merge}")
         if s.merge not in possible:
             raise BadOption(
                 f"--merge {s.merge} does not divide the {shape.kv_heads} KV heads; choose {AUTO}, "

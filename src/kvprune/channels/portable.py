@@ -43,8 +43,10 @@ def check(view: ModelView, layout: str) -> None:
 
 
 def stock_model(view: ModelView, plan: PruningPlan, basis: Basis) -> tuple[PreTrainedModel, torch.Tensor]:
-    """The stock model, on the meta device, that the plan's weights fit, and the order (width,) of the kept coordinates of
-    Q and K in it. basis: of any layer; their coordinates differ, but not in frequency. Raises PlanMismatch, BadOption.
+    """The stock model, on the meta device, that the plan's weights fit, and the order (width,) in which it wants the
+    kept coordinates of Q and K. basis: of any layer; their coordinates differ, but not in frequency.
+
+    Raises PlanMismatch, BadOption.
     """
     check(view, plan.layout)
     first = plan.layers[0].qk[0]

@@ -75,7 +75,7 @@ def _to_fit(source: str | Path, options: dict[str, Any]) -> tuple[dict[str, Any]
     if options.get("ratio") is not None or options.get("plan") is not None:
         raise BadOption("--fit finds the ratio itself; leave out --ratio and --plan")
     if options.get("layout") == "stock":
-        raise BadOption("--fit finds ratios that --layout stock does not reach; give --ratio 1 - 1/m (m KV heads as one)")
+        raise BadOption("--fit finds ratios that --layout stock does not reach; give --ratio: 1 - 1/m merges m heads")
     if "context" not in asked:
         raise BadOption("--fit needs --context: how many tokens a sequence has")
     shared = ("dtype", "layout", "min_width", "align", "revision", "trust_remote_code")
@@ -119,7 +119,9 @@ class _Run:
             lm = load_model(source, s.device, s.dtype)
         view = ModelView(lm)
         merge = given.merge if given is not None else choose_merge(s, view.shape, self.progress.say)
-        grid = allocation.Grid(view.shape.layers, view.shape.head_dim * merge, s.align, s.min_width, view.units.shape[1])
+        grid = allocation.Grid(
+            view.shape.layers, view.shape.head_dim * merge, s.align, s.min_width, view.units.shape[1]
+        )
         if given is None:
             reachable(s, grid)
         else:

@@ -28,14 +28,14 @@ class Settings:
     """Everything that decides a plan; two runs with the same settings give the same plan.
 
     ratio: fraction of the KV bytes per token to remove. allocation: None is budget, or uniform where the layout has one
-    width for all layers. merge: how many KV heads become one (see planning.choose_merge); heads are merged only
-    with split channels, a repair that rotates, and the importance "variance". layout: see docs/channels.md; stock does
-    nothing but merge. probe: fraction of a block's channels that
-    its sensitivity probe removes (None: the ratio); probe_tokens: how much of the calibration text a probe reads (None: ESTIMATED_ON,
-    or all of it where probes are measured).
-    probes: sensitivities are estimated from one backward pass (see estimate.py), or measured, as the paper has it.
-    repair: None is rotate+refit, or refit for joint channels; repair_tokens: how much text refit takes, at most, from
-    the beginning of the calibration text. tau: see allocation.by_sensitivity. calibration_window and windows in tokens.
+    width for all layers. merge: how many KV heads become one, or AUTO (see planning.choose_merge); heads are merged
+    only with split channels, a repair that rotates, and the importance "variance". align and min_width count channels
+    of a KV head of the pruned model. probe: fraction of a block's channels that its sensitivity probe removes (None:
+    the ratio); probe_tokens: how much of the calibration text a probe reads (None: ESTIMATED_ON, or all of it where
+    probes are measured). probes: sensitivities are estimated from one backward pass (see estimate.py), or measured, as
+    the paper has it. repair: None is rotate+refit, or refit for joint channels; repair_tokens: how much text refit
+    takes, at most, from the beginning of the calibration text. tau: see allocation.by_sensitivity. calibration_window
+    and windows in tokens. layout stock does nothing but merge, so its ratio says how many heads.
     """
 
     source: str
@@ -192,5 +192,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "probes": "measured",
         "layout": "per-layer",
         "repair": "none",
+        "merge": 1,
     }
 }
