@@ -234,6 +234,9 @@ def bench(
     ratio: Annotated[
         float | None, typer.Option(help="of --pruned-shape: fraction of the KV bytes that are gone  [default: 0.5]")
     ] = None,
+    merge: Annotated[
+        str | None, typer.Option(help="of --pruned-shape: how many KV heads become one, as in prune  [default: auto]")
+    ] = None,
     out: Annotated[
         str | None, typer.Option(help="JSON file, written after every cell; and a picture beside it")
     ] = None,
@@ -262,6 +265,7 @@ def fit(
     dtype: Dtype = "auto",
     reserve: Annotated[float, typer.Option(help="share of the memory left to activations")] = 0.1,
     layout: Annotated[str, AsPrune] = "per-layer",
+    merge: Annotated[str, AsPrune] = "auto",
     align: Annotated[int, AsPrune] = 8,
     min_width: Annotated[int, AsPrune] = 16,
     revision: Revision = None,

@@ -234,12 +234,34 @@ def test_a_ratio_that_is_not_reached_is_said(checkpoint, texts, monkeypatch):
     ({"ratio": 0.5, "repair": "none"}, BadOption, "--layout stock merges KV heads"),
     ({"ratio": 0.5, "importance": "energy"}, BadOption, "--layout stock merges KV heads"),
     ({"ratio": 0.5, "allocation": "budget"}, BadOption, "one width"),
-    ({"fit": "1GiB", "context": 64}, BadOption, "--ratio"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(checkpoint, texts, tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         kvprune.prune(checkpoint, tmp_path / "out", layout="stock", **COARSE, **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("merge", [2, 4])
+def test_the_heads_that_must_be_merged_to_fit(merge, tmp_path):
+    """The memory that the pruned model and its cache take is just enough for it, and for nothing larger."""
+    dense = tiny_model("qwen2", kv_heads=KV, groups=2)
+    dense.save_pretrained(tmp_path)
+    bases = random_bases(dense, merge)
+    weights = sum(p.numel() * 4 for p in cut(ModelView(dense), stock_plan(dense, bases), bases).parameters())
+    cache = 2 * 2 * (KV // merge) * 16 * 4 * 64 * 100  # two layers of K and V, 64 sequences of 100 tokens
+    how = {"context": 100, "batch": 64, "reserve": 0.0, "layout": "stock"}
+    report = kvprune.fit(tmp_path, memory=weights + cache, **how)
+    assert (report["merge"], report["ratio"]) == (merge, 1 - 1 / merge)
+    assert report["pruned"]["total"] == weights + cache
+    assert report["largest_ratio"] == 0.75
+    less = kvprune.fit(tmp_path, memory=weights + cache - 1, **how)
+    assert less["ratio"] == (0.75 if merge == 2 else None)
+
+
+def test_prune_to_what_fits(checkpoint, texts):
+    dense = kvprune.fit(checkpoint, memory="1GiB", context=100, batch=64, layout="stock")["dense"]
+    options = {"fit": int(dense["total"] * 0.8), "context": 100, "batch": 64, "reserve": 0.0, "repair": "rotate"}
+    assert kvprune.prune(checkpoint, layout="stock", **options, **TEXT).plan.merge == 2
 
 
 def test_sliding_windows_that_llama_does_not_have():

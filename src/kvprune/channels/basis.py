@@ -142,6 +142,7 @@ class Basis:
 
     @classmethod
     def of(cls, tensors: dict[str, torch.Tensor]) -> "Basis":
+        tensors = {name: t.clone() for name, t in tensors.items()}  # a mapped file is not aligned as products want it
         moments = {name.removeprefix("moments."): t for name, t in tensors.items() if name.startswith("moments.")}
         if moments:
             moments["keys"] = torch.view_as_complex(moments["keys"])

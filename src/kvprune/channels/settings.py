@@ -4,12 +4,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvprune.channels.importance import IMPORTANCE
+from kvprune.channels.merging import AUTO, asked_merge
 from kvprune.channels.repair import REPAIRS
 from kvprune.errors import BadOption
 from kvprune.options import preset_options
 from kvprune.text.corpus import text_names
 
-AUTO = "auto"
 CHANNELS = ("split", "joint")
 ALLOCATIONS = ("sensitivity", "rank", "uniform", "budget")
 PROBES = ("estimated", "measured")
@@ -127,13 +127,8 @@ class Settings:
         wants = "--channels split, --importance variance and --repair rotate or rotate+refit"
         if self.layout == "stock" and self.ratio > 0 and not self.can_merge:
             raise BadOption(f"--layout stock merges KV heads: that wants {wants}")
-        if self.merge == AUTO:
-            return
-        if not isinstance(self.merge, int) and str(self.merge).isdecimal():
-            object.__setattr__(self, "merge", int(self.merge))
-        if not isinstance(self.merge, int) or self.merge < 1:
-            raise BadOption(f"--merge {self.merge} must be {AUTO}, or how many KV heads become one, from 1 up")
-        if self.merge > 1 and not self.can_merge:
+        object.__setattr__(self, "merge", asked_merge(self.merge))
+        if self.merge not in (AUTO, 1) and not self.can_merge:
             raise BadOption(f"--merge {self.merge} changes the basis across heads: that wants {wants}")
 
     @property
