@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from kvprune import benchmark, cli, errors
 from kvprune.measure import shapes, speed
 from kvprune.measure.memory import cache_bytes
 from kvprune.runtime.modeling import CACHE
-from tiny import tiny_model
+from kvprune.runtime.twin import twin_config
+from tiny import COARSE, tiny_model, tiny_tokenizer
 
 QUICK = {"new_tokens": 4, "rounds": 2, "device": "cpu"}
 
@@ -50,11 +52,15 @@ def test_a_grid(checkpoint, halved, tmp_path):
         assert cell["decode_ratio_over_limit"] == pytest.approx(cell["decode_ratio"] / cell["decode_limit"])
         # the limit, from the bytes: the cache as it is half way through the steps
         read = [held[name]["kv_cache"] * (c + 2) / c for name in ("dense", "pruned")]
+        bytes_read = cell["decode_bytes_read"]
+        assert [bytes_read[name]["kv_cache"] for name in ("dense", "pruned")] == read
         saved = held["dense"]["weights"] - held["pruned"]["weights"]
         embedding = dense.get_input_embeddings().weight
         tied = embedding.data_ptr() == dense.get_output_embeddings().weight.data_ptr()
         all_read = weights - (0 if tied else embedding.nbytes)
+        assert [bytes_read[name]["weights"] for name in ("dense", "pruned")] == [all_read, all_read - saved]
         assert cell["decode_limit"] == pytest.approx((all_read + read[0]) / (all_read - saved + read[1]))
+    assert report["environment"]["merge"] == 2
 
 
 def test_a_model_against_itself_has_no_limit_to_reach(checkpoint):
@@ -113,19 +119,100 @@ def test_shapes_have_the_published_sizes(shape):
         model = shapes.random_model(config, torch.device("meta"), torch.bfloat16)
     published = {"llama-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "mistral-7b": 7_248_023_552}
     assert sum(p.numel() for p in model.parameters()) == published[shape]
-    half = shapes.random_model(shapes.pruned_config(config, 0.5), torch.device("meta"), torch.bfloat16)
+    half = shapes.random_model(shapes.pruned_config(config, 0.5, merge=1), torch.device("meta"), torch.bfloat16)
     assert {layer.self_attn.head_dim for layer in half.model.layers} == {64}
     q = half.model.layers[0].self_attn.q_proj.weight
     assert q.shape == (config.num_attention_heads * 64, config.hidden_size)
+    merged = shapes.random_model(shapes.pruned_config(config, 0.5), torch.device("meta"), torch.bfloat16)
+    of_four = config.num_key_value_heads // 4 * 256  # as wide as attention kernels take
+    for layer in merged.model.layers:
+        attention = layer.self_attn
+        assert attention.k_proj.weight.shape == attention.v_proj.weight.shape == (of_four, 4096)
+        assert attention.q_proj.weight.shape == attention.o_proj.weight.shape == (4096, 4096)
+        assert attention.q_mix.weight.shape == (config.num_key_value_heads, 128, 256)
+    a_layer = config.num_key_value_heads * 2 * 128 * 256 - 2 * config.num_key_value_heads * 64 * 4096
+    assert sum(p.numel() for p in merged.parameters()) == published[shape] + 32 * a_layer
+
+
+@pytest.mark.parametrize(("merge", "ratio"), [(1, 0.5), (2, 0.5), (2, 0.25), (4, 0.5), (4, 0.75)])
+def test_a_pruned_shape_is_what_prune_makes_of_a_checkpoint(tmp_path, texts, merge, ratio):
+    """Tensor by tensor; and random weights have rotary pairs that there are."""
+    model = tiny_model("llama", kv_heads=4, groups=2)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    quick = {**COARSE, "repair": "rotate", "eval_tokens": 64, "layout": "uniform"}
+    real = kvprune.prune(tmp_path, ratio=ratio, merge=merge, **quick).model
+    config, dtype = shapes.dense_config(tmp_path)
+    made = shapes.random_model(shapes.pruned_config(config, ratio, 2, merge), torch.device("cpu"), dtype)
+    sizes = [{name: t.shape for name, t in m.state_dict().items()} for m in (real, made)]
+    assert sizes[0] == sizes[1]
+    for layer in made.model.layers:
+        first, second = layer.self_attn.rope_index.unflatten(1, (2, -1)).unbind(1)
+        assert (second == first + 8).all()
+        assert first.min() == 0
+        assert first.max() == min(first.shape[1], 8) - 1
+    with torch.no_grad():
+        assert made(torch.arange(12)[None]).logits.isfinite().all()
 
 
 def test_a_pruned_shape_is_timed(monkeypatch):
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 16}
     small |= {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
     monkeypatch.setitem(shapes.SHAPES, "tiny", small)
-    (cell,) = kvprune.bench("tiny", pruned_shape=True, ratio=0.5, context=[8], dtype="float32", **QUICK)["cells"]
-    held = cell["memory_bytes"]
-    assert held["dense"]["kv_cache"] == 2 * held["pruned"]["kv_cache"] == 8 * 2 * 2 * 2 * 16 * 4
+    asked = {"pruned_shape": True, "context": [8], "dtype": "float32", **QUICK}
+    for merge, merged, ratio, width in ((None, 2, 0.25, 24), ("1", 1, 0.5, 8), (2, 2, 0.5, 16)):
+        report = kvprune.bench("tiny", ratio=ratio, merge=merge, **asked)
+        assert report["environment"]["merge"] == merged
+        (cell,) = report["cells"]
+        held, read = cell["memory_bytes"], cell["decode_bytes_read"]
+        assert held["dense"]["kv_cache"] == 8 * 2 * 2 * 2 * 16 * 4
+        assert (
+            held["pruned"]["kv_cache"] == (1 - ratio) * held["dense"]["kv_cache"] == 8 * 2 * 2 * 2 / merged * width * 4
+        )
+        mlps_and_norms = 2 * (3 * 64 * 32 + 2 * 32) + 32
+        dense = mlps_and_norms + 64 * 32 + 2 * (2 * 4 + 2 * 2) * 16 * 32  # and the head; of the embedding a row
+        written, mixed = 2 * 4 * width * 32, 2 * 4 * 16 * 32 + 2 * 2 * 16 * width  # Q and O; or with mixes
+        assert (mixed < written) == (width == 24)
+        pruned = mlps_and_norms + 64 * 32 + 2 * (2 * 2 // merged * width * 32 + min(written, mixed))
+        for side, numbers in (("dense", dense), ("pruned", pruned)):
+            half_way = held[side]["kv_cache"] * 10 / 8
+            assert read[side] == {"all": numbers * 4 + half_way, "weights": numbers * 4, "kv_cache": half_way}
+        assert cell["decode_limit"] == pytest.approx(read["dense"]["all"] / read["pruned"]["all"])
+
+
+def test_what_a_filtered_step_reads_of_merged_heads():
+    """Of a layer in which both sequences skip with probability 0.25, neither Q and O nor what is between them."""
+    dense = tiny_model("llama", kv_heads=2, groups=2)
+    config = twin_config(dense.config, 16, [24, 24], 2, [True, True])
+    side = speed.Side(shapes.random_model(config, torch.device("cpu"), torch.float32))
+    side.prefill(torch.zeros(2, 10, dtype=torch.long))
+    everything, kv = side.weight_bytes_read(), side.kv_bytes_read()
+    settings = SimpleNamespace(ratio=0.25, rates=lambda ratio, layers: {1: 0.5})
+    side.token_filter = SimpleNamespace(settings=settings)
+    seldom = 2 * 4 * 16 * 48 + 2 * 2 * 16 * 24
+    assert side.weight_bytes_read() == everything - 0.25 * seldom * 4
+    assert side.kv_bytes_read() == 0.75 * kv
+    assert side.bytes_read() == side.weight_bytes_read() + side.kv_bytes_read()
+
+
+def test_a_widened_prefill_is_refused_where_it_cannot_fit(monkeypatch):
+    """Queries of merged heads are wider than the hidden states: the layer's guess counts them."""
+    dense = tiny_model("llama", kv_heads=2, groups=2)
+    twins = [twin_config(dense.config, 16, [8, width], 2, [False, True]) for width in (8, 32)]
+    narrow, wide = (speed.Side(shapes.random_model(c, torch.device("cpu"), torch.float32)) for c in twins)
+    refused = []
+    for side in (narrow, wide):
+        for free in range(0, 10**6, 1000):
+            monkeypatch.setattr(benchmark.memory, "free", lambda device, free=free: free)
+            try:
+                benchmark._refuse_what_cannot_fit((side, side), 1, 64, 4)
+            except MemoryError:
+                continue
+            refused.append(free)
+            break
+    caches = [2 * 68 * 1.125 * 2 * (8 + width) * 4 for width in (8, 32)]  # of both sides, with room
+    queries = 64 * 4 * 4 * (4 * 32 - 48)  # four times what they are wider than the hidden states
+    assert refused[1] - refused[0] == pytest.approx(caches[1] - caches[0] + queries, abs=1000)
 
 
 def test_a_cell_that_does_not_fit_says_so_and_the_grid_goes_on(checkpoint, monkeypatch):
@@ -181,6 +268,9 @@ def test_other_errors_are_not_taken_for_it(checkpoint, monkeypatch):
         ({"pruned_shape": True, "ratio": float("nan"), "context": [8]}, "between 0 and 1"),
         ({"pruned_shape": True, "dtype": "int8", "context": [8]}, "unknown dtype"),
         ({"ratio": 0.5}, "--pruned-shape"),
+        ({"merge": 2}, "--pruned-shape"),
+        ({"pruned_shape": True, "merge": 3, "context": [8]}, "does not divide the 2 KV heads; choose auto, 1, 2"),
+        ({"pruned_shape": True, "merge": "all", "context": [8]}, "must be auto, or how many"),
         ({"out": "nowhere/bench.json"}, "nowhere"),
         ({"out": "bench.png"}, ".json"),
         ({"skip": 0.99, "context": [8]}, "at most"),

@@ -24,6 +24,7 @@ from kvprune.channels.basis import Basis, Kept, basis_of, identity, slow_channel
 from kvprune.channels.moments import AttentionMoments, attention_moments
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
 from kvprune.channels.sensitivity import Probe
+from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.progress import Progress
 
@@ -61,7 +62,17 @@ FAMILIES = {
 
 
 def tiny_model(
-    family: str, *, kv_heads=2, groups=1, head_dim=16, layers=2, attention="sdpa", seed=0, positions=128, **extra
+    family: str,
+    *,
+    kv_heads=2,
+    groups=1,
+    head_dim=16,
+    layers=2,
+    attention="sdpa",
+    seed=0,
+    positions=128,
+    hidden=None,
+    **extra,
 ):
     """A random model in eval mode, float32, with biases that are not zero."""
     config_class, model_class, options = FAMILIES[family]
@@ -73,7 +84,7 @@ def tiny_model(
     torch.manual_seed(seed)
     config = config_class(
         vocab_size=VOCABULARY,
-        hidden_size=12 * kv_heads * groups,
+        hidden_size=hidden or 12 * kv_heads * groups,
         intermediate_size=40,
         num_hidden_layers=layers,
         num_attention_heads=kv_heads * groups,
@@ -158,7 +169,7 @@ def make_plan(model, layers, ratio=0.5, merge=1) -> PruningPlan:
 
 
 def measured_bases(model, merge, *, slow=False, text=None) -> list[Basis]:
-    """Bases across groups of `merge` KV heads, from what the attention does on random text; slow: slow pairs are mixed."""
+    """Bases across groups of `merge` KV heads, from what the attention does on random text; slow: mix slow pairs."""
     view = ModelView(model)
     channels = slow_channels(view) if slow else torch.empty(0, dtype=torch.int64)
     moments = attention_moments(view, batches() if text is None else text, channels, merge, lambda layers: None)
@@ -202,6 +213,13 @@ def merged_plan(model, bases, widths, seed=0) -> PruningPlan:
         layers.append((qk, None, basis.heads.tolist()))
     kept = sum(widths) / sum(basis.width for basis in bases)
     return make_plan(model, layers, ratio=1 - kept, merge=merge)
+
+
+def merged_model(model, widths, merge=2, seed=0):
+    """(projected dense, pruned), with random bases, pairs and groups of `merge` KV heads."""
+    bases = random_bases(model, merge, seed)
+    plan = merged_plan(model, bases, widths, seed)
+    return project_dense(model, plan, bases), cut(ModelView(model), plan, bases)
 
 
 def random_layers(model, widths, seed=0):
@@ -263,7 +281,7 @@ def project_dense(model, plan, bases):
         attention, width = block.self_attn, layer.width
         leading = [list(range(width)) for _ in layer.qk]
         maps = basis.cut(Kept(torch.tensor(layer.qk), torch.tensor(leading)))
-        before = {name: t.double() for name, t in attention.state_dict().items()}
+        before = {name: t.double().clone() for name, t in attention.state_dict().items()}
         for g, group in enumerate(layer.heads or [[head] for head in range(len(layer.qk))]):
             rows = [head * d + channel for head in group for channel in range(d)]
             for j, head in enumerate(group):
@@ -271,9 +289,9 @@ def project_dense(model, plan, bases):
                 for name, down, up in (("k", maps.keys, maps.queries), ("v", maps.values, maps.outputs)):
                     there_and_back = up[g * len(group) + j] @ down[g]  # (d, m * d)
                     linear = getattr(attention, f"{name}_proj")
-                    linear.weight[own] = (there_and_back @ before[f"{name}_proj.weight"][rows]).float()
+                    linear.weight[own] = (there_and_back @ before[f"{name}_proj.weight"][rows]).to(model.dtype)
                     if name == "k" and linear.bias is not None:
-                        linear.bias[own] = (there_and_back @ before["k_proj.bias"][rows]).float()
+                        linear.bias[own] = (there_and_back @ before["k_proj.bias"][rows]).to(model.dtype)
     return projected
 
 

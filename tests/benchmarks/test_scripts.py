@@ -22,9 +22,21 @@ def run(monkeypatch, name, *words):
     return script
 
 
-def test_the_grid_of_shapes(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("merge", ["auto", "1"])
+def test_the_grid_of_shapes(checkpoint, tmp_path, monkeypatch, merge):
     words = ("--batch", 1, 3, "--context", 8, 64, 4096, "--new-tokens", 2, "--rounds", 1, "--device", "cpu")
-    run(monkeypatch, "shapes_grid", checkpoint, *words, "--dtype", "float32", "--out", tmp_path / "grid")
+    run(
+        monkeypatch,
+        "shapes_grid",
+        checkpoint,
+        *words,
+        "--dtype",
+        "float32",
+        "--merge",
+        merge,
+        "--out",
+        tmp_path / "grid",
+    )
     cells = json.loads((tmp_path / "grid.json").read_text())["cells"]
     assert list(cells) == ["tiny-llama, 8", "tiny-llama, 64"]  # it takes no 4,096
     lines = (tmp_path / "grid.md").read_text().splitlines()[4:]
@@ -34,9 +46,14 @@ def test_the_grid_of_shapes(checkpoint, tmp_path, monkeypatch):
         columns = [column.strip() for column in line.strip("|").split("|")]
         held = [cell["memory_bytes"][side]["kv_cache"] for side in ("dense", "pruned")]
         assert held[0] == 2 * held[1] == cell["batch"] * cell["context"] * 4 * 2 * 2 * 32 * 4
-        assert columns[4] == "yes"
-        assert columns[8] == ("yes" if cell["decode_ratio"] >= 1.35 else "no")
-        assert columns[6].startswith(f"{cell['decode_ratio']:.2f}")
+        assert columns[1] == ("2" if merge == "auto" else "1")
+        assert columns[5] == "yes"
+        wide = 4 * 2 * 4 * 16 * 48 if merge == "auto" else 0  # Q and O stay as they are, for a width of 32
+        read = [side["weights"] for side in cell["decode_bytes_read"].values()]
+        assert columns[6] == f"{read[0] / 1e9:.3g} / {read[1] / 1e9:.3g}"
+        assert read[0] - read[1] == 4 * (4 * (2 * 4 + 2 * 2) * 16 * 48 - wide)
+        assert columns[10] == ("yes" if cell["decode_ratio"] >= 1.35 else "no")
+        assert columns[8].startswith(f"{cell['decode_ratio']:.2f}")
 
 
 @pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="8 bits are not fp8 here")
@@ -60,6 +77,22 @@ def test_the_curve_of_quality_against_bytes(tmp_path, texts, monkeypatch):
     assert script.best(points) == {("b", "x"), ("c", "x")}
 
 
+def test_speed_against_bytes_of_merged_heads(checkpoint, pruned_half, tmp_path, monkeypatch):
+    words = ("--batch", 2, "--context", 64, "--new-tokens", 2, "--rounds", 1, "--only", "half: as it is")
+    run(monkeypatch, "kv_speed", checkpoint, f"half={pruned_half}", *words, "--out", tmp_path / "s")
+    (cell,) = json.loads((tmp_path / "s.json").read_text())["cells"].values()
+    models = {"dense": kvprune.load(checkpoint), "pruned": kvprune.load(pruned_half)}
+    read = {}
+    for side, model in models.items():
+        width = sum(layer.self_attn.head_dim for layer in model.model.layers)
+        kv = 2 * 65 * 2 * model.config.num_key_value_heads * width * model.dtype.itemsize
+        weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+        read[side] = {"all": weights + kv, "weights": weights, "kv_cache": kv}
+    assert cell["decode_bytes_read"] == read
+    assert cell["decode_limit"] == read["dense"]["all"] / read["pruned"]["all"]
+    assert f"| half | as it is | 50.0% | {cell['decode_ratio']:.2f} |" in (tmp_path / "s.md").read_text()
+
+
 def test_speed_against_bytes(checkpoint, tmp_path, monkeypatch):
     ways = ("other: as it is", "dense: 25%*")
     words = ("--batch", 2, "--context", 64, "--new-tokens", 2, "--rounds", 1, "--only", *ways, "--out", tmp_path / "s")
@@ -73,3 +106,66 @@ def test_speed_against_bytes(checkpoint, tmp_path, monkeypatch):
     first, second = (tmp_path / "s.md").read_text().splitlines()[2:]
     assert first.startswith(f"| other | as it is | 100.0% | {cells['other: as it is']['decode_ratio']:.2f} |")
     assert second.startswith(f"| dense | 25% of tokens skip | {share:.1%} |")
+
+
+@pytest.fixture
+def long_model(tmp_path):
+    """A folder with a model that takes windows of 512."""
+    model = tiny_model("llama", groups=2, head_dim=32, positions=512)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_the_table_of_methods_is_what_prune_does(long_model, texts, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script = importlib.import_module("methods_table")
+    monkeypatch.setattr(script, "SCORE_TOKENS", 2048)
+    monkeypatch.setattr(script, "EVAL_TOKENS", 1024)
+    bench = script.Bench(str(long_model), tmp_path / "table")
+    bench.measure("ptb", 0.25, "l1", "joint", "sensitivity")
+    own = {"importance": "l1", "channels": "joint", "allocation": "sensitivity", "probes": "measured", "repair": "none"}
+    own |= {"calibration": "ptb", "calibration_tokens": 2048, "probe_tokens": 2048, "eval": ("ptb",)}
+    result = kvprune.prune(long_model, ratio=0.25, eval_tokens=1024, windows=(512,), **own)
+    (found,) = json.loads((tmp_path / "table.json").read_text())["perplexity"].values()
+    assert found == pytest.approx(result.record["perplexity"][0]["pruned"])
+    assert result.record["merge"] == 1
+
+
+def test_old_rows_of_quality_are_made_as_they_were(long_model, texts, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script, cells = (importlib.import_module(name) for name in ("quality", "cells"))
+    monkeypatch.setattr(script, "WINDOWS", (64,))
+    monkeypatch.setattr(script, "TOKENS", 512)
+    bench = script.Bench(str(long_model), tmp_path, cells.Cells(tmp_path / "out", str(long_model), []))
+    few = {"calibration_tokens": 1024, "repair_tokens": 1024, "probe_tokens": 512, "keep": False}
+    bench.prune("apart", 0.5, **few)
+    bench.prune("merged", 0.5, merge="auto", **few)
+    bench.prune("paper", 0.5, calibration_tokens=1024, probe_tokens=512, keep=False, preset="kvpruner")
+    found = json.loads((tmp_path / "out.json").read_text())["cells"]
+    assert {name: cell["merge"] for name, cell in found.items()} == {"apart": 1, "merged": 2, "paper": 1}
+    assert found["apart"]["method"]["probes"] == "measured"
+    assert len({cell["kv_bytes_per_token"]["pruned"] for cell in found.values()}) == 1
+    read = {name: cell["weights_read_bytes"]["pruned"] for name, cell in found.items()}
+    assert read["apart"] == read["paper"] < read["merged"]
+
+
+def test_what_a_prune_costs(long_model, texts, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script = importlib.import_module("prune_cost")
+    monkeypatch.setattr(script, "TOKENS", 1024)
+    few = {"calibration_tokens": 1024, "repair_tokens": 1024, "eval_tokens": 512, "windows": (64,)}
+    monkeypatch.setattr(script, "SETTINGS", {name: {**how, **few} for name, how in script.SETTINGS.items()})
+    words = ("--only", "default*", "--dtype", "float32", "--out", tmp_path / "cost")
+    run(monkeypatch, "prune_cost", long_model, *words)
+    found = json.loads((tmp_path / "cost.json").read_text())["cells"]
+    assert {name: cell.get("merge") for name, cell in found.items()} == {
+        "dense": None,
+        "default": 2,
+        "default, heads apart": 1,
+    }
+    dense = found["dense"]["perplexity"]
+    for line in (tmp_path / "cost.md").read_text().splitlines()[2:]:
+        name, first, second, *_ = [column.strip() for column in line.strip("|").split("|")]
+        for shown, text in ((first, "wikitext2"), (second, "ptb")):
+            assert shown == f"{found[name]['perplexity'][text] / dense[text]:.3f}"

@@ -10,6 +10,7 @@ import pytest
 
 import kvprune
 from kvprune import errors
+from kvprune.pages import figures
 from kvprune.pages import report as page
 from kvprune.runtime import files
 
@@ -62,6 +63,9 @@ def test_it_stands_alone_and_says_what_was_measured(checkpoint, pruned, tmp_path
         assert f"{row['dense']:.2f}" in words
         assert f"{row['pruned'] / row['dense']:.3f}" in words
     assert f"{record['kv_bytes_per_token']['pruned']:,} in this one" in words
+    read = record["weights_read_bytes"]
+    assert f"reads {read['dense']:,} bytes of weights in the dense model, {read['pruned']:,} in this one" in words
+    assert "2 KV heads merged into 1." in words
     assert "variance" in words
     cell = json.loads(bench.read_text())["cells"][0]
     assert f"{cell['decode_tokens_per_second']['pruned']:.1f}" in words
@@ -81,6 +85,18 @@ def test_the_quality_figure_has_every_folder(pruned):
         assert row["ratio"] == judged["pruned"] / judged["dense"]
 
 
+@pytest.mark.parametrize(("merge", "whole"), [(None, 32), (1, 32), (2, 64)])
+def test_bars_of_widths_stand_before_those_of_the_dense_heads(pruned, merge, whole):
+    """None: a record of an older version."""
+    record = kvprune.read_record(pruned) | {"merge": merge, "sensitivity": None}
+    if merge is None:
+        del record["merge"]
+    (panel,) = figures.plan(record).axes
+    dense, kept = ([bar.get_height() for bar in bars] for bars in panel.containers)
+    assert (dense, kept) == ([whole] * 4, record["widths"])
+    assert [text.get_text() for text in panel.get_legend().get_texts()] == [f"dense, {whole}", "kept"]
+
+
 def test_folders_of_one_name_are_told_apart(pruned, tmp_path, monkeypatch):
     (tmp_path / "more").mkdir()
     shutil.copytree(pruned, tmp_path / "more" / "half")
@@ -91,6 +107,17 @@ def test_folders_of_one_name_are_told_apart(pruned, tmp_path, monkeypatch):
     text = kvprune.report(".", others=[tmp_path / "more" / "half", pruned]).read_text()
     assert [name for name, _ in found] == ["half", "half"]  # and the folder itself once
     assert "half" in " ".join(Page(text).words)
+
+
+def test_a_record_of_an_older_version(pruned):
+    record = json.loads((pruned / "kvprune.json").read_text())
+    for name in ("merge", "kv_heads", "weights_read_bytes"):
+        del record[name]
+    (pruned / "kvprune.json").write_text(json.dumps(record))
+    words = " ".join(Page(kvprune.report(pruned).read_text()).words)
+    assert "in this one" in words
+    assert "merged" not in words
+    assert "bytes of weights" not in words
 
 
 def test_names_are_escaped(pruned, tmp_path):

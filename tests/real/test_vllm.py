@@ -1,4 +1,4 @@
-"""vLLM's CPU build serves SmolLM2 pruned to mixed widths, and to a stock Llama, in float32.
+"""vLLM's CPU build serves SmolLM2 pruned to mixed widths, its KV heads merged, and to a stock Llama; all in float32.
 
 Runs in an environment that has no kvprune.
 """
@@ -41,10 +41,16 @@ def logprobs(model, ids):
     return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1)
 
 
-def test_kvprune_is_not_here_and_widths_are_mixed():
+def test_kvprune_is_not_here_and_merged_heads_have_mixed_widths():
+    """Three KV heads of 64 became one; some layers are factored."""
     with pytest.raises(ImportError):
         import kvprune  # noqa: F401
-    assert set(json.loads((FOLDERS["pruned"] / "kvprune.json").read_text())["widths"]) == {32, 64}
+    widths = json.loads((FOLDERS["pruned"] / "kvprune.json").read_text())["widths"]
+    config = json.loads((FOLDERS["pruned"] / "config.json").read_text())
+    assert len(set(widths)) > 1
+    assert max(widths) > config["dense_head_dim"] == 64
+    assert (config["dense_kv_heads"], config["num_key_value_heads"]) == (3, 1)
+    assert any(layer.get("factored") for layer in config["per_layer_config"].values())
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.runtime import attention
 from kvprune.runtime.modeling import CACHE
-from tiny import VOCABULARY, make_plan, random_layers, tiny_model
+from tiny import VOCABULARY, make_plan, merged_model, random_layers, tiny_model
 
 
 def decoded(model, ids, mask, steps=6):
@@ -22,11 +22,13 @@ def decoded(model, ids, mask, steps=6):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("pruned", [False, True, "merged"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2-sliding"])
 def test_packed_groups_change_nothing(family, pruned, padded, monkeypatch):
-    model = tiny_model(family, kv_heads=2, groups=3)
-    if pruned:
+    model = tiny_model(family, kv_heads=4 if pruned == "merged" else 2, groups=3, hidden=72)
+    if pruned == "merged":  # four heads to two, each read by six query heads
+        _, model = merged_model(model, (12, 28))
+    elif pruned:
         view = ModelView(model)
         model = cut(view, make_plan(model, random_layers(model, [8, 12])))
     ids = torch.randint(3, VOCABULARY, (2, 26), generator=torch.Generator().manual_seed(0))

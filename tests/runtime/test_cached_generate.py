@@ -16,7 +16,7 @@ from kvprune.models.view import ModelView
 from kvprune.runtime import attention as packed
 from kvprune.runtime.cache import GrowingCache
 from kvprune.runtime.modeling import CACHE, CACHE_NAMES, PrunedAttention, take_cache
-from tiny import COARSE, FAMILIES, VOCABULARY, make_plan, random_layers, tiny_model
+from tiny import COARSE, FAMILIES, VOCABULARY, make_plan, merged_model, random_layers, tiny_model
 
 NEW = 10
 CACHES = {
@@ -27,9 +27,16 @@ CACHES = {
 }
 
 
-def pruned_model(family, attention="sdpa"):
-    dense = tiny_model(family, groups=3, attention="eager" if attention == "eager" else "sdpa")
-    pruned = cut(ModelView(dense), make_plan(dense, random_layers(dense, (8, 12))))
+def pruned_model(family, attention="sdpa", merge=None):
+    """Mixed widths; merge: with merged heads, the second layer factored."""
+    kind = "eager" if attention == "eager" else "sdpa"
+    if merge:
+        dense = tiny_model(family, kv_heads=4, groups=3, hidden=48, attention=kind)
+        _, pruned = merged_model(dense, (12, 28), merge)
+        assert [block.self_attn.q_mix is not None for block in pruned.model.layers] == [False, True]
+    else:
+        dense = tiny_model(family, groups=3, attention=kind)
+        pruned = cut(ModelView(dense), make_plan(dense, random_layers(dense, (8, 12))))
     if attention == packed.NAME:
         packed.pack_groups(pruned)
     assert pruned.config._attn_implementation == attention
@@ -43,10 +50,11 @@ def written(model, ids, **how):
     return found.sequences, torch.stack(found.logits)
 
 
+@pytest.mark.parametrize("merge", [None, 2, 4])
 @pytest.mark.parametrize("attention", ["eager", "sdpa", packed.NAME])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cached_generate_is_uncached_generate(family, attention):
-    model = pruned_model(family, attention)
+def test_cached_generate_is_uncached_generate(family, attention, merge):
+    model = pruned_model(family, attention, merge)
     model.generation_config.eos_token_id = None
     ids = torch.randint(3, VOCABULARY, (2, 9))
     tokens, logits = written(model, ids, use_cache=False)

@@ -15,7 +15,7 @@ from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.runtime import checkpoint
 from kvprune.runtime.files import verify_files
-from tiny import make_plan, random_layers, tiny_model, tiny_tokenizer
+from tiny import make_plan, merged_plan, random_bases, random_layers, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
@@ -153,6 +153,29 @@ def test_a_tensor_of_another_name_or_shape_is_damage(parts, tmp_path):
         save_file(tensors, path, {"format": "pt"})
         with pytest.raises(errors.BrokenCheckpoint):
             kvprune.load(tmp_path / change)
+
+
+@pytest.mark.parametrize("change", ["none", "gone", "shape", "config"])
+def test_a_folder_of_merged_heads_is_checked_too(tmp_path, change):
+    """The matrices behind Q and before O are weights as all others."""
+    dense = tiny_model("llama", kv_heads=4, groups=2)
+    bases = random_bases(dense, 2)
+    plan = merged_plan(dense, bases, (12, 28))
+    pruned = cut(ModelView(dense), plan, bases)
+    checkpoint.save(pruned, tiny_tokenizer(), plan.to_json(), lambda: {"widths": plan.widths}, tmp_path)
+    if change == "none":
+        ids = torch.arange(3, 12)[None]
+        assert torch.equal(kvprune.load(tmp_path, device="cpu")(ids).logits, pruned(ids).logits)
+        return
+    path = tmp_path / ("config.json" if change == "config" else "model.safetensors")
+    if change == "config":
+        path.write_text(path.read_text().replace('"factored": true', '"factored": false'))
+    else:
+        tensors, name = load_file(path), "model.layers.1.self_attn.q_mix.weight"
+        tensor = tensors.pop(name)
+        save_file(tensors if change == "gone" else tensors | {name: tensor[:2].clone()}, path, {"format": "pt"})
+    with pytest.raises(errors.BrokenCheckpoint, match="q_mix" if change == "gone" else "shape"):
+        kvprune.load(tmp_path)
 
 
 def test_what_people_edit_is_not_checked(parts, tmp_path, caplog):

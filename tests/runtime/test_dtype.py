@@ -113,7 +113,7 @@ def test_prune_computes_in_float32_and_writes_bfloat16(cpu, half, texts, tmp_pat
 def test_recover_too(cpu, half, texts, tmp_path):
     cpu(AVX2)
     kvprune.prune(half, tmp_path / "out", ratio=0.5, **COARSE)
-    quick = {"rank": 8, "tokens": 2048, "window": 64, "steps": 2, "batch": 2, "held_out": 256, "eval_tokens": 512}
+    quick = {"rank": 4, "tokens": 2048, "window": 64, "steps": 2, "batch": 2, "held_out": 256, "eval_tokens": 512}
     kvprune.recover(tmp_path / "out", tmp_path / "again", eval_windows=[64], device="cpu", **quick)
     record = kvprune.read_record(tmp_path / "again")
     assert (record["dtype"], record["compute_dtype"]) == ("bfloat16", "float32")

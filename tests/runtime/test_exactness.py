@@ -1,4 +1,7 @@
-"""The product's conscience: pruned logits equal the masked dense model's, in every way a model is run."""
+"""The product's conscience: pruned logits equal the masked dense model's, and with merged heads those of the dense
+model whose keys and values go to the kept coordinates and back, in every way a model is run."""
+
+from functools import cache
 
 import hypothesis.strategies as st
 import pytest
@@ -9,10 +12,31 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.runtime.modeling import CACHE
-from tiny import FAMILIES, VOCABULARY, make_plan, mask_dense, random_layers, tiny_model
+from tiny import (
+    FAMILIES,
+    STILL,
+    VOCABULARY,
+    make_plan,
+    mask_dense,
+    measured_bases,
+    merged_plan,
+    project_dense,
+    random_bases,
+    random_layers,
+    tiny_model,
+)
 
 TOLERANCE = 1e-5
 GROUPS = {"one query head per KV head": (3, 1), "groups of three": (2, 3), "one KV head for all": (1, 4)}
+# How many of four KV heads become one, the layers' widths, and which of the two are factored.
+MERGES = {
+    "each for itself": (1, (8, 12), (False, False)),
+    "two and two": (2, (12, 28), (False, True)),
+    "all": (4, (32, 12), (True, False)),
+}
+
+# So much that no coordinate of 64 is without variance, and as large as rounding
+LONGER = list(torch.randint(3, VOCABULARY, (12, 40), generator=torch.Generator().manual_seed(2)).split(4))
 
 
 def pair(family, shape, attention="sdpa", widths=(8, 12)):
@@ -27,16 +51,47 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE)
 
 
+@cache
+def merged_pair(family, groups, merge, widths):
+    """(dense, projected dense, pruned) with four KV heads, `merge` of them to one."""
+    dense = tiny_model(family, kv_heads=4, groups=groups, hidden=48)
+    bases = measured_bases(dense, merge)
+    plan = merged_plan(dense, bases, widths)
+    return dense, project_dense(dense, plan, bases), cut(ModelView(dense), plan, bases)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("shape", GROUPS.values(), ids=GROUPS)
 @pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
 def test_prefill_decode_and_left_padding(family, shape, attention):
     masked, pruned = pair(family, shape, attention)
     assert pruned.config._attn_implementation == attention
+    check(tiny_model(family, kv_heads=shape[0], groups=shape[1]), masked, pruned)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES)
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_heads_in_prefill_decode_and_left_padding(family, groups, merge, attention):
+    m, widths, factored = merge
+    dense, projected, pruned = merged_pair(family, groups, m, widths)
+    for model in (dense, projected, pruned):
+        model.set_attn_implementation(attention)
+    assert [layer.factored for layer in pruned.config.per_layer_config] == list(factored)
+    assert (pruned.config.num_key_value_heads, pruned.config.dense().num_key_value_heads) == (4 // m, 4)
+    check(dense, projected, pruned)
+    cached = pruned(torch.zeros(1, 3, dtype=torch.long), use_cache=True)[CACHE]
+    for layer, width in zip(cached.layers, widths, strict=True):
+        assert layer.keys.shape == layer.values.shape == (1, 4 // m, 3, width)
+
+
+@torch.no_grad()
+def check(dense, masked, pruned):
+    """Pruned logits are the reference's, which are not the dense model's."""
     ids = torch.randint(3, VOCABULARY, (2, 14))
     expected = masked(ids).logits
-    assert (tiny_model(family, kv_heads=shape[0], groups=shape[1])(ids).logits - expected).abs().max() > 1e-2
+    assert (dense(ids).logits - expected).abs().max() > 1e-2
     close(pruned(ids).logits, expected)
 
     cache = DynamicCache(config=pruned.config)
@@ -65,20 +120,23 @@ def test_ratio_zero_is_the_dense_model_bit_for_bit(family, attention):
     assert torch.equal(pruned(ids).logits, dense(ids).logits)
 
 
-@pytest.mark.parametrize("widths", [(8, 12), (8, 8)], ids=["mixed", "uniform"])
+@pytest.mark.parametrize(
+    ("widths", "merge"), [((8, 12), None), ((8, 8), None), ((12, 28), 2)], ids=["mixed", "uniform", "merged"]
+)
 @pytest.mark.parametrize("rope", ["longrope", "dynamic"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 @torch.no_grad()
-def test_rope_that_changes_with_the_context_saved_and_loaded(family, rope, widths, tmp_path):
+def test_rope_that_changes_with_the_context_saved_and_loaded(family, rope, widths, merge, tmp_path):
     """Before the change, behind it, and back: its frequencies are the dense width's, whatever is kept, and whatever
     context the dense model saw last."""
     parameters = tiny_model(rope).config.rope_parameters
     dense = tiny_model(family, groups=3, rope_parameters=dict(parameters))
-    layers = random_layers(dense, widths)
-    masked = mask_dense(dense, layers)
+    bases = random_bases(dense, merge) if merge else None
+    plan = merged_plan(dense, bases, widths) if bases else make_plan(dense, random_layers(dense, widths))
+    masked = project_dense(dense, plan, bases) if bases else mask_dense(dense, [(x.qk, x.vo) for x in plan.layers])
     ids = torch.randint(3, VOCABULARY, (1, 140))
     dense(ids)
-    pruned = cut(ModelView(dense), make_plan(dense, layers))
+    pruned = cut(ModelView(dense), plan, bases)
     pruned.save_pretrained(tmp_path)
     for model in (pruned, AutoModelForCausalLM.from_pretrained(tmp_path)):
         for tokens in (20, 140, 20):
@@ -112,6 +170,58 @@ def test_any_shape_and_plan(family, kv_heads, groups, head_dim, shares, attentio
     expected = [(2, kv_heads, width) for width in widths]
     assert [tuple(layer.keys.shape[i] for i in (0, 1, 3)) for layer in cache.layers] == expected
     assert [tuple(layer.values.shape[i] for i in (0, 1, 3)) for layer in cache.layers] == expected
+
+
+@pytest.mark.parametrize("merge", [1, 2, 4])
+@pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen2"])
+@torch.no_grad()
+def test_merged_heads_with_slow_pairs_mixed(family, merge):
+    """Over pairs and heads; exact where they do not turn, which are all but the first."""
+    dense = tiny_model(family, kv_heads=4, groups=2, **STILL)
+    bases = measured_bases(dense, merge, slow=True, text=LONGER)
+    assert all(len(basis.slow) == 14 for basis in bases)
+    plan = merged_plan(dense, bases, (8 * merge, 12 * merge))
+    check(dense, project_dense(dense, plan, bases), cut(ModelView(dense), plan, bases))
+
+
+@pytest.mark.parametrize("family", ["llama-bias", "qwen2"])
+@torch.no_grad()
+def test_all_coordinates_of_merged_heads_are_the_dense_model(family):
+    dense = tiny_model(family, kv_heads=4, groups=2)
+    ids = torch.randint(3, VOCABULARY, (2, 14))
+    for merge in (1, 2, 4):
+        bases = measured_bases(dense, merge, text=LONGER)
+        plan = merged_plan(dense, bases, (16 * merge, 16 * merge))
+        found = cut(ModelView(dense), plan, bases)(ids).logits
+        torch.testing.assert_close(found, dense(ids).logits, rtol=0, atol=1e-4)
+
+
+@settings(max_examples=60)
+@given(
+    family=st.sampled_from(sorted(FAMILIES)),
+    merge=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    groups=st.integers(1, 3),
+    head_dim=st.sampled_from([4, 8, 12]),
+    shares=st.lists(st.floats(0.01, 1), min_size=1, max_size=3),
+    attention=st.sampled_from(["eager", "sdpa"]),
+    seed=st.integers(0, 1000),
+)
+@torch.no_grad()
+def test_any_shape_merge_and_plan(family, merge, kv_heads, groups, head_dim, shares, attention, seed):
+    """kv_heads: of the pruned model, each of `merge` dense ones in any order. In float64, but for what the models
+    themselves round, since bases at random may be far from even."""
+    shape = {"kv_heads": kv_heads * merge, "groups": groups, "head_dim": head_dim, "layers": len(shares)}
+    dense = tiny_model(family, **shape, hidden=24, attention=attention, seed=seed).double()
+    bases = random_bases(dense, merge, seed)
+    widths = [max(2, round(share * merge * head_dim / 2) * 2) for share in shares]
+    plan = merged_plan(dense, bases, widths, seed)
+    pruned, projected = cut(ModelView(dense), plan, bases), project_dense(dense, plan, bases)
+    ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(seed))
+    close(pruned(ids).logits, projected(ids).logits)
+    cached = pruned(ids[:, :5], use_cache=True)[CACHE]
+    assert [layer.keys.shape[1] * layer.keys.shape[3] for layer in cached.layers] == [kv_heads * w for w in widths]
+    close(pruned(ids[:, 5:], **{CACHE: cached}).logits, projected(ids).logits[:, 5:])
 
 
 def test_surgery_leaves_the_dense_model_alone():

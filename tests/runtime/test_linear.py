@@ -14,7 +14,7 @@ from kvprune.models.view import ModelView
 from kvprune.runtime import linear
 from kvprune.runtime.linear import PackedLinear, pack_weights
 from kvprune.runtime.modeling import CACHE
-from tiny import VOCABULARY, make_plan, random_layers, tiny_model
+from tiny import VOCABULARY, make_plan, merged_model, random_layers, tiny_model
 
 here = pytest.mark.skipif(not linear._can_pack(), reason="this CPU or PyTorch cannot pack bfloat16 weights")
 IDS = torch.randint(3, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -23,7 +23,8 @@ IDS = torch.randint(3, VOCABULARY, (3, 20), generator=torch.Generator().manual_s
 def models(family):
     dense = tiny_model(family, kv_heads=2, groups=2, layers=2).to(torch.bfloat16)
     pruned = cut(ModelView(copy.deepcopy(dense)), make_plan(dense, random_layers(dense, [8, 12])))
-    return dense, pruned.to(torch.bfloat16)
+    wide = tiny_model(family, kv_heads=4, groups=2, layers=2, hidden=48).to(torch.bfloat16)
+    return dense, pruned.to(torch.bfloat16), merged_model(wide, [12, 28])[1]
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,19 +27,52 @@ from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.runtime.checkpoint import save
 from kvprune.runtime.modeling import CACHE
-from tiny import VOCABULARY, make_plan, mask_dense, random_layers, tiny_model, tiny_tokenizer
+from tiny import (
+    VOCABULARY,
+    make_plan,
+    mask_dense,
+    merged_plan,
+    project_dense,
+    random_bases,
+    random_layers,
+    tiny_model,
+    tiny_tokenizer,
+)
+
+FAMILIES = ["llama", "mistral", "qwen2"]
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral", "qwen2"])
+@dataclass
+class Saved:
+    """masked: the dense model that `pruned` equals; order: of its query heads, layer by layer, in the pruned one."""
+
+    masked: torch.nn.Module
+    pruned: torch.nn.Module
+    folder: Path
+    widths: list[int]
+    order: list[list[int]]
+
+
+@pytest.fixture(scope="module", params=[(family, merge) for merge in (1, 2) for family in FAMILIES], ids=str)
 def saved(request, tmp_path_factory):
-    """(masked dense, pruned, folder)"""
-    dense = tiny_model(request.param, groups=3, layers=3)
-    layers = random_layers(dense, (8, 16, 12))
-    plan = make_plan(dense, layers)
-    pruned = cut(ModelView(dense), plan)
-    folder = tmp_path_factory.mktemp(request.param) / "pruned"
+    """Two KV heads; or four, of which two and two became one, with absorbed and factored layers."""
+    family, merge = request.param
+    widths, groups = [8, 16, 12 if merge == 1 else 28], 3
+    dense = tiny_model(family, kv_heads=2 * merge, groups=groups, layers=3, hidden=72)
+    if merge == 1:
+        layers = random_layers(dense, widths)
+        plan, bases, masked, heads = make_plan(dense, layers), None, mask_dense(dense, layers), [[0, 1]] * 3
+    else:
+        bases = random_bases(dense, merge)
+        plan = merged_plan(dense, bases, widths)
+        masked, heads = project_dense(dense, plan, bases), [basis.heads.flatten().tolist() for basis in bases]
+        assert any(order != sorted(order) for order in heads)
+    pruned = cut(ModelView(dense), plan, bases)
+    assert [layer.factored for layer in pruned.config.per_layer_config] == [False, False, merge == 2]
+    folder = tmp_path_factory.mktemp(family) / "pruned"
     save(pruned, tiny_tokenizer(), plan.to_json(), lambda: {"widths": plan.widths}, folder)
-    return mask_dense(dense, layers), pruned, folder
+    order = [[head * groups + i for head in layer for i in range(groups)] for layer in heads]
+    return Saved(masked, pruned, folder, widths, order)
 
 
 @pytest.fixture
@@ -47,7 +82,7 @@ def ids():
 
 @torch.no_grad()
 def test_reload_is_exact_with_kvprune(saved, ids):
-    _, pruned, folder = saved
+    pruned, folder = saved.pruned, saved.folder
     for loaded in (AutoModelForCausalLM.from_pretrained(folder), kvprune.load(folder, device="cpu")):
         assert type(loaded) is type(pruned)
         assert torch.equal(loaded(ids).logits, pruned(ids).logits)
@@ -57,7 +92,7 @@ def test_reload_is_exact_with_kvprune(saved, ids):
 
 def test_reload_is_exact_without_kvprune(saved, ids, tmp_path):
     """In a process where importing kvprune fails."""
-    _, pruned, folder = saved
+    pruned, folder = saved.pruned, saved.folder
     code = """
 import sys, json
 sys.modules["kvprune"] = None
@@ -88,13 +123,14 @@ AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=Tru
 
 @torch.no_grad()
 def test_outputs_and_attentions(saved, ids):
-    masked, _, folder = saved
-    eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    masked = saved.masked
+    eager = AutoModelForCausalLM.from_pretrained(saved.folder, attn_implementation="eager")
     out = eager(ids, output_attentions=True, output_hidden_states=True)
     masked.set_attn_implementation("eager")
     expected = masked(ids, output_attentions=True, output_hidden_states=True)
     masked.set_attn_implementation("sdpa")
-    for mine, theirs in ((out.attentions, expected.attentions), (out.hidden_states, expected.hidden_states)):
+    attentions = [weights[:, order] for weights, order in zip(expected.attentions, saved.order, strict=True)]
+    for mine, theirs in ((out.attentions, attentions), (out.hidden_states, expected.hidden_states)):
         assert len(mine) == len(theirs) > 0
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
@@ -116,14 +152,13 @@ GENERATION = {
 @pytest.mark.parametrize("how", GENERATION.values(), ids=GENERATION)
 def test_generate_as_the_masked_dense_model(saved, how):
     """Batched, left-padded."""
-    masked, pruned, folder = saved
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(saved.folder)
     batch = tokenizer(["the cat saw a house", "river"], return_tensors="pt", padding=True)
     batch.pop("token_type_ids", None)
     assert batch["attention_mask"].sum(1).unique().numel() == 2
     options = {"max_new_tokens": 12, "do_sample": False, "disable_compile": True, **how}
     outputs = []
-    for model in (masked, pruned):
+    for model in (saved.masked, saved.pruned):
         torch.manual_seed(0)
         outputs.append(model.generate(**batch, **options))
     assert torch.equal(*outputs)
@@ -131,19 +166,18 @@ def test_generate_as_the_masked_dense_model(saved, how):
 
 @torch.no_grad()
 def test_static_cache_has_each_layers_width(saved, ids):
-    _, pruned, _ = saved
+    pruned = saved.pruned
     cache = StaticCache(config=pruned.config, max_cache_len=16)
     logits = pruned(ids, **{CACHE: cache}).logits
     torch.testing.assert_close(logits, pruned(ids).logits, rtol=0, atol=1e-5)
-    assert [layer.keys.shape[-1] for layer in cache.layers] == [8, 16, 12]
-    assert [layer.values.shape[-1] for layer in cache.layers] == [8, 16, 12]
+    assert [(layer.keys.shape[1], layer.keys.shape[-1]) for layer in cache.layers] == [(2, w) for w in saved.widths]
+    assert [layer.values.shape for layer in cache.layers] == [layer.keys.shape for layer in cache.layers]
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(saved, ids):
-    _, _, folder = saved
     gradients = []
     for checkpointing in (False, True):
-        model = AutoModelForCausalLM.from_pretrained(folder).train()
+        model = AutoModelForCausalLM.from_pretrained(saved.folder).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
         model(ids, labels=ids).loss.backward()
@@ -155,10 +189,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(saved, ids):
 
 @torch.no_grad()
 def test_compiled_forward(saved, ids):
-    _, pruned, folder = saved
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(saved.folder)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(ids, use_cache=False).logits, pruned(ids).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, saved.pruned(ids).logits, rtol=0, atol=1e-5)
 
 
 HEADS = [AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering]
@@ -168,8 +201,8 @@ HEADS = [AutoModelForSequenceClassification, AutoModelForTokenClassification, Au
 @torch.no_grad()
 def test_other_heads(saved, ids, auto, tmp_path):
     """On the pruned model, with nothing but the head new; and again when that is saved."""
-    masked, _, folder = saved
-    model, info = auto.from_pretrained(folder, output_loading_info=True)
+    masked = saved.masked
+    model, info = auto.from_pretrained(saved.folder, output_loading_info=True)
     assert all(key.startswith(("score.", "qa_outputs.")) for key in info["missing_keys"])
     model.save_pretrained(tmp_path)
     again = auto.from_pretrained(tmp_path)
@@ -187,22 +220,49 @@ def test_other_heads(saved, ids, auto, tmp_path):
 @torch.no_grad()
 def test_config_head_dim(saved):
     """The dense one where layers differ, the one where they do not; nothing raises."""
-    _, pruned, folder = saved
-    assert (pruned.config.head_dim, getattr(pruned.config, "head_dim", None)) == (16, 16)
-    assert [layer.head_dim for layer in pruned.config.per_layer_config] == [8, 16, 12]
-    written = json.loads((folder / "config.json").read_text())
+    config, merged = saved.pruned.config, saved.widths[2] == 28
+    assert (config.head_dim, getattr(config, "head_dim", None)) == (16, 16)
+    assert [layer.head_dim for layer in config.per_layer_config] == saved.widths
+    written = json.loads((saved.folder / "config.json").read_text())
     assert (written["head_dim"], written["dense_head_dim"]) == (16, 16)
-    assert written["per_layer_config"] == {"0": {"head_dim": 8}, "2": {"head_dim": 12}}
+    last = {"head_dim": 28, "factored": True} if merged else {"head_dim": 12}
+    assert written["per_layer_config"] == {"0": {"head_dim": 8}, "2": last}
+    assert (written["num_key_value_heads"], written.get("dense_kv_heads")) == (2, 4 if merged else None)
+    assert config.dense().num_key_value_heads == (4 if merged else 2)
     dense = tiny_model("llama")
     uniform = cut(ModelView(dense), make_plan(dense, random_layers(dense, (8, 8)))).config
     assert (uniform.head_dim, uniform.dense().head_dim, uniform.to_dict()["head_dim"]) == (8, 16, 16)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-def test_continuous_batching_of_one_width(family):
-    dense = tiny_model(family, groups=2)
-    layers = random_layers(dense, (8, 8))
-    pruned, masked = cut(ModelView(dense), make_plan(dense, layers)), mask_dense(dense, layers)
+@pytest.mark.parametrize("widths", [(16, 16), (28, 28)], ids=["the dense head_dim", "factored"])
+@torch.no_grad()
+def test_merged_heads_of_one_width(widths, ids, tmp_path):
+    """All layers alike, so that the config has no layer of its own to tell of."""
+    dense = tiny_model("llama", kv_heads=4, groups=2)
+    bases = random_bases(dense, 2)
+    plan = merged_plan(dense, bases, widths)
+    pruned = cut(ModelView(dense), plan, bases)
+    save(pruned, tiny_tokenizer(), plan.to_json(), lambda: {"widths": plan.widths}, tmp_path)
+    loaded = kvprune.load(tmp_path, device="cpu")
+    assert torch.equal(loaded(ids).logits, pruned(ids).logits)
+    torch.testing.assert_close(loaded(ids).logits, project_dense(dense, plan, bases)(ids).logits, rtol=0, atol=1e-5)
+    assert [block.self_attn.q_mix is not None for block in loaded.model.layers] == [widths[0] == 28] * 2
+    assert loaded.config.head_dim == widths[0]
+    assert torch.isfinite(AutoModelForCausalLM.from_config(loaded.config)(ids).logits).all()  # without weights
+
+
+@pytest.mark.parametrize("merge", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_continuous_batching_of_one_width(family, merge):
+    dense = tiny_model(family, kv_heads=2 * merge, groups=2, hidden=48)
+    if merge == 1:
+        layers = random_layers(dense, (8, 8))
+        pruned, masked = cut(ModelView(dense), make_plan(dense, layers)), mask_dense(dense, layers)
+    else:
+        bases = random_bases(dense, merge)
+        plan = merged_plan(dense, bases, (24, 24))
+        pruned, masked = cut(ModelView(dense), plan, bases), project_dense(dense, plan, bases)
+        assert pruned.model.layers[0].self_attn.q_mix is not None
     prompts = [[5, 6, 7, 8, 9], [11, 12, 13]]
     expected = [masked.generate(torch.tensor([p]), max_new_tokens=8, do_sample=False)[0, len(p) :] for p in prompts]
     found = pruned.generate_batch(prompts, **BATCHING)
@@ -211,20 +271,18 @@ def test_continuous_batching_of_one_width(family):
 
 def test_continuous_batching_of_mixed_widths_is_refused(saved):
     with pytest.raises(ValueError, match="--layout uniform"):
-        saved[1].generate_batch([[5, 6, 7]], **BATCHING)
+        saved.pruned.generate_batch([[5, 6, 7]], **BATCHING)
 
 
 def test_an_engine_with_one_head_dim_for_all_layers_is_refused(saved, ids):
-    _, pruned, _ = saved
     for width, refused in ((8, False), (16, True)):
         engine = {0: SimpleNamespace(head_size=width)}
         with pytest.raises(ValueError, match="update vLLM") if refused else nullcontext():
-            pruned(ids, attention_instances=engine)
+            saved.pruned(ids, attention_instances=engine)
 
 
 def test_tensor_parallel_heads_are_refused(saved, ids):
-    _, pruned, _ = saved
-    attention = pruned.model.layers[0].self_attn
+    attention = saved.pruned.model.layers[0].self_attn
     cos = torch.ones(1, 10, 16)
     with pytest.raises(ValueError, match="tensor parallelism"):
         attention._rotate(torch.zeros(2, 3, 10, 8), torch.zeros(2, 1, 10, 8), cos, cos)

@@ -17,7 +17,7 @@ from kvprune.runtime import quantized
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import RECENT, group_size, quantized_cache, quantizer
 from kvprune.text.windows import windows
-from tiny import VOCABULARY, make_plan, random_layers, tiny_model, tiny_tokenizer
+from tiny import VOCABULARY, make_plan, merged_model, random_layers, tiny_model, tiny_tokenizer
 
 FP8 = hasattr(cache_utils, "Fp8QuantizedLayer")
 HERE = [
@@ -30,13 +30,16 @@ HERE = [
     if there
 ]
 WIDTHS = [8, 16, 8, 12]
+MERGED = [12, 28, 24, 16]  # of twice as many KV heads, two of which become one
+NAMES = ["dense", "pruned", "merged"]
 fp8 = pytest.mark.skipif(not FP8 or is_hqq_available(), reason="8 bits are not fp8 here")
 
 
 def models():
     dense = tiny_model("llama", kv_heads=2, groups=2, layers=4, positions=600)
     pruned = cut(ModelView(copy.deepcopy(dense)), make_plan(dense, random_layers(dense, WIDTHS)))
-    return {"dense": dense, "pruned": pruned}
+    wide = tiny_model("llama", kv_heads=4, groups=2, layers=4, positions=600)
+    return {"dense": dense, "pruned": pruned, "merged": merged_model(wide, MERGED)[1]}
 
 
 def ids_of(n, batch=2):
@@ -50,7 +53,7 @@ def fed(model, ids, cache, pieces):
 
 
 @pytest.mark.parametrize("bits", HERE)
-@pytest.mark.parametrize("name", ["dense", "pruned"])
+@pytest.mark.parametrize("name", NAMES)
 def test_decoding_stays_close_and_the_bytes_are_fewer(name, bits):
     model, ids = models()[name], ids_of(300)
     pieces = [128, 128, *[1] * 44]
@@ -63,13 +66,14 @@ def test_decoding_stays_close_and_the_bytes_are_fewer(name, bits):
 
 
 @fp8
-def test_bytes_counted_by_hand():
+@pytest.mark.parametrize(("name", "widths"), [("pruned", WIDTHS), ("merged", MERGED)])
+def test_bytes_counted_by_hand(name, widths):
     """fp8: one byte a number and one float32 scale a tensor."""
-    model = models()["pruned"]
+    model = models()[name]
     cache = quantized_cache(model.config, 8)
     fed(model, ids_of(200), cache, [200])
-    assert cache_bytes(cache) == sum(2 * 2 * 200 * 2 * width for width in WIDTHS) + 4 * 2 * 4
-    assert kv_bytes(cache.layers[1]) == 2 * 2 * 200 * 2 * 16 + 2 * 4
+    assert cache_bytes(cache) == sum(2 * 2 * 200 * 2 * width for width in widths) + 4 * 2 * 4
+    assert kv_bytes(cache.layers[1]) == 2 * 2 * 200 * 2 * widths[1] + 2 * 4
 
 
 @pytest.mark.parametrize("bits", HERE)
@@ -153,7 +157,7 @@ def same_cache(model):
 
 
 @pytest.mark.parametrize("drop_ratio", [None, 0.0, 0.4])
-@pytest.mark.parametrize("name", ["dense", "pruned"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_filter_on_bits_that_round_nothing_is_the_filter(name, drop_ratio):
     """Left-padded, in pieces and steps, some sequences dropping what they attend with and some not."""
     model, ids = models()[name], ids_of(150, batch=3)

@@ -24,6 +24,7 @@ from kvprune.runtime.refresh import OWN, version_of
 from tiny import VOCABULARY, make_plan, random_layers, tiny_model, tiny_tokenizer
 
 OLD = Path(__file__).with_name("modeling_v1.txt").read_bytes()  # as kvprune wrote it before there were numbers
+SECOND = OWN.read_bytes().replace(b"VERSION = %d" % modeling.VERSION, b"VERSION = 2")  # as a folder says it
 NEWER = OWN.read_bytes().replace(b"VERSION = %d" % modeling.VERSION, b"VERSION = %d" % (modeling.VERSION + 1))
 POISON = b'raise RuntimeError("this must not run")\n'
 
@@ -44,8 +45,13 @@ def folder(written, tmp_path):
 
 
 def with_code(folder, code, recorded=True):
-    """As kvprune wrote it then."""
+    """As kvprune wrote it then, before there were merged heads."""
     (folder / "modeling.py").write_bytes(code)
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings.pop("dense_kv_heads", None) is None
+    assert not settings.pop("factored", False)
+    assert not any("factored" in layer for layer in settings["per_layer_config"].values())
+    (folder / "config.json").write_text(json.dumps(settings))
     record = json.loads((folder / "kvprune.json").read_text())
     if recorded:
         record["files"]["modeling.py"] = hashlib.sha256(code).hexdigest()
@@ -71,7 +77,7 @@ def test_versions(written):
     )
     assert b"\nVERSION" not in OLD
     assert (written[1] / "modeling.py").read_bytes() == OWN.read_bytes()  # so whatever is written says its number
-    assert b"\nVERSION = %d " % modeling.VERSION in OWN.read_bytes()
+    assert b"\nVERSION = %d\n" % modeling.VERSION in OWN.read_bytes()
 
 
 @pytest.mark.parametrize("trust", [None, True, False])
@@ -95,8 +101,17 @@ def test_kvprune_runs_its_own_code(written, folder, code, trust, monkeypatch, ca
             assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
     notes = [record.message for record in caplog.records if "refresh" in record.message]
     assert len(notes) == 1
-    assert "version 1" in notes[0]
+    assert "version 1, which loses the KV cache with transformers 5.24 and newer" in notes[0]
     assert "\n" not in notes[0]
+
+
+def test_no_note_for_version_2_which_is_right_for_its_own_folder(written, folder, caplog):
+    with_code(folder, SECOND)
+    ids = torch.randint(3, VOCABULARY, (1, 5))
+    for model in (kvprune.load(folder, device="cpu"), AutoModelForCausalLM.from_pretrained(folder)):
+        assert torch.equal(model(ids).logits, written[0](ids).logits)
+    assert not [record for record in caplog.records if record.name == "kvprune"]
+    assert (kvprune.refresh(folder)["was"], version_of((folder / "modeling.py").read_bytes())) == (2, modeling.VERSION)
 
 
 def test_code_that_a_folder_brought_before_is_replaced(folder):

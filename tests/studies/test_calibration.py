@@ -54,6 +54,8 @@ def test_a_study(checkpoint, texts, tmp_path):
     assert [(cell["text"], cell["tokens"], cell["seed"]) for cell in report["cells"]] == [
         (text, tokens, seed) for text in ("ptb", "self") for tokens in (256, 512) for seed in (0, 1)
     ]
+    for cell in report["cells"]:
+        assert (cell["merge"], sum(cell["widths"])) == (2, 4 * 64 / 2)
     assert len(report["summary"]) == 4
     assert all(row["overlap"] == 0 for row in report["summary"])
     assert report["dense"] == {"wikitext2": report["cells"][0]["perplexity"][0]["dense"]}
@@ -163,7 +165,8 @@ MISTAKES = {
     "a test split": (["--text", "texts/ptb-test.txt"], "test split"),
     "judged on what is read": (["--text", "texts/ptb-valid.txt", "--eval", "./texts/ptb-valid.txt"], "calibrated on"),
     "judged on a valid split": (["--eval", "texts/ptb-valid.txt"], "calibrated on"),
-    "ratio": (["--ratio", "0.9"], "0 to 0.5"),
+    "ratio": (["--ratio", "0.9"], "0 to 0.75"),  # 16 of the 64 channels of two heads in one
+    "ratio of heads apart": (["--ratio", "0.6", "--repair", "refit"], "0 to 0.5"),  # 16 of 32
     "no ratio": (["--ratio", "0"], "above 0"),
     "a ratio between": (["--ratio", "0.27"], "cannot be met"),
     "nan": (["--ratio", "nan"], "--ratio nan"),

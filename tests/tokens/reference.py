@@ -33,12 +33,21 @@ def rotate(x, cos_row, sin_row):
     return x * cos_row + torch.cat((-x[half:], x[:half])) * sin_row
 
 
+def mixed(x, mix, heads):
+    """(heads, channels), each head times the matrix of its dense KV head, if there are any."""
+    x = x.view(heads, -1)
+    if mix is None:
+        return x
+    each = heads // len(mix.weight)  # query heads of a dense KV head
+    return torch.stack([x[head] @ mix.weight[head // each] for head in range(heads)])
+
+
 @torch.no_grad()
 def run(model, ids, *, rates, drop_rates=None, prompt_ends=(), options):
-    """ids: a list of token ids; rates: {layer: rate}; options: the fields of Settings (with drop_rates, only the
-    threshold "quantile")."""
+    """model: dense, or pruned with or without merged heads; ids: a list of token ids; rates: {layer: rate}; options:
+    the fields of Settings (with drop_rates, only the threshold "quantile")."""
     o, config = options, model.config
-    heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     n = len(ids)
     cos_table, sin_table = model.model.rotary_emb(torch.zeros(1, n, 1), torch.arange(n)[None])
     layers = [
@@ -64,9 +73,11 @@ def run(model, ids, *, rates, drop_rates=None, prompt_ends=(), options):
         for index, (block, state) in enumerate(zip(model.model.layers, layers, strict=True)):
             att = block.self_attn
             x = block.input_layernorm(h)
+            d = att.head_dim
             k, v = (p(x).view(kv_heads, d) for p in (att.k_proj, att.v_proj))
-            row = cos_table[0, t], sin_table[0, t]
-            rk = torch.stack([rotate(k[i], *row) for i in range(kv_heads)])
+            channels = att.rope_index if hasattr(att, "rope_index") else [slice(None)] * kv_heads
+            rows = [(cos_table[0, t, own], sin_table[0, t, own]) for own in channels]
+            rk = torch.stack([rotate(k[i], *rows[i]) for i in range(kv_heads)])
             skip = dropped = False
             if index in rates:
                 signal = rk if o["keys"] == "post-rope" else k
@@ -123,17 +134,17 @@ def run(model, ids, *, rates, drop_rates=None, prompt_ends=(), options):
                 state["flags"].append(False)
             if not skip:
                 keys, values, at = [*state["keys"], rk], [*state["values"], v], [*state["at"], t]
-                q = att.q_proj(x).view(heads, d)
+                q = mixed(att.q_proj(x), getattr(att, "q_mix", None), heads)
                 parts = []
                 for head in range(heads):
                     kv = head // (heads // kv_heads)
-                    query = rotate(q[head], *row)
+                    query = rotate(q[head], *rows[kv])
                     window = getattr(att, "sliding_window", getattr(config, "sliding_window", None))
                     seen = [i for i in range(len(keys)) if window is None or t - at[i] < window]
                     scores = torch.stack([query @ keys[i][kv] * att.scaling for i in seen])
                     weights = scores.softmax(0)
                     parts.append(sum(w * values[i][kv] for w, i in zip(weights, seen, strict=True)))
-                output = att.o_proj(torch.cat(parts))
+                output = att.o_proj(mixed(torch.cat(parts), getattr(att, "o_mix", None), heads).flatten())
                 old = output if state["out"] is None else state["out"]
                 state["out"] = o["output_gamma"] * old + (1 - o["output_gamma"]) * output
             else:

@@ -14,7 +14,7 @@ from kvprune import errors
 from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.runtime.modeling import CACHE
-from tiny import VOCABULARY, make_plan, mask_dense, random_layers, tiny_model
+from tiny import VOCABULARY, make_plan, mask_dense, merged_model, random_layers, tiny_model
 
 OPTIONS = {
     "warmup": 6,
@@ -428,6 +428,45 @@ def test_a_pruned_model_decides_as_the_masked_dense_one():
         logits, f = filtered(pruned, ids, pieces)
         torch.testing.assert_close(logits[0], expected.logits, atol=1e-4, rtol=0)
         assert f.skipped[:, 0].tolist() == expected.skipped
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize(("merge", "groups"), [(2, 1), (2, 3), (4, 2)])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_merged_heads_are_what_the_plain_loop_makes_of_them(family, merge, groups, attention):
+    """Layers that skip with and without a matrix behind Q and before O; the dense bytes are those of all KV heads."""
+    widths, ids = [12, 28, 12, 28], ids_of(50)
+    dense = model_of(family, kv_heads=4, groups=groups, hidden=48, attention=attention)
+    projected, pruned = merged_model(dense, widths, merge)
+    assert [block.self_attn.q_mix is not None for block in pruned.model.layers] == [False, True, False, True]
+    with torch.no_grad():
+        expected = projected(ids).logits
+    torch.testing.assert_close(filtered(pruned, ids, ratio=0.0)[0], expected, atol=1e-5, rtol=0)
+    expected = run(pruned, ids[0].tolist(), rates={2: 0.5, 3: 0.5}, options=OPTIONS)
+    assert expected.margin > MARGIN
+    for pieces in (None, [1] * 50, [3, 17, 1, 9, 20]):
+        logits, f = filtered(pruned, ids, pieces)
+        torch.testing.assert_close(logits[0], expected.logits, atol=1e-4, rtol=0)
+        assert f.skipped[:, 0].tolist() == expected.skipped
+    assert sum(map(sum, expected.skipped)) > 10
+    if family != "mistral":  # whose window drops some more
+        a_number, kv_heads = 4, 4 // merge
+        sizes = zip(expected.kept, widths, strict=True)
+        assert f.report["kv_bytes"] == sum(n * 2 * kv_heads * width * a_number for n, width in sizes)
+        assert f.report["kv_bytes_dense"] == 4 * 50 * 2 * 4 * 16 * a_number
+
+
+def test_merged_heads_generate_under_a_filter():
+    _, pruned = merged_model(model_of(kv_heads=4, groups=3, hidden=48), [12, 28, 12, 28])
+    ids, options = ids_of(20, batch=2), {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
+    with kvprune.TokenFilter(ratio=0.0, **OPTIONS)(pruned):
+        found = pruned.generate(ids, **options)
+    assert torch.equal(found, pruned.generate(ids, **options))
+    with kvprune.TokenFilter(ratio=0.25, **OPTIONS)(pruned) as f:
+        both = pruned.generate(ids, **options)
+        alone = pruned.generate(ids[1:], **options)
+    assert torch.equal(both[1], alone[0])
+    assert f.report["ratio_achieved"] > 0.1
 
 
 def test_a_window_keeps_what_is_in_it():

@@ -43,7 +43,8 @@ def held_bytes(layer: Any) -> int:
 
 
 def kv_bytes_per_token(widths: list[int], kv_heads: int, dtype: torch.dtype) -> int:
-    """Bytes that one token leaves in the cache: K and V, `widths[l]` channels per KV head in layer l."""
+    """Bytes that one token leaves in the cache: K and V, `widths[l]` channels per KV head in layer l. kv_heads: of the
+    model that has these widths, so fewer than the dense one's where heads are merged."""
     return 2 * kv_heads * sum(widths) * dtype.itemsize
 
 

@@ -69,6 +69,11 @@ def dense_head_dim(config: PreTrainedConfig) -> int:
     return config.hidden_size // config.num_attention_heads
 
 
+def dense_kv_heads(config: PreTrainedConfig) -> int:
+    """KV heads of the dense model, from its own config or that of its pruned twin, whose heads may be merged."""
+    return getattr(config, "dense_kv_heads", None) or config.num_key_value_heads
+
+
 def check_rope(config: PreTrainedConfig) -> None:
     """Raise UnsupportedArchitecture unless RoPE turns all channels of a head."""
     if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:

@@ -87,6 +87,7 @@ class HeadMix(nn.Module):
     def __init__(self, kv_heads: int, before: int, behind: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(kv_heads, before, behind))
+        nn.init.normal_(self.weight, std=before**-0.5)  # of a model made without weights; transformers leaves it alone
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., query heads * before) -> (..., query heads * behind)."""
@@ -129,7 +130,9 @@ class PrunedAttention(nn.Module):
         self.q_mix = HeadMix(dense_kv_heads, own, width) if factored else None
         self.o_mix = HeadMix(dense_kv_heads, width, own) if factored else None
         self.rope_index: torch.Tensor
-        self.register_buffer("rope_index", torch.arange(width).repeat(kv_heads, 1))  # (kv_heads, width)
+        # Until weights come: the pairs in turn. (kv_heads, width)
+        pairs, half = torch.arange(width // 2), config.dense_head_dim // 2
+        self.register_buffer("rope_index", torch.cat((pairs % half, pairs % half + half)).repeat(kv_heads, 1))
 
     def _rotate(self, query, key, cos, sin):
         """RoPE at the kept channels' own frequencies.

@@ -15,6 +15,9 @@ from kvprune.runtime.files import RECORD, note, read_record, write_whole, writin
 
 CODE = "modeling.py"
 OWN = Path(__file__).with_name(CODE)
+# What copies of an older version do wrong with the model of their own folder. Version 2 knows no merged heads, and no
+# folder that it came with has any.
+FAULTS = {1: "loses the KV cache with transformers 5.24 and newer, without an error"}
 
 
 def version_of(code: bytes) -> int:
@@ -24,19 +27,20 @@ def version_of(code: bytes) -> int:
 
 
 def look(name: str | Path) -> None:
-    """Note an old copy in a folder, once. Raises NewerFolder. A hub id is left alone: there is no folder to mend."""
+    """Note a copy in a folder that runs wrong, once. Raises NewerFolder. A hub id is left alone: there is no folder to
+    mend."""
     path = Path(name)
     copy = (path.parent if path.is_file() else path) / CODE
     if not copy.is_file():
         return
     found, mine = version_of(copy.read_bytes()), version_of(OWN.read_bytes())
     _refuse_newer(copy.parent, found, mine)
-    if found < mine:
+    if found in FAULTS:
         note(
             copy.parent,
             CODE,
-            f"its {CODE} is version {found}, which is wrong with newer transformers; kvprune uses its own (version "
-            f"{mine}), and so that others can load the folder run: kvprune refresh {copy.parent}",
+            f"its {CODE} is version {found}, which {FAULTS[found]}; kvprune uses its own (version {mine}), and so that "
+            f"others can load the folder run: kvprune refresh {copy.parent}",
         )
 
 

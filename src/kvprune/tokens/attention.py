@@ -89,7 +89,9 @@ class FilteredAttention:
     ):
         self.module: Any = module
         self.index, self.settings = index, settings
-        self.q, self.k, self.v, self.o = (getattr(module, getattr(family, name)) for name in "qkvo")
+        q, self.k, self.v, o = (getattr(module, getattr(family, name)) for name in "qkvo")
+        # A pruned layer may have a matrix behind Q and one before O.
+        self.q, self.o = getattr(module, "queries", q), getattr(module, "outputs", o)
         self.rates = skip_rate, drop_rate
         self.leader: FilteredAttention | None = None
         self.decided: tuple[np.ndarray, np.ndarray] | None = None  # in the last call

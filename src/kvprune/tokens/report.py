@@ -3,7 +3,7 @@
 from typing import Any
 
 from kvprune.measure.memory import held_bytes, kv_bytes
-from kvprune.models.family import dense_head_dim
+from kvprune.models.family import dense_head_dim, dense_kv_heads
 from kvprune.runtime.quantized import stores_of
 from kvprune.tokens.attention import Counts
 from kvprune.tokens.cache import FilteredLayer
@@ -53,7 +53,7 @@ def bytes_of(model: Any, cache: Any) -> dict[str, int]:
     if not filtered or any(layer.keys is None for layer in cache.layers):
         return no_bytes()
     config = model.config
-    width = dense_head_dim(config)
+    dense = dense_kv_heads(config) * dense_head_dim(config)
     found = no_bytes()
     a_number = filtered[0].dtype.itemsize
     for layer in cache.layers:
@@ -61,7 +61,7 @@ def bytes_of(model: Any, cache: Any) -> dict[str, int]:
         window = layer.window if isinstance(layer, FilteredLayer) else getattr(layer, "sliding_window", None)
         if window is not None:
             tokens = tokens.clip(max=window - 1)
-        found["kv_bytes_dense"] += int(tokens.sum()) * 2 * config.num_key_value_heads * width * a_number
+        found["kv_bytes_dense"] += int(tokens.sum()) * 2 * dense * a_number
         kept = int(tokens.sum())
         if isinstance(layer, FilteredLayer):
             kept = int((layer.lengths - layer.stale()).sum())
