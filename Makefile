@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 OLDEST_TRANSFORMERS := 5.16.1
 CACHE := .cache
 PRUNED := $(CACHE)/pruned
+STOCK := $(CACHE)/stock
 MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
 SOURCES := $(shell find src -name "*.py")
 PIP := -m pip install --quiet --disable-pip-version-check
@@ -75,15 +76,20 @@ test-report: .venv/done
 	.venv/bin/python $(PIP) -c constraints/newest.txt 'selenium>=4.20'
 	.venv/bin/python -m pytest tests/real/test_browser.py
 
-# vLLM's CPU build serves a folder with mixed widths.
-test-vllm: .venv-vllm/done $(PRUNED)/config.json $(CACHE)/dense/config.json
-	KVPRUNE_TEST_PRUNED=$(PRUNED) KVPRUNE_TEST_DENSE=$(CACHE)/dense \
+# vLLM's CPU build serves a folder with mixed widths, and its own Llama one of the stock layout.
+test-vllm: .venv-vllm/done $(PRUNED)/config.json $(STOCK)/config.json $(CACHE)/dense/config.json
+	KVPRUNE_TEST_PRUNED=$(PRUNED) KVPRUNE_TEST_STOCK=$(STOCK) KVPRUNE_TEST_DENSE=$(CACHE)/dense \
 		.venv-vllm/bin/python -m pytest tests/real/test_vllm.py -s -p no:cacheprovider --noconftest
 
 # One prune for all tests that need one of a real model. Its widths are those that vLLM's CPU build takes.
 $(PRUNED)/config.json: $(MODEL) $(SOURCES) | .venv/done
 	rm -rf $(PRUNED)
 	KVPRUNE_DATA=$(CACHE) .venv/bin/kvprune prune $(MODEL) --out $(PRUNED) --ratio 0.25 --align 32 --min-width 32 \
+		--calibration wiki --calibration-tokens 4096 --repair-tokens 8192 --eval-tokens 4096 --window 512
+
+$(STOCK)/config.json: $(MODEL) $(SOURCES) | .venv/done
+	rm -rf $(STOCK)
+	KVPRUNE_DATA=$(CACHE) .venv/bin/kvprune prune $(MODEL) --out $(STOCK) --ratio 0.67 --layout stock \
 		--calibration wiki --calibration-tokens 4096 --repair-tokens 8192 --eval-tokens 4096 --window 512
 
 $(CACHE)/dense/config.json: $(MODEL) | .venv/done

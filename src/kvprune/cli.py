@@ -59,7 +59,9 @@ def prune(
     allocation: Annotated[
         str | None, typer.Option(help="sensitivity, budget, rank or uniform  [default: budget]")
     ] = None,
-    layout: Annotated[str | None, typer.Option(help="per-layer, uniform or portable  [default: per-layer]")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="per-layer, uniform, portable or stock  [default: per-layer]")
+    ] = None,
     repair: Annotated[
         str | None, typer.Option(help="rotate+refit, rotate, refit or none  [default: rotate+refit; joint: refit]")
     ] = None,

@@ -10,7 +10,16 @@ import kvprune
 from kvprune.channels.surgery import cut
 from kvprune.errors import BadOption, PlanMismatch
 from kvprune.models.view import ModelView
-from tiny import VOCABULARY, make_plan, mask_dense, tiny_model
+from tiny import (
+    VOCABULARY,
+    make_plan,
+    mask_dense,
+    measured_bases,
+    merged_plan,
+    project_dense,
+    random_bases,
+    tiny_model,
+)
 
 PAIRS = [1, 2, 4, 7]
 QK = [[*PAIRS, *(p + 8 for p in PAIRS)]] * 2
@@ -37,10 +46,56 @@ def test_a_stock_model_equals_the_masked_dense_one(family, tmp_path):
     assert torch.equal(again(ids).logits, pruned(ids).logits)
 
 
-def test_prune_to_the_portable_layout(checkpoint, texts, tmp_path):
-    options = {"calibration_tokens": 512, "eval_tokens": 512, "windows": (64,), "device": "cpu"}
+def merged(model, bases, width, half=None):
+    """A portable plan that keeps the pairs `half` of the keys' coordinates, or random ones, in all heads and layers."""
+    plan = merged_plan(model, bases, [width] * len(bases))
+    kept = plan.layers[0].qk[0] if half is None else (*half, *(c + bases[0].width // 2 for c in half))
+    same = (kept,) * len(plan.layers[0].qk)
+    layers = tuple(layer.model_copy(update={"qk": same}) for layer in plan.layers)
+    return plan.model_copy(update={"layout": "portable", "layers": layers})
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-bias", "llama3-rope", "yarn", "linear", "mistral", "qwen2"])
+@pytest.mark.parametrize(("groups", "merge", "width"), [(1, 2, 12), (3, 2, 20), (3, 4, 24)])
+@torch.no_grad()
+def test_merged_heads_equal_the_projected_dense_model(family, groups, merge, width):
+    dense = tiny_model(family, kv_heads=4, groups=groups)
+    bases = random_bases(dense, merge)
+    plan = merged(dense, bases, width)
+    pruned = cut(ModelView(dense), plan, bases)
+    assert type(pruned) is (MistralForCausalLM if family == "mistral" else LlamaForCausalLM)
+    assert (pruned.config.num_key_value_heads, pruned.config.head_dim) == (4 // merge, width)
+    ids = torch.randint(3, VOCABULARY, (2, 40))
+    expected = project_dense(dense, plan, bases)(ids).logits
+    torch.testing.assert_close(pruned(ids).logits, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("merge", [1, 4])
+@torch.no_grad()
+def test_slow_pairs_keep_their_own_frequencies(merge):
+    """Seven of eight pairs hardly turn; each kept direction turns by the frequency that its coordinate has."""
+    factors = [1.0, *[1e9] * 7]
+    same = {"short_factor": factors, "long_factor": factors, "original_max_position_embeddings": 64}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "attention_factor": 1.0, **same}
+    dense = tiny_model("llama", kv_heads=4, groups=3, rope_parameters=rope)
+    bases = measured_bases(dense, merge, slow=True)
+    assert len(bases[0].slow) == 14
+    half = (0, *range(merge, merge + 5))  # of the pair that turns the first component, and the leading directions
+    plan = merged(dense, bases, 12, half)
+    pruned = cut(ModelView(dense), plan, bases)
+    turned = bases[0].rope[0, list(plan.layers[0].qk[0][:6])]
+    own = dense.model.rotary_emb.inv_freq[turned]
+    torch.testing.assert_close(pruned.model.rotary_emb.inv_freq, own, rtol=1e-5, atol=0)
+    ids = torch.randint(3, VOCABULARY, (2, 11))
+    expected = project_dense(dense, plan, bases)(ids).logits
+    torch.testing.assert_close(pruned(ids).logits, expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("merge", [1, 2])
+def test_prune_to_the_portable_layout(checkpoint, texts, tmp_path, merge):
+    options = {"calibration_tokens": 512, "eval_tokens": 512, "windows": (64,), "device": "cpu", "merge": merge}
     result = kvprune.prune(checkpoint, tmp_path / "out", ratio=0.5, layout="portable", **options)
-    assert result.plan.widths == [16] * 4
+    assert result.plan.widths == [16 * merge] * 4
     assert len({kept for layer in result.plan.layers for kept in layer.qk}) == 1
     assert all(layer.vo is None for layer in result.plan.layers)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -1,4 +1,7 @@
-"""Serves a folder with vLLM and writes what it says as JSON: python serve.py FOLDER PROMPTS.json ANSWERS.json"""
+"""Serves a folder with vLLM and writes what it says as JSON: python serve.py FOLDER PROMPTS.json ANSWERS.json [IMPL]
+
+IMPL: transformers, with the folder's own code, or vllm, its own model of that architecture.
+"""
 
 import json
 import os
@@ -11,13 +14,13 @@ from vllm import LLM, SamplingParams
 NEW_TOKENS = 24
 
 
-def main(folder: str, prompts_file: str, answers_file: str) -> None:
+def main(folder: str, prompts_file: str, answers_file: str, impl: str = "transformers") -> None:
     with open(prompts_file) as file:
         prompts = json.load(file)
     llm = LLM(
         model=folder,
-        model_impl="transformers",
-        trust_remote_code=True,
+        model_impl=impl,
+        trust_remote_code=impl == "transformers",
         enforce_eager=True,
         dtype="float32",
         max_model_len=1024,

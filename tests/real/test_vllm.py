@@ -1,5 +1,7 @@
-"""vLLM's CPU build serves SmolLM2 pruned to mixed widths, its KV heads merged, in float32; runs in an environment that
-has no kvprune."""
+"""vLLM's CPU build serves SmolLM2 pruned to mixed widths, its KV heads merged, and to a stock Llama; all in float32.
+
+Runs in an environment that has no kvprune.
+"""
 
 import json
 import os
@@ -9,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 FOLDERS = {name: Path(os.environ.get(f"KVPRUNE_TEST_{name.upper()}", "missing")) for name in ("dense", "pruned")}
+STOCK = Path(os.environ.get("KVPRUNE_TEST_STOCK", "missing"))
 PROMPTS = [
     "The capital of France is",
     "The Eiffel Tower was built by the engineer Gustave Eiffel, whose company designed the tower. It is",
@@ -81,3 +84,21 @@ def test_the_cache_holds_more_tokens_by_the_bytes_saved(served):
     print(f"\ncache tokens: dense {served['dense']['cache_tokens']:,}, pruned {served['pruned']['cache_tokens']:,}")
     assert kv["dense"] / kv["pruned"] == pytest.approx(4 / 3, rel=0.01)
     assert found == pytest.approx(kv["dense"] / kv["pruned"], rel=0.01)  # a cache holds whole blocks
+
+
+@torch.no_grad()
+def test_vllms_own_llama_serves_a_stock_folder(served, tmp_path):
+    """Without code from the folder: the log-probabilities are transformers' own Llama's, the cache holds thrice the
+    tokens."""
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    script, answers_file = Path(__file__).with_name("serve.py"), tmp_path / "stock.json"
+    command = [sys.executable, str(script), str(STOCK), str(tmp_path / "prompts.json"), str(answers_file), "vllm"]
+    subprocess.run(command, check=True)
+    answers = json.loads(answers_file.read_text())
+    model = AutoModelForCausalLM.from_pretrained(STOCK, dtype=torch.float32)
+    assert type(model) is LlamaForCausalLM
+    pairs = zip(answers["prompt_ids"], answers["prompt_logprobs"], strict=True)
+    seen = torch.cat([torch.tensor(found) - logprobs(model, ids) for ids, found in pairs]).abs()
+    print(f"\nlog-probabilities, stock Llama: {seen.mean():.2e} on average, {seen.max():.2e} at most")
+    assert seen.max() <= 1e-3
+    assert answers["cache_tokens"] / served["dense"]["cache_tokens"] == pytest.approx(3, rel=0.01)

@@ -1,6 +1,6 @@
 """How many KV heads become one, and how Q and O are then written: rules of sizes alone, which need no model [ours]."""
 
-from kvprune.errors import BadOption
+from kvprune.errors import BadOption, UnreachableRatio
 from kvprune.models.attention import AttentionShape
 
 AUTO = "auto"
@@ -41,6 +41,24 @@ def merge_of(asked: int | str, kv_heads: int, head_dim: int, ratio: float) -> in
 def divisors(kv_heads: int) -> list[int]:
     """What may be merged into one, ascending: all must become heads of as many."""
     return [merge for merge in range(1, kv_heads + 1) if kv_heads % merge == 0]
+
+
+def stock_merge(asked: int | str, kv_heads: int, ratio: float) -> int:
+    """How many KV heads become one of the dense width (layout stock): the number whose ratio, 1 - 1/m, is nearest.
+
+    Raises UnreachableRatio, BadOption.
+    """
+    possible = divisors(kv_heads)
+    reached = ", ".join(f"{1 - 1 / m:.4g} (merge {m})" for m in possible if m > 1) or "none, of a single KV head"
+    told = f"layout stock merges whole KV heads; the ratios that it reaches: {reached}"
+    if not 0 <= ratio < 1:  # also refuses NaN
+        raise UnreachableRatio(f"--ratio {ratio:g} must lie from 0 to below 1; {told}")
+    nearest = min(possible, key=lambda m: (abs(1 - 1 / m - ratio), m))
+    if ratio > 0 and nearest == 1:
+        raise UnreachableRatio(f"--ratio {ratio:g} is nearest to removing nothing; {told}; or use --layout uniform")
+    if asked not in (AUTO, nearest):
+        raise BadOption(f"--merge {asked} contradicts --ratio {ratio:g} (merge {nearest}); leave one out; {told}")
+    return nearest
 
 
 def is_within(merge: int, head_dim: int, ratio: float) -> bool:

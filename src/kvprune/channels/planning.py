@@ -13,9 +13,9 @@ from kvprune.channels.basis import Basis, Kept, identity
 from kvprune.channels.estimate import estimate_sensitivity
 from kvprune.channels.importance import IMPORTANCE, Scores
 from kvprune.channels.journal import Journal
-from kvprune.channels.merging import AUTO, merge_of
+from kvprune.channels.merging import AUTO, merge_of, stock_merge
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
-from kvprune.channels.selection import leading, select, shared_pairs
+from kvprune.channels.selection import leading, one_of_each, select, shared_pairs
 from kvprune.channels.sensitivity import Probe, measure_sensitivity, probe_width
 from kvprune.channels.settings import Settings
 from kvprune.channels.statistics import measure_attention, score_layers
@@ -31,6 +31,8 @@ BUDGET_PROBES = (0.25, 0.5, 0.75)  # shares of a block's channels that `budget` 
 
 def reachable(s: Settings, grid: allocation.Grid) -> None:
     """Raise UnreachableRatio, before any work is done, for a ratio that the layout cannot reach."""
+    if s.layout == "stock":
+        return  # choose_merge has looked at it
     if s.layout != "per-layer":
         allocation.one_width(s.ratio, grid)
     else:
@@ -38,11 +40,13 @@ def reachable(s: Settings, grid: allocation.Grid) -> None:
 
 
 def choose_merge(s: Settings, shape: AttentionShape, say: Callable[[str], None]) -> int:
-    """How many KV heads become one. Raises BadOption for a number that cannot be.
+    """How many KV heads become one. Raises BadOption or UnreachableRatio for what cannot be.
 
     auto: see merging.merge_of; heads stay apart where channels are cut as they are, without a change of basis across
-    heads, and where nothing is cut.
+    heads, and where nothing is cut. Layout stock: see merging.stock_merge.
     """
+    if s.layout == "stock":
+        return stock_merge(s.merge, shape.kv_heads, s.ratio)
     if s.ratio == 0 and s.merge not in (AUTO, 1):
         raise BadOption(f"--ratio 0 removes nothing, so no KV heads are merged; leave out --merge {s.merge}")
     if s.merge == AUTO:
@@ -90,7 +94,10 @@ class Planner:
             if s.layout == "portable":
                 scores = shared_pairs(scores)
             widths, sensitivity = self._widths(scores, bases)
-            kept = [self._kept(score, width) for score, width in zip(scores, widths, strict=True)]
+            if s.layout == "stock":
+                kept = [one_of_each(basis) for basis in cast(list[Basis], bases)]
+            else:
+                kept = [self._kept(score, width) for score, width in zip(scores, widths, strict=True)]
         plan = PruningPlan(
             model=_model(self.view, source),
             ratio=s.ratio,
@@ -205,9 +212,12 @@ class Planner:
 
     def _one_width(self) -> list[int]:
         s, grid = self.settings, self.grid
-        widths = allocation.one_width(s.ratio, grid)
+        stock = s.layout == "stock"
+        widths = [self.view.shape.head_dim] * grid.layers if stock else allocation.one_width(s.ratio, grid)
         achieved = 1 - widths[0] / grid.head_dim
-        if abs(achieved - s.ratio) > 1e-9:
+        if abs(achieved - s.ratio) > 1e-9 and stock:
+            self.say(f"layout stock merges whole KV heads: {self.merge} into one is the nearest, ratio {achieved:.4g}")
+        elif abs(achieved - s.ratio) > 1e-9:
             self.say(
                 f"layout {s.layout} has one width for all layers: {widths[0]} is the nearest, ratio {achieved:.4g}"
             )

@@ -127,8 +127,7 @@ class _Run:
             reachable(s, grid)
         else:
             given.check(view.family.model_type, view.shape)
-        if (s.layout if given is None else given.layout) == "portable":
-            portable.check(view)
+        portable.check(view, s.layout if given is None else given.layout)
         calibrate = s.ratio > 0 if given is None else given.is_rotated or _refits(given)
         texts = prepare(s, lm, tokenizer, calibrate, self.progress)
         journal = Journal.open(self.out, self._identity(view, texts), self.resume) if self.out else Journal()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from kvprune.channels.basis import Kept
+from kvprune.channels.basis import Basis, Kept
 from kvprune.channels.importance.base import Scores, normalised
 
 
@@ -28,11 +28,22 @@ def select(scores: Scores, width: int, units: torch.Tensor, joint: bool) -> Kept
 def shared_pairs(scores: Sequence[Scores]) -> list[Scores]:
     """Q/K scores that are the same for every head and layer: the mean of all, each normalised first [ours].
 
-    For the portable layout, in which the whole model keeps one set of RoPE pairs. V/O scores stay.
+    For the portable layout, in which the whole model keeps one set of RoPE pairs, or of coordinates, whose numbers
+    mean the same in every layer. V/O scores stay.
     """
-    heads = torch.cat([score.qk for score in scores])  # (layers * kv_heads, D)
+    heads = torch.cat([score.qk for score in scores])  # (layers * groups, coordinates)
     common = torch.stack([normalised(head) for head in heads]).mean(0)
     return [Scores(common.expand_as(score.qk), score.vo) for score in scores]
+
+
+def one_of_each(basis: Basis) -> Kept:
+    """As many coordinates as a dense head has channels: the first component of every RoPE pair that turns, and of the
+    slow pairs as many leading directions as one head has. For the stock layout; nothing else would be a stock head."""
+    groups, m = basis.heads.shape
+    half, slow = basis.width // 2, len(basis.slow) // 2  # pairs: of coordinates, and slow ones of one head
+    fast = half - m * slow
+    first = torch.cat((torch.arange(0, fast, m), fast + torch.arange(slow)))
+    return Kept(torch.cat((first, first + half)).repeat(groups, 1), leading(groups, basis.width // m))
 
 
 def _top(score: torch.Tensor, width: int, units: torch.Tensor) -> torch.Tensor:

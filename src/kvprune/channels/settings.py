@@ -21,7 +21,7 @@ READ_BY = {  # which options say how widths are found, by allocation
     "budget": ("probes", "probe_tokens"),
 }
 ESTIMATED_ON = 2048  # tokens: one backward pass says enough on few
-LAYOUTS = ("per-layer", "uniform", "portable")
+LAYOUTS = ("per-layer", "uniform", "portable", "stock")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Settings:
     probes are measured). probes: sensitivities are estimated from one backward pass (see estimate.py), or measured, as
     the paper has it. repair: None is rotate+refit, or refit for joint channels; repair_tokens: how much text refit
     takes, at most, from the beginning of the calibration text. tau: see allocation.by_sensitivity. calibration_window
-    and windows in tokens.
+    and windows in tokens. layout stock does nothing but merge, so its ratio says how many heads.
     """
 
     source: str
@@ -125,12 +125,12 @@ class Settings:
             object.__setattr__(self, "tau", TAU)
 
     def _check_merge(self) -> None:
+        wants = "--channels split, --importance fisher or variance and --repair rotate or rotate+refit"
+        if self.layout == "stock" and self.ratio > 0 and not self.can_merge:
+            raise BadOption(f"--layout stock merges KV heads: that wants {wants}")
         object.__setattr__(self, "merge", asked_merge(self.merge))
         if self.merge not in (AUTO, 1) and not self.can_merge:
-            raise BadOption(
-                f"--merge {self.merge} changes the basis across heads: that wants --channels split, --importance "
-                "fisher or variance and --repair rotate or rotate+refit"
-            )
+            raise BadOption(f"--merge {self.merge} changes the basis across heads: that wants {wants}")
 
     @property
     def can_merge(self) -> bool:

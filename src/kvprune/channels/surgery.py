@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -32,10 +33,13 @@ def cut(view: ModelView, plan: PruningPlan, bases: Sequence[Basis] | None = None
         raise PlanMismatch("the plan changes the basis on its calibration text: apply it with kvprune prune --plan")
     plan.check(view.family.model_type, view.shape)
     dense = view.lm
-    is_portable = plan.layout == "portable"
-    factored = [not is_portable and is_factored(view.shape, width) for width in plan.widths]
-    if is_portable:
-        pruned = portable.stock_model(view, plan)
+    if bases is None:
+        bases = [identity(view.shape.kv_heads, view.shape.head_dim)] * view.shape.layers
+    is_stock = plan.layout in portable.LAYOUTS
+    factored = [not is_stock and is_factored(view.shape, width) for width in plan.widths]
+    order = None
+    if is_stock:
+        pruned, order = portable.stock_model(view, plan, bases[0])
         rotary = type(pruned.base_model.rotary_emb)(pruned.config).to(view.device)
     else:
         with torch.device("meta"):
@@ -46,9 +50,8 @@ def cut(view: ModelView, plan: PruningPlan, bases: Sequence[Basis] | None = None
     for index, (attention, layer) in enumerate(zip(view.attention, plan.layers, strict=True)):
         prefix = f"{base}.{view.family.layers}.{index}.{view.family.attention}."
         state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
-        basis = identity(view.shape.kv_heads, view.shape.head_dim) if bases is None else bases[index]
-        narrow = _narrow(attention.weights(), basis, _kept(layer), factored[index])
-        if is_portable:
+        narrow = _narrow(attention.weights(), bases[index], _kept(layer), factored[index], order)
+        if is_stock:
             _make_stock(narrow, portable.query_scale(view, plan))
         state |= {prefix + name: tensor for name, tensor in narrow.items()}
     pruned.load_state_dict(state, strict=True, assign=True)
@@ -77,19 +80,24 @@ def _config(view: ModelView, plan: PruningPlan, factored: Sequence[bool]):
     return config
 
 
-def _narrow(w: AttentionWeights, basis: Basis, kept: Kept, factored: bool) -> dict[str, torch.Tensor]:
-    """Q, K, V and O of the kept coordinates, named as PrunedAttention names them."""
+def _narrow(
+    w: AttentionWeights, basis: Basis, kept: Kept, factored: bool, order: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Q, K, V and O of the kept coordinates, named as PrunedAttention names them. order (width,): which of the kept
+    coordinates of Q and K stands where; None: as they are."""
     maps, dtype, device = basis.cut(kept), w.k.dtype, w.k.device
+    if order is not None:
+        maps = replace(maps, keys=maps.keys[:, order], queries=maps.queries[..., order], rope=maps.rope[:, order])
     heads, hidden = basis.heads, w.k.shape[-1]
     maps = Cut(*(x.to(device) for x in vars(maps).values()))
-    order = heads.flatten()  # queries follow the groups, and so does what O reads
+    members = heads.flatten()  # queries follow the groups, and so does what O reads
 
     def grouped(rows: torch.Tensor) -> torch.Tensor:
         """(kv_heads, D, x) -> (groups, m * D, x)"""
         return rows[heads].flatten(1, 2).double()
 
-    q, o = w.q[order].double(), w.o[order].double()  # (H, query heads of each, D, hidden)
-    q_bias = None if w.q_bias is None else w.q_bias[order].double().unsqueeze(-1)
+    q, o = w.q[members].double(), w.o[members].double()  # (H, query heads of each, D, hidden)
+    q_bias = None if w.q_bias is None else w.q_bias[members].double().unsqueeze(-1)
     state = {
         "rope_index": maps.rope,
         "k_proj.weight": (maps.keys @ grouped(w.k)).reshape(-1, hidden),

@@ -7,7 +7,7 @@ and so do Q and O; but where KV heads are merged, these grow instead, or get sma
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -65,9 +65,11 @@ def fit(
         raise BadOption(f"{source} does not say which dtype its weights have; give --dtype")
     if context > config.max_position_embeddings:
         raise BadOption(f"--context {context} is more than the {config.max_position_embeddings} that the model takes")
-    weights = _Weights.of(config, layout == "portable")
+    weights = _Weights.of(config, layout in ("portable", "stock"))
     shape = weights.shape
-    grid = _Grid(shape, layout == "per-layer", asked_merge(merge), math.ceil(min_width / align) * align, align)
+    grid = _Grid(shape, layout, asked_merge(merge), math.ceil(min_width / align) * align, align)
+    if layout == "stock":  # whole heads, of the width that they have
+        grid = replace(grid, least=shape.head_dim, align=1)
     sizes = _Sizes(weights, kind.itemsize, int(room * (1 - reserve)), grid)
     per_layer = kv_bytes_per_token([shape.head_dim], shape.kv_heads, kind)
     kv = batch * held_tokens(config, context) * per_layer
@@ -158,13 +160,22 @@ class _Weights:
 
 @dataclass(frozen=True)
 class _Grid:
-    """What the KV heads may be cut to: multiples of `align`, from `least` on; is_free: each layer to its own."""
+    """What the KV heads may be cut to: multiples of `align`, from `least` on."""
 
     shape: AttentionShape
-    is_free: bool
+    layout: str
     merge: int | str
     least: int
     align: int
+
+    @property
+    def is_free(self) -> bool:
+        """Whether each layer may have a width of its own."""
+        return self.layout == "per-layer"
+
+    def widest(self, merge: int) -> int:
+        """Channels of a head that stands for so many."""
+        return self.shape.head_dim * (1 if self.layout == "stock" else merge)
 
     def cut(self, merge: int, kept: int) -> _Cut:
         """With so many steps kept: of `align` channels of one layer, or of all."""
@@ -183,6 +194,8 @@ class _Grid:
 
     def _steps(self, merge: int) -> range:
         shape, unit = self.shape, self.shape.layers if self.is_free else 1
+        if self.layout == "stock":
+            return range(shape.head_dim, shape.head_dim + (merge > 1))
         every = range((merge * shape.head_dim * unit - 1) // self.align, self.least // self.align * unit - 1, -1)
 
         def merged(kept: int) -> int:
@@ -241,7 +254,7 @@ def _quantized(sizes: _Sizes, dtype: torch.dtype, bits: int, kv: float, context:
         return recent + (kv - recent) * bytes_per_number(bits, width, dtype) / dtype.itemsize
 
     def worst(merge: int) -> float:
-        widths = range(grid.least, merge * grid.shape.head_dim + 1, grid.align)
+        widths = range(grid.least, grid.widest(merge) + 1, grid.align)
         return max(map(held, widths), default=kv)
 
     found = sizes.parts(held(grid.shape.head_dim), _DENSE)

@@ -22,7 +22,7 @@ class Family:
     attention: the attention module, from a block; q, k, v, o: its projections (`nn.Linear`, apart).
     mlp, down: the MLP, from a block, and its last matrix, whose output joins the residual stream.
     rope: how RoPE pairs the channels: "half" is (c, c + head_dim / 2), as in Llama.
-    portable_as: the stock model_type that holds this family in the portable layout (a bias on V wants one on O).
+    portable_as: the stock model_type of this family in the layouts portable and stock (a bias on V wants one on O).
     """
 
     model_type: str

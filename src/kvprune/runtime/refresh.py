@@ -47,9 +47,9 @@ def look(name: str | Path) -> None:
 def refresh(folder: str | Path) -> dict[str, Any]:
     """Give a pruned folder today's modeling.py, and its record the checksum of it.
 
-    Returns {"folder", "was", "is" (versions; None where there is no such file), "changed"}. A portable folder has no
-    code of ours and stays as it is. The file is written first and the record behind it, each whole, so that whatever
-    happens in between the folder loads. Raises UnknownSource, BrokenCheckpoint, NewerFolder or NoSpace.
+    Returns {"folder", "was", "is" (versions; None where there is no such file), "changed"}. A portable or stock folder
+    has no code of ours and stays as it is. The file is written first and the record behind it, each whole, so that
+    whatever happens in between the folder loads. Raises UnknownSource, BrokenCheckpoint, NewerFolder or NoSpace.
     """
     folder = Path(folder)
     if not folder.is_dir():
