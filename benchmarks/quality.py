@@ -30,12 +30,14 @@ from kvprune.text.windows import judged_windows
 RATIOS = (0.25, 0.5, 0.75)
 TEXTS, TOKENS, WINDOWS = ("wikitext2", "ptb"), 16384, (512, 2048)  # that every cell is judged on
 PRUNE = {"eval": ("wikitext2",), "eval_tokens": 1024, "windows": (512,), "probe_tokens": 4096}
-# What was the default when the table was made; a preset decides the first two itself, and merges no heads.
+# What was the default before heads could be merged; a preset decides the first two itself, and merges no heads.
 MADE_WITH = {"allocation": "sensitivity", "probes": "measured", "repair_tokens": 65536, "merge": 1}
+TODAY = {"probe_tokens": None}  # today's defaults, whatever they are
 QUICK = {"eval": ("wikitext2",), "eval_tokens": 1024, "eval_windows": (512,)}  # recover's own evaluation, not reported
 RECOVER = {**QUICK, "loss": "next-token", "lr": 5e-4, "steps": 100, "batch": 4, "window": 512}
 PLUS, PAPER_PLUS = "dense, recovered on wikitext2", "dense, recovered by the paper's preset"
 DISTIL = {**RECOVER, "text": "wikitext2", "loss": "logits", "steps": 60, "lr": 1.5e-3}
+MERGED = {**DISTIL, "steps": 100, "lr": None}  # None: what recover takes for that cut
 GENERAL = {**RECOVER, "text": "wiki", "loss": "logits", "steps": 150, "lr": 1.5e-3}
 PAPER = {**QUICK, "preset": "kvpruner", "tokens": 65536}
 PROMPTS = (
@@ -80,14 +82,22 @@ class Bench:
     def folder(self, name: str) -> Path:
         return self.work / name.replace(" ", "-").replace(",", "")
 
-    def prune(self, name: str, ratio: float, source: str | None = None, keep: bool = True, **options) -> None:
+    def prune(
+        self,
+        name: str,
+        ratio: float,
+        source: str | None = None,
+        keep: bool = True,
+        made_with: dict[str, Any] = MADE_WITH,
+        **options,
+    ) -> None:
         out = self.folder(name) if keep else None
 
         def run() -> dict[str, Any]:
             if out is not None and finished(out):
                 return judged_again(out)
             model = self.model if source is None else plain(self.model, self.folder(source))
-            chosen = {**PRUNE, **({} if "preset" in options else MADE_WITH), **options}
+            chosen = {**PRUNE, **({} if "preset" in options else made_with), **options}
             result = kvprune.prune(model, out, ratio=ratio, resume=True, progress=on_stderr(), **chosen)
             return judged(result.record, result.model, result.tokenizer)
 
@@ -166,6 +176,9 @@ def repetition(model, tokenizer) -> float:
 def run(bench: Bench) -> None:
     """All cells, the important ones first."""
     bench.prune("dense", 0.0)  # ratio 0 is the dense model, as a folder that recovery takes
+    for ratio in (0.5, 0.25, 0.75):
+        bench.prune(f"merged {ratio}", ratio, made_with=TODAY)
+        bench.recover(f"merged {ratio}, distilled", f"merged {ratio}", **MERGED)
     bench.recover("dense, recovered on wikitext2", "dense", text="wikitext2")
     for ratio in (0.5, 0.25, 0.75):
         name = f"closed form {ratio}"
@@ -205,7 +218,7 @@ def run(bench: Bench) -> None:
         bench.prune(f"0.5, {name}", 0.5, keep=False, **options)
 
 
-GROUPS = ("dense", "closed form 0.25", "closed form 0.5", "closed form 0.75", "paper", "0.5,")  # order of the rows
+GROUPS = ("dense", "merged 0.25", "merged 0.5", "merged 0.75", "closed form 0.25", "closed form 0.5", "closed form 0.75", "paper", "0.5,")  # order of the rows
 
 
 def table(bench: Bench) -> str:
@@ -252,6 +265,8 @@ def ratio_of(value: float | None, base: float | None) -> str:
 
 HIGHEST = 20  # that the picture shows; what is above says so
 LINES = {  # label -> (cells whose names match, the best of each ratio; style)
+    "merged heads, closed form": ("merged {}", "P-"),
+    "merged heads, distilled": ("merged {}, distilled", "X-"),
     "closed form": ("closed form {}", "o-"),
     "closed form, by budget": ("closed form {} by budget", "v-"),
     "distilled": ("closed form {}, distilled on wikitext2", "s-"),

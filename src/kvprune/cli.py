@@ -50,7 +50,7 @@ def prune(
     batch: Annotated[int | None, typer.Option(help="with --fit: sequences at once  [default: 1]")] = None,
     reserve: Annotated[float | None, typer.Option(help="with --fit: as for fit  [default: 0.1]")] = None,
     importance: Annotated[
-        str | None, typer.Option(help="fisher, variance, energy, taylor, l1 or l2  [default: fisher]")
+        str | None, typer.Option(help="variance, energy, taylor, l1 or l2  [default: variance]")
     ] = None,
     channels: Annotated[str | None, typer.Option(help="split or joint  [default: split]")] = None,
     merge: Annotated[

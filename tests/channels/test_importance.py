@@ -99,15 +99,16 @@ def test_energy_from_captured_projections(model):
 
 
 @torch.no_grad()
-def test_variance_is_half_of_each_pairs_weighed_energy(model):
-    """A pair: half of E |q|^2 times the variance of k over the keys, as the attention weighs them; a channel of V:
-    E z^2 times |W_o|^2, each summed over the query heads of a KV head. A pair's is halved between its channels."""
+def test_variance_is_half_of_what_each_pair_changes_behind_the_attention(model):
+    """A pair: half of E |q|^2 |c|^2, c as AttentionMoments has it; a channel of V: E z^2 times |W_o|^2, each summed over
+    the query heads of a KV head. A pair's is halved between its channels."""
     found = scores(model, "variance")
     exact = copy.deepcopy(model).double()
     exact.set_attn_implementation("eager")
     half = D // 2
     qk, squares = (torch.zeros(2, KV, D, dtype=torch.float64) for _ in range(2))
     tokens = 0
+    draws = [torch.Generator().manual_seed(layer) for layer in range(2)]
     for ids in torch.cat(batches()):
         out = exact(ids[None], output_hidden_states=True, output_attentions=True)
         tokens += len(ids)
@@ -119,6 +120,9 @@ def test_variance_is_half_of_each_pairs_weighed_energy(model):
             v = torch.nn.functional.linear(x, a.v_proj.weight).unflatten(-1, (-1, D))
             for head in range(KV * GROUPS):
                 kv = head // GROUPS
+                if head % GROUPS == 0:
+                    directions = torch.randn(GROUPS, exact.config.hidden_size, generator=draws[layer]).double()
+                effect = v[:, kv] @ (directions[head % GROUPS] @ a.o_proj.weight[:, head * D : (head + 1) * D])
                 weights = out.attentions[layer][0, head]
                 for pair in range(half):
                     one, other = k[:, kv, pair], k[:, kv, pair + half]
@@ -126,10 +130,9 @@ def test_variance_is_half_of_each_pairs_weighed_energy(model):
                         one * cos[:, pair] - other * sin[:, pair], other * cos[:, pair] + one * sin[:, pair]
                     )
                     for t in range(len(ids)):
-                        mean = (weights[t] * turned).sum()
-                        variance = (weights[t] * (turned - mean).abs().square()).sum()
+                        c = (weights[t] * (effect - weights[t] @ effect) * turned).sum()
                         size = (q[t, head, [pair, pair + half]] * a.scaling).square().sum()
-                        qk[layer, kv, [pair, pair + half]] += size * variance / 4
+                        qk[layer, kv, [pair, pair + half]] += size * c.abs().square() / 4
                 for channel in range(D):
                     squares[layer, kv, channel] += (weights @ v[:, kv, channel]).square().sum()
     for layer, score in enumerate(found):

@@ -48,7 +48,8 @@ def by_plain_loops(model, layer, groups, order):
     slow_queries = torch.zeros(KV, 4, 4, dtype=torch.float64)
     slow_keys = torch.zeros(KV, 4 * merge, 4 * merge, dtype=torch.float64)
     outputs = torch.zeros(KV, merge * D, merge * D, dtype=torch.float64)
-    scaling = model.model.layers[layer].self_attn.scaling
+    attention = model.model.layers[layer].self_attn
+    draws = torch.Generator().manual_seed(layer)
     tokens = 0
     for q, k, v, cos, sin, weights in windows_of(model, layer):
         tokens += len(q)
@@ -56,21 +57,22 @@ def by_plain_loops(model, layer, groups, order):
             behind_rope = torch.stack([turned(k[n, group], cos[n], sin[n]) for n in range(len(k))])  # (T, m, pairs)
             before_rope = torch.stack([torch.cat([k[n, other, SLOW] for other in group]) for n in range(len(k))])
             values = torch.stack([torch.cat([v[n, other] for other in group]) for n in range(len(k))])
+            directions = torch.randn(groups, model.config.hidden_size, generator=draws).double()
             for query_head in range(head * groups, (head + 1) * groups):
+                own = attention.o_proj.weight[:, query_head * D : (query_head + 1) * D]  # (hidden, D)
+                effect = torch.stack([directions[query_head % groups] @ own @ v[n, head] for n in range(len(v))])
                 for t in range(len(q)):
                     seen = weights[query_head, t]  # (T,), zero at what is not seen
-                    size = turned(q[t, query_head] * scaling, cos[t], sin[t]).abs().square()  # (pairs,)
+                    gains = seen * (effect - seen @ effect)
+                    size = turned(q[t, query_head] * attention.scaling, cos[t], sin[t]).abs().square()  # (pairs,)
                     queries[row] += size
                     for pair in range(HALF):
-                        kappa = behind_rope[..., pair]
-                        centred = kappa - seen.to(kappa.dtype) @ kappa
-                        for n in range(len(k)):
-                            keys[row, pair] += size[pair] * seen[n] * torch.outer(centred[n], centred[n].conj())
-                    slow = q[t, query_head, SLOW] * scaling
+                        c = sum(gains[n] * behind_rope[n, :, pair] for n in range(len(k)))
+                        keys[row, pair] += size[pair] * torch.outer(c, c.conj())
+                    slow = q[t, query_head, SLOW] * attention.scaling
                     slow_queries[row] += torch.outer(slow, slow)
-                    centred = before_rope - seen @ before_rope
-                    for n in range(len(k)):
-                        slow_keys[row] += seen[n] * torch.outer(centred[n], centred[n])
+                    c = sum(gains[n] * before_rope[n] for n in range(len(k)))
+                    slow_keys[row] += torch.outer(c, c)
                     z = seen @ values
                     outputs[row] += torch.outer(z, z)
     stretch = model.model.rotary_emb.attention_scaling
@@ -106,3 +108,28 @@ def check(family, merge, groups, monkeypatch):
             here = getattr(moments, name)
             scale = float(expected.abs().max())
             torch.testing.assert_close(here, expected, rtol=1e-3, atol=1e-4 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_what_a_pair_decides_is_the_derivative_of_the_output():
+    """E |q c|^2 over all directions at once: the squared derivative of what the head puts out, by autograd, in how much
+    of the pair the scores have. The moments take q and c as unrelated in phase, so this is checked before that."""
+    generator = torch.Generator().manual_seed(3)
+    tokens, hidden = 5, 7
+    q, k = (torch.randn(tokens, generator=generator, dtype=torch.complex128) for _ in range(2))
+    others = torch.randn(tokens, tokens, generator=generator, dtype=torch.float64)
+    values = torch.randn(tokens, D, generator=generator, dtype=torch.float64)
+    o = torch.randn(hidden, D, generator=generator, dtype=torch.float64)
+    mine = torch.outer(q.conj(), k).real  # the pair's part of the scores
+
+    def output(share):
+        return (others + share * mine).softmax(-1) @ values @ o.T
+
+    change = torch.autograd.functional.jacobian(output, torch.tensor(1.0, dtype=torch.float64))  # (tokens, hidden)
+    weights = (others + mine).softmax(-1)
+    for t in range(tokens):
+        total = 0.0
+        for u in torch.eye(hidden, dtype=torch.float64):
+            effect = values @ o.T @ u
+            c = (weights[t] * (effect - weights[t] @ effect)).to(k.dtype) @ k
+            total += (q[t].conj() * c).real.square()
+        torch.testing.assert_close(total, change[t].square().sum())

@@ -7,16 +7,27 @@ attentions alone, where probes run every block behind the one that they cut.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 
-from kvprune.channels.gradients import Call, backward
 from kvprune.channels.masking import masked
 from kvprune.channels.sensitivity import Probe
+from kvprune.measure.loss import next_token_loss
 from kvprune.models.finite import not_finite
+from kvprune.models.stream import frozen
 from kvprune.models.view import ModelView
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an attention module: its arguments, and the gradient of the loss at its output (1, T, hidden)."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    gradient: torch.Tensor
 
 
 def estimate_sensitivity(
@@ -30,7 +41,7 @@ def estimate_sensitivity(
     totals = torch.zeros(len(probes), dtype=torch.float64)
     numbered = sorted(enumerate(probes), key=lambda item: item[1].block)
     for batch in batches:
-        calls = [backward(view, window) for window in batch.split(1)]
+        calls = [_backward(view, window) for window in batch.split(1)]
         for block, group in groupby(numbered, key=lambda item: item[1].block):
             found = [of_window[block] for of_window in calls]
             for number, change in _changes(view, block, list(group), found):
@@ -61,3 +72,27 @@ def _changes(
 
 def _output(module: Any, call: Call) -> torch.Tensor:
     return module(*call.args, **call.kwargs)[0]
+
+
+def _backward(view: ModelView, window: torch.Tensor) -> list[Call]:
+    """Every block's attention in one forward and backward of a window (1, T)."""
+    seen: list[tuple[tuple, dict[str, Any], torch.Tensor]] = []
+
+    def keep(_module: Any, args: tuple, kwargs: dict[str, Any], output: tuple) -> tuple:
+        here = output[0] if output[0].requires_grad else output[0].detach().requires_grad_()
+        here.retain_grad()
+        detached = {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in kwargs.items()}
+        seen.append((tuple(v.detach() for v in args), detached, here))
+        return (here, *output[1:])
+
+    ids = window.to(view.device)
+    hooks = [a.module.register_forward_hook(keep, with_kwargs=True) for a in view.attention]
+    try:
+        with frozen(view.lm), torch.enable_grad():
+            hidden = view.lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            _, _, gradient = next_token_loss(view.head, hidden.detach(), ids, gradient=True)
+            hidden.backward(gradient)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [Call(args, kwargs, here.grad) for args, kwargs, here in seen]  # type: ignore[arg-type]

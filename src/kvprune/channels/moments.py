@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import islice, repeat
 from typing import Any, cast
 
 import torch
@@ -26,13 +25,12 @@ class AttentionMoments:
     that is what a cut across heads needs. heads (groups, m): the dense KV heads of each group, which is also the order
     of the others' first dim, H = groups * m. D channels a head in pairs of RoPE; a pair is a complex number.
     queries (H, pairs): E |q|^2 of a pair, scaled as in the scores.
-    keys (H, pairs, m, m), complex: E |q|^2 Cov(k), the covariance of the group's m keys, behind RoPE, as the attention
-    weighs them. Scores enter the softmax only up to a constant, so the variance is what a pair decides (half of it is
-    the KL divergence that losing it costs, to second order). With gradients, E |q|^2 c c^* in its place: c is the sum
-    over the keys of dL/ds k, where L is the loss and s the score of that key, so that q c is what the loss would change
-    by, to first order, if the pair grew. Its square is the Fisher information: what losing the pair costs the loss.
-    slow_queries (H, n, n), slow_keys (H, m * n, m * n): of the n `slow` channels before RoPE, E q q^T and the mean over
-    queries of Cov(k), or of c c^T.
+    keys (H, pairs, m, m), complex: E |q|^2 c c^*, with c, for the group's m keys k behind RoPE, the sum over tokens n of
+    a_n u . W_o (v_n - z) k_n: what the head's output gains, to first order, along a random direction u of unit variance
+    for each unit that q adds to the pair's scores. a are the attention's weights, v the values, z their mean under a. So
+    E |q c|^2 is the squared change of the attention's output when the pair goes; what it adds to all scores alike
+    changes nothing.
+    slow_queries (H, n, n), slow_keys (H, m * n, m * n): of the n `slow` channels before RoPE, E q q^T and E c c^T.
     outputs (H, m * D, m * D): E z z^T of the attention outputs z, which are the group's values as the query heads mix
     them, without V's bias.
     """
@@ -52,20 +50,18 @@ def attention_moments(
     slow: torch.Tensor,
     merge: int,
     advance: Callable[[int], None],
-    gradients: Sequence[Sequence[torch.Tensor]] | None = None,
 ) -> Iterator[AttentionMoments]:
     """Moments of every layer in turn, from one pass over the batches (B, T), for groups of `merge` KV heads.
 
-    slow (n,): channel numbers, pair by pair. gradients: what output_gradients gave for these batches. Memory: the hidden states of the text before one block, one layer's
-    moments, one window's attention weights of one query head, and, where the groups must be chosen, what one layer's
-    Q, K and V put out. Raises NotFinite.
+    slow (n,): channel numbers, pair by pair. Memory: the hidden states of the text before one block, one layer's
+    moments, one window's attention weights of one group, and, where the groups must be chosen, what one layer's Q, K
+    and V put out. Raises NotFinite.
     """
     states, calls = enter(view, batches)
     tokens = sum(batch.numel() for batch in batches)
     chooses = 1 < merge < view.shape.kv_heads
     for index, (block, attention) in enumerate(zip(view.blocks, view.attention, strict=True)):
-        waiting: list[tuple[Outputs, dict[str, Any], list[torch.Tensor | None]]] = []
-        of_layer = iter(repeat(None) if gradients is None else gradients[index])
+        waiting: list[tuple[Outputs, dict[str, Any]]] = []
         sums = None if chooses else _Sums(view, attention, slow, torch.arange(view.shape.kv_heads).view(-1, merge))
         for number, state in enumerate(states):
             outputs: Outputs = {}
@@ -75,13 +71,13 @@ def attention_moments(
             finally:
                 for hook in hooks:
                     hook.remove()
-            told = outputs, calls.of_length[state.shape[1]][index].kwargs, list(islice(of_layer, len(state)))
+            told = outputs, calls.of_length[state.shape[1]][index].kwargs
             if sums is None:
                 waiting.append(told)
             else:
                 sums.add(*told)
         if sums is None:
-            sums = _Sums(view, attention, slow, group_heads([o for o, _, _ in waiting], view.units, merge))
+            sums = _Sums(view, attention, slow, group_heads([o for o, _ in waiting], view.units, merge))
             for told in waiting:
                 sums.add(*told)
         yield sums.means(tokens, index)
@@ -102,6 +98,7 @@ class _Sums:
         self.device = attention.projection("o").weight.device
         weights = attention.weights()
         self.v_bias, self.o = weights.v_bias, weights.o
+        self.draws = torch.Generator().manual_seed(attention.module.layer_idx)
         self.units, self.slow = view.units.to(self.device), slow.to(self.device)
         m, pairs, n = heads.shape[1], len(self.units), len(slow)
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
@@ -114,12 +111,12 @@ class _Sums:
             zeros(s.kv_heads, m * s.head_dim, m * s.head_dim),
         )
 
-    def add(self, outputs: Outputs, call: dict[str, Any], gradients: list[torch.Tensor | None]) -> None:
-        """A batch of windows; gradients: of each at the attention's output, (T, hidden)."""
+    def add(self, outputs: Outputs, call: dict[str, Any]) -> None:
+        """A batch of windows."""
         s, length = self.shape, outputs["q"].shape[1]
         cos, sin = (table[0].float() for table in call["position_embeddings"])  # (T, D)
         visible = _visible(call.get("attention_mask"), length, self.device)
-        for q, k, v, gradient in zip(*(outputs[name] for name in "qkv"), gradients, strict=True):
+        for q, k, v in zip(*(outputs[name] for name in "qkv"), strict=True):
             q = q.float().view(length, s.kv_heads, s.groups, s.head_dim).permute(1, 2, 0, 3) * self.scaling
             k = k.float().view(length, s.kv_heads, s.head_dim).transpose(0, 1)
             if self.v_bias is not None:
@@ -130,46 +127,30 @@ class _Sums:
                 seen = _Seen.of(k[group], k_turned[group], v[group], self.slow, self.units)
                 for member, head in enumerate(group.tolist()):
                     scores = (q_turned[head] @ k_turned[head].T).masked_fill_(~visible, -torch.inf)
-                    weights, row = scores.softmax(-1), number * len(group) + member
-                    mixed = self._add_outputs(row, weights, q[head], seen)
-                    if gradient is None:
-                        self._add_variance(row, weights, q[head], seen)
-                    else:
-                        at_values = gradient.float() @ self.o[head].float().mT  # (groups, T, D): dL/dz
-                        own = mixed.unflatten(-1, (len(group), -1))[..., member, :]
-                        reach = at_values @ v[head].T - (at_values * own).sum(-1, keepdim=True)
-                        self._add_gradients(row, weights * reach, q[head], seen)
+                    effects = v[head] @ self._directions(head).T  # (T, groups)
+                    self._add_head(number * len(group) + member, scores.softmax(-1), q[head], seen, effects.T)
 
-    def _add_outputs(self, row: int, weights: torch.Tensor, q: torch.Tensor, seen: "_Seen") -> torch.Tensor:
-        """weights (groups, T, T) and q (groups, T, D), before RoPE, of one KV head's query heads -> what they mix of the
-        group's values, (groups, T, m * D)."""
-        squares, queries = self._squares(q), q[..., self.slow].flatten(0, 1).double()
-        self.sums.queries[row] += squares.sum((0, 1), dtype=torch.float64)
-        self.sums.slow_queries[row] += queries.T @ queries
-        mixed = weights @ seen.values
-        z = mixed.flatten(0, 1).double()
-        self.sums.outputs[row] += z.T @ z
-        return mixed
+    def _directions(self, head: int) -> torch.Tensor:
+        """A random direction of the attention's output for each query head, as its values see it: W_o u, (groups, D)."""
+        of_head = self.o[head].float()  # (groups, D, hidden)
+        drawn = torch.randn(len(of_head), of_head.shape[-1], generator=self.draws).to(self.device)
+        return torch.einsum("gdh,gh->gd", of_head, drawn)
 
-    def _squares(self, q: torch.Tensor) -> torch.Tensor:
-        """|q|^2 of every pair, as it stands in the scores: (groups, T, pairs)."""
+    def _add_head(self, row: int, weights: torch.Tensor, q: torch.Tensor, seen: "_Seen", effects: torch.Tensor) -> None:
+        """weights (groups, T, T), q (groups, T, D) before RoPE, and effects (groups, T): each token's value along the
+        directions; of one KV head's query heads."""
         a, b = (q[..., self.units[:, i]] for i in range(2))
-        return (a * a + b * b) * self.stretch**2
-
-    def _add_variance(self, row: int, weights: torch.Tensor, q: torch.Tensor, seen: "_Seen") -> None:
-        squares = self._squares(q)
-        means, of_slow = seen.split(weights @ seen.columns)
-        weighed = (squares.mT @ weights).sum(0)  # (pairs, T): how much each key is looked at, by this pair
-        self.sums.keys[row] += _outer(seen.pairs, weighed.T) - sum(map(_outer, means, squares))
-        slow, of_slow = seen.slow.double(), of_slow.flatten(0, 1).double()
-        self.sums.slow_keys[row] += (slow * weights.sum((0, 1)).double().unsqueeze(1)).T @ slow - of_slow.T @ of_slow
-
-    def _add_gradients(self, row: int, reach: torch.Tensor, q: torch.Tensor, seen: "_Seen") -> None:
-        """reach (groups, T, T): the gradient of the loss in the scores, of each query over the keys."""
-        pairs, slow = seen.split(reach @ seen.columns)
-        self.sums.keys[row] += sum(map(_outer, pairs, self._squares(q)))
+        squares = (a * a + b * b) * self.stretch**2  # (groups, T, pairs)
+        queries, sums = q[..., self.slow].flatten(0, 1).double(), self.sums
+        sums.queries[row] += squares.sum((0, 1), dtype=torch.float64)
+        sums.slow_queries[row] += queries.T @ queries
+        z = (weights @ seen.values).flatten(0, 1).double()
+        sums.outputs[row] += z.T @ z
+        centred = effects.unsqueeze(1) - weights @ effects.unsqueeze(-1)  # (groups, T, T)
+        pairs, slow = seen.split((weights * centred) @ seen.columns)
+        sums.keys[row] += sum(map(_outer, pairs, squares))
         slow = slow.flatten(0, 1).double()
-        self.sums.slow_keys[row] += slow.T @ slow
+        sums.slow_keys[row] += slow.T @ slow
 
     def means(self, tokens: int, index: int) -> AttentionMoments:
         sums, groups = self.sums, self.shape.groups

@@ -144,7 +144,7 @@ class Planner:
         importance = IMPORTANCE[s.importance]
         scores: list[Scores] = []
         bases = None
-        if s.rotates or importance.needs.startswith("attention"):
+        if s.rotates or importance.needs == "attention":
             scores, bases = self._attention(s.importance, self.merge if s.rotates else None)
         if not scores:
             with self.phase("importance", sum(len(b) for b in self.batches)) as advance:
@@ -153,9 +153,7 @@ class Planner:
 
     def _attention(self, importance: str, merge: int | None) -> tuple[list[Scores], list[Basis] | None]:
         score = IMPORTANCE[importance]
-        own = score.needs.startswith("attention")
-        windows = sum(map(len, self.batches)) if score.needs == "attention+gradients" else 0
-        with self.phase("importance" if own else "rotate", self.view.shape.layers + windows) as advance:
+        with self.phase("importance" if score.needs == "attention" else "rotate", self.view.shape.layers) as advance:
             return measure_attention(self.view, self.batches, score, merge, advance)
 
     def _kept(self, score: Scores, width: int) -> Kept:

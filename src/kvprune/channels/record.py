@@ -96,7 +96,7 @@ def memory_of(
 def _of_attention(view: ModelView, plan: PruningPlan, tokens: int) -> dict[str, int]:
     """What statistics of the attention, and the bases made of them, take; nothing where the plan has neither."""
     shape, importance = view.shape, IMPORTANCE.get(str(plan.method.get("importance")))
-    attends = importance is not None and importance.needs.startswith("attention")
+    attends = importance is not None and importance.needs == "attention"
     if not (attends or plan.is_rotated):
         return {}
     slow = len(slow_channels(view)) if attends and plan.is_rotated else 0

@@ -11,7 +11,6 @@ from kvprune.options import preset_options
 from kvprune.text.corpus import text_names
 
 CHANNELS = ("split", "joint")
-ACROSS_HEADS = ("fisher", "variance")  # importances that can tell channels of one head from those of another
 ALLOCATIONS = ("sensitivity", "rank", "uniform", "budget")
 PROBES = ("estimated", "measured")
 TAU = 3.0
@@ -30,7 +29,7 @@ class Settings:
 
     ratio: fraction of the KV bytes per token to remove. allocation: None is budget, or uniform where the layout has one
     width for all layers. merge: how many KV heads become one, or AUTO (see planning.choose_merge); heads are merged
-    only with split channels, a repair that rotates, and the importance "fisher" or "variance". align and min_width count channels
+    only with split channels, a repair that rotates, and the importance "variance". align and min_width count channels
     of a KV head of the pruned model. probe: fraction of a block's channels that its sensitivity probe removes (None:
     the ratio); probe_tokens: how much of the calibration text a probe reads (None: ESTIMATED_ON, or all of it where
     probes are measured). probes: sensitivities are estimated from one backward pass (see estimate.py), or measured, as
@@ -41,7 +40,7 @@ class Settings:
 
     source: str
     ratio: float = 0.5
-    importance: str = "fisher"
+    importance: str = "variance"
     channels: str = "split"
     merge: int | str = AUTO
     allocation: str | None = None
@@ -125,7 +124,7 @@ class Settings:
             object.__setattr__(self, "tau", TAU)
 
     def _check_merge(self) -> None:
-        wants = "--channels split, --importance fisher or variance and --repair rotate or rotate+refit"
+        wants = "--channels split, --importance variance and --repair rotate or rotate+refit"
         if self.layout == "stock" and self.ratio > 0 and not self.can_merge:
             raise BadOption(f"--layout stock merges KV heads: that wants {wants}")
         object.__setattr__(self, "merge", asked_merge(self.merge))
@@ -135,7 +134,7 @@ class Settings:
     @property
     def can_merge(self) -> bool:
         """Whether KV heads can be merged at all."""
-        return self.rotates and self.channels == "split" and self.importance in ACROSS_HEADS
+        return self.rotates and self.channels == "split" and self.importance == "variance"
 
     @property
     def rotates(self) -> bool:

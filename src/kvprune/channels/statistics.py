@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from kvprune.channels.basis import Basis, basis_of, slow_channels
-from kvprune.channels.gradients import output_gradients
 from kvprune.channels.importance.base import Importance, Scores, Statistics
 from kvprune.channels.moments import attention_moments
 from kvprune.measure.loss import next_token_loss
@@ -27,7 +26,7 @@ def score_layers(
     `advance` counts windows, or layers for a score that needs attention. Raises NotFinite, naming the layer, when
     statistics or scores hold NaN or infinity.
     """
-    if importance.needs.startswith("attention"):
+    if importance.needs == "attention":
         return measure_attention(view, list(batches), importance, None, advance)[0]
     if importance.needs == "energy":
         statistics = _energies(view, batches, advance)
@@ -55,11 +54,10 @@ def measure_attention(
     of channels. With any other importance there are no scores here (score_layers has them, of channels), and so only V
     and O are rotated: merge is then 1.
     """
-    own = importance.needs.startswith("attention")
-    gradients = output_gradients(view, batches, advance) if importance.needs == "attention+gradients" else None
+    own = importance.needs == "attention"
     slow = slow_channels(view) if merge is not None and own else torch.empty(0, dtype=torch.int64)
     scores, bases = [], []
-    found = attention_moments(view, batches, slow, merge or 1, advance, gradients)
+    found = attention_moments(view, batches, slow, merge or 1, advance)
     for attention, moments in zip(view.attention, found, strict=True):
         weights = attention.weights()
         score = importance.scores(weights, Statistics(attention=moments), view.units) if own and not merge else None

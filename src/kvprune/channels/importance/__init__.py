@@ -2,14 +2,12 @@
 
 from kvprune.channels.importance.base import Importance, Scores
 from kvprune.channels.importance.energy import Energy
-from kvprune.channels.importance.fisher import Fisher
 from kvprune.channels.importance.l1 import L1
 from kvprune.channels.importance.l2 import L2
 from kvprune.channels.importance.taylor import Taylor
 from kvprune.channels.importance.variance import Variance
 
 IMPORTANCE: dict[str, Importance] = {
-    "fisher": Fisher(),
     "variance": Variance(),
     "energy": Energy(),
     "taylor": Taylor(),

@@ -37,7 +37,7 @@ class Importance(Protocol):
     """A score: weights and statistics of one layer -> Scores."""
 
     @property
-    def needs(self) -> Literal["nothing", "energy", "gradients", "attention", "attention+gradients"]: ...
+    def needs(self) -> Literal["nothing", "energy", "gradients", "attention"]: ...
 
     def scores(self, weights: AttentionWeights, statistics: Statistics, units: torch.Tensor) -> Scores:
         """units: the channels that leave Q and K together, (units, channels per unit)."""

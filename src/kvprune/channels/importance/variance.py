@@ -13,10 +13,10 @@ from kvprune.models.attention import AttentionWeights
 class Variance:
     """Expected loss of attention, to second order [ours].
 
-    Q/K, a RoPE pair: E over queries of the variance, over the keys as the attention weighs them, of the pair's
-    contribution to the scores, summed over the group, if the phases of q and k are unrelated. Half of it is the KL
-    divergence between the attention with and without the pair, to second order; what a pair adds to all keys alike
-    costs nothing, unlike in `energy`. Across heads: see basis.key_basis. V/O, a
+    Q/K, a RoPE pair: E of the squared change of the attention's output, behind O, when the pair's contribution to the
+    scores goes, to first order, summed over the group, if the phases of q and k are unrelated. What a pair adds to all
+    keys alike costs nothing, unlike in `energy`, nor what it adds where the values are alike. Across heads: see
+    basis.key_basis. V/O, a
     channel c: E z_c^2 times |W_o column|^2, each summed over the group, of the attention outputs z, which are values
     mixed over tokens. One pass over the calibration text, no gradients. Takes pairs as unrelated.
     """
