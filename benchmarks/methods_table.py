@@ -1,4 +1,4 @@
-"""The table of pruning methods without repair: perplexity by score, channels, allocation and ratio.
+"""The table of pruning methods without repair or merged heads: perplexity by score, channels, allocation and ratio.
 
     KVPRUNE_DATA=DIR python benchmarks/methods_table.py MODEL [--out benchmarks/results/methods_table]
 
@@ -16,6 +16,7 @@ import torch
 
 import kvprune
 from kvprune.channels import allocation
+from kvprune.channels.basis import identity
 from kvprune.channels.importance import IMPORTANCE
 from kvprune.channels.journal import Journal
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
@@ -76,10 +77,12 @@ class Bench:
     def sensitivity(self, text: str, importance: str, channels: str, probe: float) -> list[float]:
         key = f"{text} {importance} {channels} probe {probe}"
         if key not in self.results["sensitivity"]:
-            width = probe_width(self.view.shape.head_dim, probe, self.view.units.shape[1])
-            scores = self.layer_scores(text, importance)
+            shape, scores = self.view.shape, self.layer_scores(text, importance)
+            width = probe_width(shape.head_dim, probe, self.view.units.shape[1])
+            plain = identity(shape.kv_heads, shape.head_dim)
             probes = [
-                Probe(block, select(s, width, self.view.units, channels == "joint")) for block, s in enumerate(scores)
+                Probe(block, select(s, width, self.view.units, channels == "joint"), plain)
+                for block, s in enumerate(scores)
             ]
             batches = self.ids(text, "valid", PROBE_TOKENS[importance]).split(8)
             found = measure_sensitivity(self.view, batches, probes, Journal(), lambda n: None)

@@ -27,11 +27,17 @@ from kvprune.text.windows import windows
 
 TOKENS, WINDOW = 16384, 512
 TEXTS = ("wikitext2", "ptb")
+APART: dict[str, Any] = {"merge": 1}  # heads, as before they could be merged
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
-    **{f"uniform, refit on {n:,}": {"allocation": "uniform", "repair_tokens": n} for n in (8192, 16384, 32768, 65536)},
+    "default, heads apart": APART,
+    **{
+        f"uniform, refit on {n:,}": {**APART, "allocation": "uniform", "repair_tokens": n}
+        for n in (8192, 16384, 32768, 65536)
+    },
     **{
         f"budget, estimated on {probes:,}, refit on {n:,}": {
+            **APART,
             "allocation": "budget",
             "probe_tokens": probes,
             "repair_tokens": n,
@@ -40,6 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     **{
         f"{allocation}, measured on {probes:,}, refit on {n:,}": {
+            **APART,
             "allocation": allocation,
             "probes": "measured",
             "probe_tokens": probes,
@@ -102,6 +109,8 @@ def cell(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, An
         "dense_pass_seconds": [round(value, 2) for value in passes],
         "dtype": name_of(model.dtype),
         "method": record["method"],
+        "merge": record["merge"],
+        "weights_read_bytes": record["weights_read_bytes"],
         "ratio_achieved": record["ratio_achieved"],
     }
 

@@ -30,8 +30,8 @@ from kvprune.text.windows import judged_windows
 RATIOS = (0.25, 0.5, 0.75)
 TEXTS, TOKENS, WINDOWS = ("wikitext2", "ptb"), 16384, (512, 2048)  # that every cell is judged on
 PRUNE = {"eval": ("wikitext2",), "eval_tokens": 1024, "windows": (512,), "probe_tokens": 4096}
-# What was the default when the table was made; a preset decides the first two itself.
-MADE_WITH = {"allocation": "sensitivity", "probes": "measured", "repair_tokens": 65536}
+# What was the default when the table was made; a preset decides the first two itself, and merges no heads.
+MADE_WITH = {"allocation": "sensitivity", "probes": "measured", "repair_tokens": 65536, "merge": 1}
 QUICK = {"eval": ("wikitext2",), "eval_tokens": 1024, "eval_windows": (512,)}  # recover's own evaluation, not reported
 RECOVER = {**QUICK, "loss": "next-token", "lr": 5e-4, "steps": 100, "batch": 4, "window": 512}
 PLUS, PAPER_PLUS = "dense, recovered on wikitext2", "dense, recovered by the paper's preset"
@@ -61,8 +61,8 @@ PARTS: dict[str, dict[str, Any]] = {
 
 
 KEPT = (  # of a cell's record
-    *("ratio_achieved", "kv_bytes_per_token", "widths", "method", "perplexity", "seconds", "recovered"),
-    *("peak_memory_bytes", "repetition"),
+    *("ratio_achieved", "kv_bytes_per_token", "weights_read_bytes", "merge", "widths", "method", "perplexity"),
+    *("seconds", "recovered", "peak_memory_bytes", "repetition"),
 )
 
 

@@ -78,7 +78,7 @@ def test_prune_show_eval_generate(run, checkpoint, texts, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ratio", "2"], "0 to 0.875"),
+        (["--ratio", "2"], "0 to 0.9375"),
         (["--calibration", "nosuch"], "unknown text"),
         (["--preset", "kvpruner", "--importance", "l1"], "--importance"),
         (["--device", "nosuch"], "nosuch"),

@@ -14,12 +14,14 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from kvprune.channels.merging import AUTO
 from kvprune.errors import BadOption, NoSpace
 from kvprune.measure import memory, plot
 from kvprune.measure.context import held_tokens
 from kvprune.measure.evaluate import bytes_per_token
 from kvprune.measure.shapes import dense_config, pruned_config, random_model
 from kvprune.measure.speed import Side, alternate
+from kvprune.models.family import dense_head_dim
 from kvprune.models.source import Source, find_device, load_config, load_model, resolve
 from kvprune.models.tokenizer import one_tokenizer
 from kvprune.options import size_in_bytes, whole_numbers
@@ -49,6 +51,7 @@ def bench(
     memory_size: str | int | None = None,
     pruned_shape: bool = False,
     ratio: float | None = None,
+    merge: int | str | None = None,
     out: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -60,16 +63,17 @@ def bench(
 
     The second is `against`; with `skip`, `against` or else the source itself under a TokenFilter(skip, layers=
     skip_layers), and with `kv_bits` (8, 4 or 2) on transformers' quantised cache; with `pruned_shape`, random weights
-    of the source's shape, a name in SHAPES or a checkpoint, with `ratio` (0.5) of its KV bytes removed, beside random
-    weights of the shape itself. The source alone is timed against itself, which shows the noise. A cell: `rounds`
-    prefills of batch x context random tokens, then `rounds` times new_tokens steps behind them, medians and spreads,
-    and the limit (weights + KV bytes read) dense / pruned. memory_size: also, as "24GiB", the largest batch that
-    fits in it at a cell's context, by what the cell needed. out: a .json file, written after every cell, and a picture
-    beside it. Returns {"environment", "cells": [{"batch", "context", "prefill_seconds", "decode_tokens_per_second",
+    of the source's shape, a name in SHAPES or a checkpoint, with `ratio` (0.5) of its KV bytes removed and `merge`
+    (auto) KV heads made one, as in `prune`, beside random weights of the shape itself. The source alone is timed
+    against itself, which shows the noise. A cell: `rounds` prefills of batch x context random tokens, then `rounds`
+    times new_tokens steps behind them, medians and spreads, and the limit (weights + KV bytes read) dense / pruned.
+    memory_size: also, as "24GiB", the largest batch that fits in it at a cell's context, by what the cell needed. out:
+    a .json file, written after every cell, and a picture beside it. Returns {"environment" (with "merge": how many KV
+    heads of the second became one), "cells": [{"batch", "context", "prefill_seconds", "decode_tokens_per_second",
     "latency_seconds" (of new_tokens behind a prompt), "decode_ratio", "prefill_ratio", "decode_limit",
     "decode_ratio_over_limit", "spread" ({"decode", "prefill"}: least and largest ratio), "rounds" (that were timed),
-    "memory_bytes", "decode_bytes_read", "largest_batch"}]}; a cell that does not fit in memory has "error" instead.
-    Raises a KVPruneError for what can be known before.
+    "memory_bytes", "decode_bytes_read" ({"all", "weights", "kv_cache"} of each), "largest_batch"}]}; a cell that does
+    not fit in memory has "error" instead. Raises a KVPruneError for what can be known before.
     """
     bytes_given = None if memory_size is None else size_in_bytes(memory_size)
     grid = Grid(whole_numbers("batch", batch), whole_numbers("context", context), new_tokens, rounds, bytes_given)
@@ -77,6 +81,8 @@ def bench(
         raise BadOption("--pruned-shape makes both models itself; leave out --against and --skip")
     if ratio is not None and not pruned_shape:
         raise BadOption("--ratio is what --pruned-shape removes; a checkpoint has its own")
+    if merge is not None and not pruned_shape:
+        raise BadOption("--merge is for --pruned-shape; a checkpoint has merged what it has")
     token_filter = asked_filter(skip, layers=skip_layers)
     quantizer_name = None if kv_bits is None else quantizer(kv_bits)
     target = find_device(device)
@@ -87,7 +93,10 @@ def bench(
     with progress.phase("load"):
         if pruned_shape:
             ratio = 0.5 if ratio is None else ratio
-            models = _shapes(source, ratio, target, dtype, revision, trust_remote_code, grid)
+            first, _ = dense_config(source, revision, trust_remote_code)
+            grid.check(first)
+            second = pruned_config(first, ratio, merge=AUTO if merge is None else merge)
+            models = _shapes(source, first, second, target, dtype)
         else:
             names = [source] if against is None else [source, against]
             models = _checkpoints([resolve(s, revision, trust_remote_code) for s in names], device, dtype, grid)
@@ -102,6 +111,7 @@ def bench(
     asked: dict[str, Any] = {"source": str(source), "against": None if against is None else str(against), "skip": skip}
     layers = None if token_filter is None else token_filter.settings.layers
     asked |= {"skip_layers": layers and list(layers), "pruned_shape_ratio": ratio}
+    asked["merge"] = _merged(models[-1].config)
     asked |= {"kv_bits": kv_bits, "quantizer": quantizer_name}
     report: dict[str, Any] = {"environment": asked | _environment(models[0], grid), "cells": []}
     with progress.phase("bench", len(grid.cells)) as advance:
@@ -175,12 +185,9 @@ def _checkpoints(sources: list[Source], device: str, dtype: str, grid: Grid) -> 
     return models
 
 
-def _shapes(source, ratio: float, device, dtype: str, revision, trust, grid: Grid) -> list[PreTrainedModel]:
+def _shapes(source, dense: PreTrainedConfig, pruned: PreTrainedConfig, device, dtype: str) -> list[PreTrainedModel]:
     """Random weights: the shape, and the shape pruned."""
-    dense, _ = dense_config(source, revision, trust)
-    grid.check(dense)
     kind = computes_in(torch.bfloat16, device) if dtype == "auto" else find_dtype(dtype)
-    pruned = pruned_config(dense, ratio)
     try:
         second = random_model(pruned, device, kind)  # which takes most memory on the way, so it goes first
         return [random_model(dense, device, kind), second]
@@ -203,6 +210,11 @@ def _environment(model: PreTrainedModel, grid: Grid) -> dict[str, Any]:
         "attention": model.config._attn_implementation,
         "versions": versions(),
     }
+
+
+def _merged(config: PreTrainedConfig) -> int:
+    """How many dense KV heads one of the model's stands for."""
+    return (getattr(config, "dense_kv_heads", None) or config.num_key_value_heads) // config.num_key_value_heads
 
 
 def _cell(sides: tuple[Side, Side], batch: int, context: int, grid: Grid) -> dict[str, Any]:
@@ -233,11 +245,12 @@ def _measure(sides: tuple[Side, Side], batch: int, context: int, grid: Grid) -> 
         side.rewind(context)
         with side.running():
             side.decode(ids[:, -1:], math.ceil(new / 2))
-        read.append((side.bytes_read(), side.kv_bytes_read()))
+        parts = {"weights": side.weight_bytes_read(), "kv_cache": side.kv_bytes_read()}
+        read.append({"all": side.bytes_read(), **parts})
     steps, back = (lambda side: side.decode(ids[:, -1:], new)), (lambda side: side.rewind(context))
     decode = alternate(sides, steps, grid.rounds, before=back, warm=True)
     pairs = list(zip(NAMES, prefill.seconds, decode.seconds, strict=True))
-    limit = read[0][0] / read[1][0]
+    limit = read[0]["all"] / read[1]["all"]
     both = {"prefill": prefill, "decode": decode}
     return {
         "prefill_seconds": {name: p for name, p, _ in pairs},
@@ -250,7 +263,7 @@ def _measure(sides: tuple[Side, Side], batch: int, context: int, grid: Grid) -> 
         "spread": {name: [timing.ratios[0], timing.ratios[-1]] for name, timing in both.items()},
         "rounds": {name: len(timing.rounds) for name, timing in both.items()},
         "memory_bytes": memory_bytes,
-        "decode_bytes_read": {n: {"all": a, "kv_cache": kv} for n, (a, kv) in zip(NAMES, read, strict=True)},
+        "decode_bytes_read": dict(zip(NAMES, read, strict=True)),
         **({} if grid.memory is None else {"largest_batch": largest}),
     }
 
@@ -275,9 +288,17 @@ def _refuse_what_cannot_fit(sides: tuple[Side, Side], batch: int, context: int, 
     a_token = sum((2 if side.copies else 1) * bytes_per_token(side.model) for side in sides)
     a_token *= 1.125 / config.num_hidden_layers  # of one layer
     caches = batch * held_tokens(config, context + new) * a_token
-    layer = batch * context * (2 * config.intermediate_size + 6 * config.hidden_size) * item
+    queries = max(side.model.config.num_attention_heads * _widest(side.model.config) for side in sides)
+    numbers = 2 * config.intermediate_size + 2 * config.hidden_size + 4 * max(queries, config.hidden_size)
+    layer = batch * context * numbers * item
     if caches + layer > available:
         raise MemoryError
+
+
+def _widest(config: PreTrainedConfig) -> int:
+    """Channels of a head in the widest layer; of merged heads more than in the dense model."""
+    layers: Any = getattr(config, "per_layer_config", None)
+    return max(layer.head_dim for layer in layers) if layers else dense_head_dim(config)
 
 
 def _memory(side: Side, ids: torch.Tensor) -> dict[str, int | None]:

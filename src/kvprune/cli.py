@@ -53,6 +53,9 @@ def prune(
         str | None, typer.Option(help="variance, energy, taylor, l1 or l2  [default: variance]")
     ] = None,
     channels: Annotated[str | None, typer.Option(help="split or joint  [default: split]")] = None,
+    merge: Annotated[
+        str | None, typer.Option(help="auto, or how many KV heads become one; 1: none are merged  [default: auto]")
+    ] = None,
     allocation: Annotated[
         str | None, typer.Option(help="sensitivity, budget, rank or uniform  [default: budget]")
     ] = None,
@@ -229,6 +232,9 @@ def bench(
     ratio: Annotated[
         float | None, typer.Option(help="of --pruned-shape: fraction of the KV bytes that are gone  [default: 0.5]")
     ] = None,
+    merge: Annotated[
+        str | None, typer.Option(help="of --pruned-shape: how many KV heads become one, as in prune  [default: auto]")
+    ] = None,
     out: Annotated[
         str | None, typer.Option(help="JSON file, written after every cell; and a picture beside it")
     ] = None,
@@ -257,6 +263,7 @@ def fit(
     dtype: Dtype = "auto",
     reserve: Annotated[float, typer.Option(help="share of the memory left to activations")] = 0.1,
     layout: Annotated[str, AsPrune] = "per-layer",
+    merge: Annotated[str, AsPrune] = "auto",
     align: Annotated[int, AsPrune] = 8,
     min_width: Annotated[int, AsPrune] = 16,
     revision: Revision = None,

@@ -1,15 +1,28 @@
 """Estimated sensitivities against their formula, written out, and against what small cuts really cost."""
 
+import copy
+
 import pytest
 import torch
 
 import kvprune
+from kvprune.channels.basis import Kept
 from kvprune.channels.estimate import estimate_sensitivity
 from kvprune.channels.journal import Journal
 from kvprune.channels.planning import first_windows
-from kvprune.channels.sensitivity import measure_sensitivity
+from kvprune.channels.sensitivity import Probe, measure_sensitivity
 from kvprune.models.view import ModelView
-from tiny import COARSE, batches, mask_dense, probes_of, random_layers, tiny_model
+from tiny import (
+    COARSE,
+    batches,
+    mask_dense,
+    merged_plan,
+    probes_of,
+    project_dense,
+    random_bases,
+    random_layers,
+    tiny_model,
+)
 
 LAYERS = 3
 
@@ -35,9 +48,8 @@ def attention_outputs(model, window, add=None):
     return outputs, loss
 
 
-def by_the_formula(model, layers):
-    """One window, layer and token at a time."""
-    whole = [list(range(model.config.head_dim))] * model.config.num_key_value_heads
+def by_the_formula(model, changed):
+    """One window, layer and token at a time; changed: the dense model with one layer cut, for each layer."""
     found = [0.0] * LAYERS
     windows = torch.cat(batches()).split(1)
     for window in windows:
@@ -46,19 +58,31 @@ def by_the_formula(model, layers):
         gradients = torch.autograd.grad(loss, add)
         dense = [output.detach() for output in dense]
         for i in range(LAYERS):
-            only = [layer if j == i else (whole, whole) for j, layer in enumerate(layers)]
             with torch.no_grad():
-                changed, _ = attention_outputs(mask_dense(model, only), window)
+                cut, _ = attention_outputs(changed[i], window)
             for t in range(13):
-                along = (gradients[i][0, t] @ (changed[i][0, t] - dense[i][0, t])).item()
+                along = (gradients[i][0, t] @ (cut[i][0, t] - dense[i][0, t])).item()
                 found[i] += along + along**2 / 2
     return [total / (5 * 12) for total in found]
 
 
-def test_equals_the_formula(model):
-    layers = random_layers(model, [8] * LAYERS)
-    found = estimate_sensitivity(ModelView(model), batches(), probes_of(layers), lambda n: None)
-    expected = by_the_formula(model, layers)
+@pytest.mark.parametrize("merged", [False, True])
+def test_equals_the_formula(model, merged):
+    if merged:
+        bases = random_bases(model, 2)
+        plan = merged_plan(model, bases, [16] * LAYERS)
+        leading = torch.arange(16).unsqueeze(0)
+        probes = [Probe(i, Kept(torch.tensor(plan.layers[i].qk), leading), bases[i]) for i in range(LAYERS)]
+        all_cut = project_dense(model, plan, bases)
+    else:
+        layers = random_layers(model, [8] * LAYERS)
+        probes = probes_of(layers)
+        all_cut = mask_dense(model, layers)
+    changed = [copy.deepcopy(model) for _ in range(LAYERS)]
+    for i, alone in enumerate(changed):
+        alone.model.layers[i].load_state_dict(all_cut.model.layers[i].state_dict())
+    found = estimate_sensitivity(ModelView(model), batches(), probes, lambda n: None)
+    expected = by_the_formula(model, changed)
     assert max(map(abs, expected)) > 1e-4
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
     assert all(parameter.requires_grad for parameter in model.parameters())

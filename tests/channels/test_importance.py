@@ -1,5 +1,7 @@
 """Every score against a plain loop from its formula."""
 
+import copy
+
 import pytest
 import torch
 
@@ -94,6 +96,45 @@ def test_energy_from_captured_projections(model):
                 qk[kv, c] = query * key / 2
                 vo[kv, c] = v[:, kv * D + c].square().mean() * column
         check(score, (qk, vo))
+
+
+@torch.no_grad()
+def test_variance_is_half_of_each_pairs_weighed_energy(model):
+    """A pair: half of E |q|^2 times the variance of k over the keys, as the attention weighs them; a channel of V:
+    E z^2 times |W_o|^2, each summed over the query heads of a KV head. A pair's is halved between its channels."""
+    found = scores(model, "variance")
+    exact = copy.deepcopy(model).double()
+    exact.set_attn_implementation("eager")
+    half = D // 2
+    qk, squares = (torch.zeros(2, KV, D, dtype=torch.float64) for _ in range(2))
+    tokens = 0
+    for ids in torch.cat(batches()):
+        out = exact(ids[None], output_hidden_states=True, output_attentions=True)
+        tokens += len(ids)
+        for layer, block in enumerate(exact.model.layers):
+            a = block.self_attn
+            x = block.input_layernorm(out.hidden_states[layer][0])
+            cos, sin = (t[0, :, :half] for t in exact.model.rotary_emb(x[None], torch.arange(len(ids))[None]))
+            q, k = a.q_proj(x).unflatten(-1, (-1, D)), a.k_proj(x).unflatten(-1, (-1, D))
+            v = torch.nn.functional.linear(x, a.v_proj.weight).unflatten(-1, (-1, D))
+            for head in range(KV * GROUPS):
+                kv = head // GROUPS
+                weights = out.attentions[layer][0, head]
+                for pair in range(half):
+                    one, other = k[:, kv, pair], k[:, kv, pair + half]
+                    turned = torch.complex(
+                        one * cos[:, pair] - other * sin[:, pair], other * cos[:, pair] + one * sin[:, pair]
+                    )
+                    for t in range(len(ids)):
+                        mean = (weights[t] * turned).sum()
+                        variance = (weights[t] * (turned - mean).abs().square()).sum()
+                        size = (q[t, head, [pair, pair + half]] * a.scaling).square().sum()
+                        qk[layer, kv, [pair, pair + half]] += size * variance / 4
+                for channel in range(D):
+                    squares[layer, kv, channel] += (weights @ v[:, kv, channel]).square().sum()
+    for layer, score in enumerate(found):
+        columns = exact.model.layers[layer].self_attn.o_proj.weight.square().sum(0).view(KV, GROUPS, D).sum(1)
+        check(score, (qk[layer].float() / tokens, (squares[layer] * columns).float() / tokens))
 
 
 def test_bfloat16_statistics_stay_close_to_float32(model):

@@ -31,6 +31,8 @@ def test_half_of_the_bytes_go_and_the_folder_loads(checkpoint, texts, tmp_path, 
     assert record["ratio_achieved"] == pytest.approx(1 - kv["pruned"] / kv["dense"])
     if channels == "joint":
         assert all(layer.qk == layer.vo for layer in result.plan.layers)
+    merge = 2 if (importance, channels) == ("variance", "split") else 1
+    assert result.plan.merge == record["merge"] == merge
 
     model = AutoModelForCausalLM.from_pretrained(out)
     ids = torch.randint(3, 300, (1, 9))
@@ -73,7 +75,8 @@ def test_record_has_the_contract_fields(checkpoint, texts):
     assert set(record["perplexity"][0]) == {"text", "window", "tokens", "dense", "pruned"}
     assert {"load", "importance", "sensitivity", "surgery", "refit"} <= set(record["seconds"])
     assert len(record["widths"]) == 4
-    assert sum(record["widths"]) == 64
+    assert record["merge"] == 2
+    assert sum(record["widths"]) == 4 * 2 * 32 // 2
 
 
 def test_ratio_zero_keeps_the_model(checkpoint, texts, tmp_path):
@@ -87,6 +90,7 @@ def test_ratio_zero_keeps_the_model(checkpoint, texts, tmp_path):
 def test_preset_is_the_paper(checkpoint, texts):
     plan = kvprune.prune(checkpoint, ratio=0.5, preset="kvpruner", **COARSE).plan
     assert (plan.method["importance"], plan.method["channels"]) == ("taylor", "joint")
+    assert plan.merge == 1
     assert plan.method["allocation"] == "sensitivity"
     assert plan.sensitivity is not None
 
@@ -94,8 +98,10 @@ def test_preset_is_the_paper(checkpoint, texts):
 def test_layouts_and_allocations(checkpoint, texts):
     steps_of_8 = {**QUICK, "repair_tokens": 4096}
     uniform = kvprune.prune(checkpoint, ratio=0.4, layout="uniform", **steps_of_8).plan
-    assert uniform.widths == [16] * 4  # of 32: 0.5 is nearer to 0.4 than 0.25
-    assert kvprune.prune(checkpoint, ratio=0.5, allocation="uniform", **steps_of_8).plan.widths == [16] * 4
+    assert uniform.widths == [40] * 4  # of two heads of 32: 0.375 is nearer to 0.4 than 0.5
+    apart = kvprune.prune(checkpoint, ratio=0.4, layout="uniform", merge=1, **steps_of_8).plan
+    assert apart.widths == [16] * 4  # of 32: 0.5 is nearer to 0.4 than 0.25
+    assert kvprune.prune(checkpoint, ratio=0.5, allocation="uniform", **steps_of_8).plan.widths == [32] * 4
     ranked = kvprune.prune(checkpoint, ratio=0.5, allocation="rank", **COARSE).plan
     order = sorted(range(4), key=lambda i: ranked.sensitivity[i])
     assert [ranked.widths[i] for i in order] == sorted(ranked.widths)
@@ -172,10 +178,11 @@ def test_kill_and_resume_gives_the_same_plan(checkpoint, texts, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"ratio": 0.99}, errors.UnreachableRatio, "0 to 0.5"),
-        ({"ratio": -0.1}, errors.UnreachableRatio, "0 to 0.5"),
-        ({"ratio": 1.0}, errors.UnreachableRatio, "0 to 0.5"),
-        ({"ratio": float("nan")}, errors.UnreachableRatio, "0 to 0.5"),
+        ({"ratio": 0.99}, errors.UnreachableRatio, "0 to 0.75"),
+        ({"ratio": -0.1}, errors.UnreachableRatio, "0 to 0.75"),
+        ({"ratio": 1.0}, errors.UnreachableRatio, "0 to 0.75"),
+        ({"ratio": float("nan")}, errors.UnreachableRatio, "0 to 0.75"),
+        ({"ratio": 0.6, "merge": 1}, errors.UnreachableRatio, "0 to 0.5"),
         ({"importance": "l3"}, errors.BadOption, "energy, taylor, l1, l2"),
         ({"preset": "x"}, errors.BadOption, "kvpruner"),
         ({"repair": "magic"}, errors.BadOption, "none"),
@@ -301,7 +308,7 @@ def test_tied_embeddings_no_head_dim_no_pad_token(texts, tmp_path):
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     ids = torch.randint(3, 300, (1, 9))
     assert torch.equal(model(ids).logits, result.model(ids).logits)
-    assert sum(result.plan.widths) == 4 * 12 // 2
+    assert sum(result.plan.widths) == 4 * 2 * 12 // 2
 
 
 @pytest.mark.parametrize("layout", ["per-layer", "portable"])

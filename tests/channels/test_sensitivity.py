@@ -1,18 +1,19 @@
 """Phase A against the slow way, its cost, and what it leaves behind."""
 
+import copy
+
 import pytest
 import torch
 
+from kvprune.channels.basis import Kept
 from kvprune.channels.importance import IMPORTANCE
 from kvprune.channels.journal import Journal
-from kvprune.channels.masking import masked
-from kvprune.channels.selection import Kept
-from kvprune.channels.sensitivity import measure_sensitivity
+from kvprune.channels.sensitivity import Probe, measure_sensitivity
 from kvprune.channels.statistics import score_layers
 from kvprune.errors import NotFinite, OutputExists
 from kvprune.models.stream import BlockRunner
 from kvprune.models.view import ModelView
-from tiny import VOCABULARY, batches, mask_dense, probes_of, random_layers, tiny_model
+from tiny import batches, mask_dense, merged_plan, probes_of, project_dense, random_bases, random_layers, tiny_model
 
 LAYERS, D = 4, 16
 
@@ -38,32 +39,22 @@ def test_equals_masking_one_block_at_a_time(model):
         assert found[block] == pytest.approx(expected, abs=2e-6)
 
 
-def test_removing_everything_leaves_the_attention_constant(model):
-    empty = Kept(torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long))
-    view = ModelView(model)
-    ids = torch.randint(3, VOCABULARY, (1, 7))
-    outputs = []
-    hook = model.model.layers[0].self_attn.register_forward_hook(lambda _m, _a, out: outputs.append(out[0]))
-    with masked(view.attention[0], empty), torch.no_grad():
-        model(ids)
-    hook.remove()
-    assert torch.allclose(outputs[0], outputs[0][:, :1].expand_as(outputs[0]), atol=1e-6)
-
-
-def test_masking_restores_every_bit_after_an_error(model):
-    view = ModelView(model)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    probe = probes_of(random_layers(model, [8] * LAYERS))[1].kept
-    name = "model.layers.1.self_attn.k_proj.weight"
-
-    def fail_inside():
-        with masked(view.attention[1], probe):
-            assert not torch.equal(model.state_dict()[name], before[name])
-            raise RuntimeError("inside")
-
-    with pytest.raises(RuntimeError, match="inside"):
-        fail_inside()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+def test_equals_projecting_one_block_at_a_time(model):
+    """Heads merged."""
+    bases = random_bases(model, 2)
+    plan = merged_plan(model, bases, [16] * LAYERS)
+    probes = [
+        Probe(block, Kept(torch.tensor(layer.qk), torch.arange(16).unsqueeze(0)), bases[block])
+        for block, layer in enumerate(plan.layers)
+    ]
+    found = measure_sensitivity(ModelView(model), batches(), probes, Journal(), lambda n: None)
+    projected = project_dense(model, plan, bases)
+    for block in range(LAYERS):
+        alone = copy.deepcopy(model)
+        alone.model.layers[block].load_state_dict(projected.model.layers[block].state_dict())
+        expected = full_loss(alone) - full_loss(model)
+        assert abs(expected) > 1e-5
+        assert found[block] == pytest.approx(expected, abs=2e-6)
 
 
 @pytest.mark.parametrize("importance", sorted(IMPORTANCE))

@@ -13,7 +13,8 @@ TOLERANCE = 0.01  # of the dense KV bytes: how far the achieved total may be fro
 
 @dataclass(frozen=True)
 class Grid:
-    """The widths a layer can have: multiples of `align` from `min_width` up, and the dense head_dim.
+    """The widths a layer can have: multiples of `align` from `min_width` up, and all channels, head_dim (where
+    KV heads are merged, of all heads that become one).
 
     unit: channels that leave Q and K together; `align` must be a multiple of it.
     """
@@ -28,7 +29,7 @@ class Grid:
         if self.align < 1 or self.align % self.unit:
             raise BadOption(f"--align {self.align} must be a multiple of {self.unit}, the size of a RoPE pair")
         if not 1 <= self.min_width <= self.head_dim:
-            raise BadOption(f"--min-width {self.min_width} must lie between 1 and the head_dim, {self.head_dim}")
+            raise BadOption(f"--min-width {self.min_width} must lie between 1 and a KV head's {self.head_dim} channels")
 
     @property
     def widths(self) -> list[int]:
@@ -44,8 +45,8 @@ class Grid:
         """Raise UnreachableRatio if no widths on this grid can remove that share."""
         if not 0 <= ratio <= self.max_ratio + 1e-9:  # also refuses NaN
             raise UnreachableRatio(
-                f"--ratio {ratio:g} is outside what can be reached: 0 to {self.max_ratio:.4g} with head_dim "
-                f"{self.head_dim}, --align {self.align} and --min-width {self.min_width}"
+                f"--ratio {ratio:g} is outside what can be reached: 0 to {self.max_ratio:.4g} with KV heads "
+                f"of {self.head_dim} channels, --align {self.align} and --min-width {self.min_width}"
             )
 
 

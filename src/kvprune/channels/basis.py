@@ -133,15 +133,19 @@ class Basis:
         return replace(self, keys=same.keys, rope=same.rope, slow=same.slow)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """By name, for a file; `of` is the way back."""
+        """By name, real, for a file; `of` is the way back."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "moments"}
         if self.moments is not None:
             found |= {"moments." + f.name: getattr(self.moments, f.name) for f in fields(self.moments)}
+            found["moments.keys"] = torch.view_as_real(self.moments.keys)
         return found
 
     @classmethod
     def of(cls, tensors: dict[str, torch.Tensor]) -> "Basis":
+        tensors = {name: t.clone() for name, t in tensors.items()}  # a mapped file is not aligned as products want it
         moments = {name.removeprefix("moments."): t for name, t in tensors.items() if name.startswith("moments.")}
+        if moments:
+            moments["keys"] = torch.view_as_complex(moments["keys"])
         own = {f.name: tensors[f.name] for f in fields(cls) if f.name != "moments"}
         return cls(**own, moments=AttentionMoments(**moments) if moments else None)
 

@@ -4,29 +4,34 @@ from collections.abc import Sequence
 
 import torch
 
-from kvprune.models.attention import AttentionShape
+TINY = 1e-100  # a variance that is taken for none
 
 
-def group_heads(shape: AttentionShape, outputs: Sequence[dict[str, torch.Tensor]], merge: int) -> torch.Tensor:
-    """The KV heads in groups of `merge`, (groups, merge). outputs: what K and V put out, (B, T, heads * D)."""
-    return best_groups(likeness(shape, outputs), merge)
+def group_heads(outputs: Sequence[dict[str, torch.Tensor]], units: torch.Tensor, merge: int) -> torch.Tensor:
+    """The KV heads in groups of `merge`, (groups, merge). outputs, units: see likeness."""
+    return best_groups(likeness(outputs, units), merge)
 
 
-def likeness(shape: AttentionShape, outputs: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """(heads, heads): how much of two heads' keys, and of their values, is shared: the squared correlation of all their
-    channels with all, summed. Keys before RoPE: a pair of one head is compared with the same pair of the other only,
-    since only those can be mixed, and as complex numbers, so that a turn of one against the other does not count."""
-    heads, half = shape.kv_heads, shape.head_dim // 2
+def likeness(outputs: Sequence[dict[str, torch.Tensor]], units: torch.Tensor) -> torch.Tensor:
+    """(heads, heads), 0 to 2: how much two heads' keys, and their values, have in common; 2 with itself.
+
+    outputs: what K and V put out, (B, T, heads * D) each. units: RoPE's pairs of channels, (D / 2, 2).
+    Values: the squared correlation of all channels with all. Keys, before RoPE: of a pair with the same pair of the
+    other head, since only those can be mixed, and as complex numbers, so that a turn of one against the other does not
+    count.
+    """
+    head_dim = units.numel()
+    heads = outputs[0]["k"].shape[-1] // head_dim
     found = torch.zeros(heads, heads, dtype=torch.float64)
     total = sum(o["k"].shape[0] * o["k"].shape[1] for o in outputs)
     for name in "kv":
         mean = sum(o[name].flatten(0, 1).double().sum(0) for o in outputs) / total
         covariance: torch.Tensor | float = 0.0
         for o in outputs:
-            x = (o[name].flatten(0, 1).double() - mean).view(-1, heads, shape.head_dim)
+            x = (o[name].flatten(0, 1).double() - mean).view(-1, heads, head_dim)
             if name == "k":
-                x = torch.complex(x[..., :half], x[..., half:])
-                covariance = covariance + torch.einsum("thp,tgp->phg", x, x.conj())
+                pairs = torch.complex(x[..., units[:, 0]], x[..., units[:, 1]])
+                covariance = covariance + torch.einsum("thp,tgp->phg", pairs, pairs.conj())
             else:
                 flat = x.flatten(1)
                 covariance = covariance + flat.T @ flat
@@ -37,16 +42,16 @@ def likeness(shape: AttentionShape, outputs: Sequence[dict[str, torch.Tensor]]) 
 
 def _of_keys(covariance: torch.Tensor) -> torch.Tensor:
     """(pairs, heads, heads) complex -> the mean over pairs, weighed by their variance, of the squared correlation."""
-    variance = covariance.diagonal(dim1=1, dim2=2).real.clamp_min(1e-300)  # (pairs, heads)
+    variance = covariance.diagonal(dim1=1, dim2=2).real.clamp_min(TINY)  # (pairs, heads)
     product = variance.unsqueeze(1) * variance.unsqueeze(2)
     weight = product.sqrt()
-    return (covariance.abs().square() / product * weight).sum(0) / weight.sum(0)
+    return (covariance.abs().square() / weight).sum(0) / weight.sum(0)
 
 
 def _of_values(covariance: torch.Tensor, heads: int) -> torch.Tensor:
     """(heads * D, heads * D) -> |C_gh|^2 / (|C_gg| |C_hh|), Frobenius norms of the heads' blocks."""
     blocks = covariance.unflatten(0, (heads, -1)).unflatten(2, (heads, -1)).square().sum((1, 3))
-    own = blocks.diagonal().clamp_min(1e-300).sqrt()
+    own = blocks.diagonal().clamp_min(TINY).sqrt()
     return blocks / torch.outer(own, own)
 
 
@@ -56,24 +61,19 @@ def best_groups(alike: torch.Tensor, size: int) -> torch.Tensor:
     From the heads in their order; each round takes the best swap, so it ends. (heads / size, size), each ascending.
     """
     alike = (alike + alike.T) / 2
-    groups = torch.arange(len(alike)).view(-1, size)
+    own = alike.diagonal()
+    enough = 1e-9 * float(alike.abs().max())  # what rounding alone could gain
+    group = torch.arange(len(alike)) // size  # of each head
     while True:
-        best, swap = 1e-12, None
-        member = torch.zeros(len(groups), len(alike), dtype=alike.dtype)
-        member.scatter_(1, groups, 1.0)
-        to_group = alike @ member.T  # (heads, groups)
-        of = member.argmax(0)
-        for a in range(len(alike)):
-            for b in range(a + 1, len(alike)):
-                i, j = int(of[a]), int(of[b])
-                if i == j:
-                    continue
-                gain = to_group[a, j] + to_group[b, i] - to_group[a, i] - to_group[b, j]
-                gain = float(gain - 2 * alike[a, b] + alike[a, a] + alike[b, b])
-                if gain > best:
-                    best, swap = gain, (a, b)
-        if swap is None:
-            return groups.sort(1).values[groups.min(1).values.argsort()]
-        a, b = swap
-        places = [tuple(map(int, torch.nonzero(groups == head)[0])) for head in (a, b)]
-        groups[places[0]], groups[places[1]] = b, a
+        member = torch.nn.functional.one_hot(group).to(alike.dtype)  # (heads, groups)
+        to_group = alike @ member
+        moves = to_group[:, group] - to_group.gather(1, group.unsqueeze(1)) + own.unsqueeze(1)  # to where another is
+        gain = moves + moves.T - 2 * alike
+        gain[group.unsqueeze(1) == group] = -torch.inf
+        best = int(gain.argmax())
+        if not float(gain.flatten()[best]) > enough:
+            break
+        swap = torch.tensor(divmod(best, len(alike)))
+        group[swap] = group[swap.flip(0)]
+    groups = group.argsort(stable=True).view(-1, size)
+    return groups[groups[:, 0].argsort()]

@@ -72,7 +72,7 @@ def attention_moments(
             else:
                 sums.add(*told)
         if sums is None:
-            sums = _Sums(view, attention, slow, group_heads(view.shape, [o for o, _ in waiting], merge))
+            sums = _Sums(view, attention, slow, group_heads([o for o, _ in waiting], view.units, merge))
             for told in waiting:
                 sums.add(*told)
         yield sums.means(tokens, index)

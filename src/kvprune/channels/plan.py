@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kvprune.errors import PlanMismatch
 from kvprune.models.attention import AttentionShape
@@ -59,8 +59,8 @@ class PruningPlan(BaseModel):
     """What to keep in every layer, and where that came from.
 
     `method` is how it was decided (importance, channels, allocation, ...), `calibration` on what text,
-    `sensitivity` the change of mean loss (nats) when that block alone was probed (None if not measured). merge: how many
-    dense KV heads make one of the pruned model. format 1: made before heads could be merged.
+    `sensitivity` the change of mean loss (nats) when that block alone was probed (None if not measured).
+    merge: how many dense KV heads make one of the pruned model. format 1: made before heads could be merged.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,7 +69,7 @@ class PruningPlan(BaseModel):
     model: Model
     ratio: float
     layout: str
-    merge: int = 1
+    merge: int = Field(default=1, ge=1)
     method: dict[str, Any]
     calibration: dict[str, Any] | None
     sensitivity: tuple[float, ...] | None
@@ -93,8 +93,8 @@ class PruningPlan(BaseModel):
         return 1 - sum(self.widths) / (self.model.layers * self.model.head_dim * self.merge)
 
     def check(self, architecture: str, shape: AttentionShape) -> None:
-        """Raise PlanMismatch unless this plan fits a model of that shape, in which channels c and c + half of a head (of
-        a merged one: of its coordinates) leave Q and K together."""
+        """Raise PlanMismatch unless this plan fits a model of that shape, in which channels c and c + half of a head
+        (of a merged one: of its coordinates) leave Q and K together."""
         expected = {
             "architecture": architecture,
             "layers": shape.layers,
@@ -112,6 +112,8 @@ class PruningPlan(BaseModel):
             raise PlanMismatch(f"the plan has {len(self.layers)} layers, the model {shape.layers}; make it again")
         if self.format == 1 and self.is_rotated:
             raise PlanMismatch("the plan was made by an older kvprune, whose rotation was another one; make it again")
+        if any((layer.vo is None) != (self.is_rotated or self.merge > 1) for layer in self.layers):
+            raise PlanMismatch("a plan has vo in every layer, or null in all, as where heads are merged; make it again")
         size = shape.head_dim * self.merge
         for i, layer in enumerate(self.layers):
             highest = max(max(kept) for kept in (*layer.qk, *(layer.vo or ())))

@@ -13,10 +13,11 @@ from kvprune.channels.basis import Basis, Kept, identity
 from kvprune.channels.estimate import estimate_sensitivity
 from kvprune.channels.importance import IMPORTANCE, Scores
 from kvprune.channels.journal import Journal
+from kvprune.channels.merging import AUTO, merge_of
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
 from kvprune.channels.selection import leading, select, shared_pairs
 from kvprune.channels.sensitivity import Probe, measure_sensitivity, probe_width
-from kvprune.channels.settings import AUTO, Settings
+from kvprune.channels.settings import Settings
 from kvprune.channels.statistics import measure_attention, score_layers
 from kvprune.errors import BadOption, PlanMismatch
 from kvprune.models.attention import AttentionShape, rope_pairs
@@ -25,7 +26,6 @@ from kvprune.models.view import ModelView
 from kvprune.text.windows import digest
 from kvprune.versions import versions
 
-WIDEST = 256  # channels of a head that FlashAttention, and so vLLM, takes
 BUDGET_PROBES = (0.25, 0.5, 0.75)  # shares of a block's channels that `budget` probes
 
 
@@ -40,28 +40,17 @@ def reachable(s: Settings, grid: allocation.Grid) -> None:
 def choose_merge(s: Settings, shape: AttentionShape, say: Callable[[str], None]) -> int:
     """How many KV heads become one. Raises BadOption for a number that cannot be.
 
-    auto: the most that divide the KV heads and keep the mean width within WIDEST channels, which is where attention
-    kernels stop; heads stay apart where channels are cut as they are, without a change of basis across heads.
+    auto: see merging.merge_of; heads stay apart where channels are cut as they are, without a change of basis across
+    heads, and where nothing is cut.
     """
-    possible = [m for m in range(1, shape.kv_heads + 1) if shape.kv_heads % m == 0]
-    fits = [m for m in possible if m == 1 or m * shape.head_dim * (1 - s.ratio) <= WIDEST]
-    if s.merge != AUTO:
-        if s.merge not in possible:
-            raise BadOption(
-                f"--merge {s.merge} does not divide the {shape.kv_heads} KV heads; choose {AUTO}, "
-                f"{', '.join(map(str, fits))}"
-            )
-        if s.merge not in fits:
-            raise BadOption(
-                f"--merge {s.merge} makes heads of {int(s.merge * shape.head_dim * (1 - s.ratio))} channels at --ratio "
-                f"{s.ratio:g}, and attention kernels take {WIDEST}; choose {AUTO}, {', '.join(map(str, fits))}"
-            )
-        return int(s.merge)
-    if not s.can_merge or s.ratio == 0:
-        return 1
-    if shape.kv_heads == 1:
-        say("the model has one KV head, so there are none to merge")
-    return max(fits)
+    if s.ratio == 0 and s.merge not in (AUTO, 1):
+        raise BadOption(f"--ratio 0 removes nothing, so no KV heads are merged; leave out --merge {s.merge}")
+    if s.merge == AUTO:
+        if not s.can_merge or s.ratio == 0:
+            return 1
+        if shape.kv_heads == 1:
+            say("the model has one KV head, so there are none to merge")
+    return merge_of(s.merge, shape.kv_heads, shape.head_dim, s.ratio)
 
 
 def first_windows(batches: list[torch.Tensor], tokens: int | None) -> list[torch.Tensor]:
@@ -163,7 +152,7 @@ class Planner:
     def _kept(self, score: Scores, width: int) -> Kept:
         """The coordinates of one layer that stay."""
         s = self.settings
-        if s.rotates and not score.vo.numel() == 0:  # V is rotated, whatever scores the channels of Q and K
+        if s.rotates and score.vo.numel():  # V is rotated, whatever scores the channels of Q and K
             score = Scores(score.qk, score.vo[:, :0])
         return select(score, width, rope_pairs(self.grid.head_dim, self.view.family.rope), s.channels == "joint")
 

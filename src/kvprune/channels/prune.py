@@ -58,12 +58,14 @@ def prune(
     the user can mend; nothing is written then but the journal of an unfinished run, which `resume` continues.
     """
     preset = options.pop("preset", None)
-    options, asked = _to_fit(source, options)
+    options, asked = _to_fit(source, preset, options)
     settings = Settings(source=str(source), **with_preset(preset, options))
     return _Run(settings, None if out is None else Path(out), resume, progress or Progress(), asked).run()
 
 
-def _to_fit(source: str | Path, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _to_fit(
+    source: str | Path, preset: str | None, options: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The options with the ratio that is needed, where they ask for a memory to fit in, and what they asked."""
     asked: dict[str, Any] = {
         name: options.pop(name) for name in ("fit", "context", "batch", "reserve") if name in options
@@ -76,8 +78,9 @@ def _to_fit(source: str | Path, options: dict[str, Any]) -> tuple[dict[str, Any]
         raise BadOption("--fit finds the ratio itself; leave out --ratio and --plan")
     if "context" not in asked:
         raise BadOption("--fit needs --context: how many tokens a sequence has")
+    chosen = Settings(source=str(source), **with_preset(preset, options))
     shared = ("dtype", "layout", "min_width", "align", "revision", "trust_remote_code")
-    known = {name: options[name] for name in shared if name in options}
+    known = {name: getattr(chosen, name) for name in shared} | {"merge": chosen.merge if chosen.can_merge else 1}
     asked["memory"] = asked.pop("fit")
     report = fit(source, **asked, **known)
     if report["ratio"] is None:
@@ -117,7 +120,9 @@ class _Run:
             lm = load_model(source, s.device, s.dtype)
         view = ModelView(lm)
         merge = given.merge if given is not None else choose_merge(s, view.shape, self.progress.say)
-        grid = allocation.Grid(view.shape.layers, view.shape.head_dim * merge, s.align, s.min_width, view.units.shape[1])
+        grid = allocation.Grid(
+            view.shape.layers, view.shape.head_dim * merge, s.align, s.min_width, view.units.shape[1]
+        )
         if given is None:
             reachable(s, grid)
         else:
@@ -145,11 +150,9 @@ class _Run:
         ]
 
         def record() -> dict[str, Any]:
-            seconds = self.progress.seconds
-            found = record_of(s, view, pruned, plan, perplexities, refitted, seconds)
-            return (
-                found | {"fit": self.fit} | memory_of(s, view, peak, texts.scored, texts.repaired if refitted else [])
-            )
+            found = record_of(s, view, pruned, plan, perplexities, refitted, self.progress.seconds)
+            memories = memory_of(s, view, plan, peak, texts.scored, texts.repaired if refitted else [])
+            return found | {"fit": self.fit} | memories
 
         if self.out is None:
             return Pruned(pruned, tokenizer, plan, record())

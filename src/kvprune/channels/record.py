@@ -5,10 +5,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from kvprune.channels.basis import slow_channels
+from kvprune.channels.importance import IMPORTANCE
 from kvprune.channels.plan import PruningPlan
 from kvprune.channels.repair.refit import Refitted
 from kvprune.channels.settings import Settings
 from kvprune.measure import memory
+from kvprune.models.attention import AttentionShape
 from kvprune.models.view import ModelView
 from kvprune.runtime.dtype import name_of, stored_dtype
 from kvprune.versions import versions
@@ -33,9 +36,15 @@ def record_of(
         "ratio_achieved": plan.ratio_achieved,
         "kv_bytes_per_token": {
             "dense": memory.kv_bytes_per_token(full, shape.kv_heads, dtype),
-            "pruned": memory.kv_bytes_per_token(plan.widths, shape.kv_heads, dtype),
+            "pruned": memory.kv_bytes_per_token(plan.widths, shape.kv_heads // plan.merge, dtype),
         },
         "parameters": {"dense": memory.parameters(view.lm), "pruned": memory.parameters(pruned)},
+        "weights_read_bytes": {
+            "dense": memory.weights_read_bytes(view.lm, dtype),
+            "pruned": memory.weights_read_bytes(pruned, dtype),
+        },
+        "merge": plan.merge,
+        "kv_heads": {"dense": shape.kv_heads, "pruned": shape.kv_heads // plan.merge},
         "widths": plan.widths,
         "head_dim": shape.head_dim,
         "layout": plan.layout,
@@ -55,23 +64,61 @@ def record_of(
 
 
 def memory_of(
-    s: Settings, view: ModelView, peak: memory.PeakMemory, batches: list[torch.Tensor], repaired: list[torch.Tensor]
+    s: Settings,
+    view: ModelView,
+    plan: PruningPlan,
+    peak: memory.PeakMemory,
+    batches: list[torch.Tensor],
+    repaired: list[torch.Tensor],
 ) -> dict[str, Any]:
     """The measured peak beside what the method may need: see docs/channels.md for the formula."""
+    shape, size = view.shape, view.lm.dtype.itemsize
     tokens = max((b.numel() for b in batches), default=0)
-    size = view.lm.dtype.itemsize
     formula = {
         "2.5 x weights": int(2.5 * memory.weight_bytes(view.lm)),
-        "hidden states of one batch, all layers": tokens * view.shape.hidden * view.shape.layers * size,
+        "hidden states of one batch, all layers": tokens * shape.hidden * shape.layers * size,
         "logits of one batch": tokens * view.lm.config.vocab_size * size,
     }
     if s.probes == "estimated" and batches:
-        h, layers = view.shape.hidden, view.shape.layers
+        h, layers = shape.hidden, shape.layers
         activations = (16 * h + 6 * view.lm.config.intermediate_size) * layers * size
         formula["a window's activations"] = min(s.calibration_window, tokens) * activations
         formula["inputs and gradients of all attentions on a batch"] = 2 * tokens * h * layers * size
+    if batches:
+        formula |= _of_attention(view, plan, sum(b.numel() for b in batches))
     if repaired:
         tokens = sum(batch.numel() for batch in repaired)
-        formula["hidden states of the repair text, three times"] = 3 * tokens * view.shape.hidden * size
+        formula["hidden states of the repair text, three times"] = 3 * tokens * shape.hidden * size
         formula["what reaches the MLP's last matrix of it"] = tokens * view.lm.config.intermediate_size * size
     return {"peak_memory_bytes": peak.bytes(), "memory_formula_bytes": formula}
+
+
+def _of_attention(view: ModelView, plan: PruningPlan, tokens: int) -> dict[str, int]:
+    """What statistics of the attention, and the bases made of them, take; nothing where the plan has neither."""
+    shape, importance = view.shape, IMPORTANCE.get(str(plan.method.get("importance")))
+    attends = importance is not None and importance.needs == "attention"
+    if not (attends or plan.is_rotated):
+        return {}
+    slow = len(slow_channels(view)) if attends and plan.is_rotated else 0
+    of_layer = moments_bytes(shape, plan.merge, slow)
+    found = {"moments of one layer's attention": of_layer}
+    if plan.is_rotated and view.device.type == "cpu":  # where they are kept
+        found["bases of all layers, with moments"] = shape.layers * (of_layer + basis_bytes(shape, plan.merge))
+    if 1 < plan.merge < shape.kv_heads:  # all of it is seen before the heads are grouped
+        channels = shape.kv_heads * (shape.groups + 2) * shape.head_dim
+        found["one layer's Q, K and V of the calibration text"] = tokens * channels * view.lm.dtype.itemsize
+    return found
+
+
+def moments_bytes(shape: AttentionShape, merge: int, slow: int) -> int:
+    """Bytes of one layer's AttentionMoments; slow: how many channels of a head are mixed over pairs."""
+    pairs = shape.head_dim // 2
+    queries, keys = pairs + slow**2, 2 * pairs * merge**2 + (merge * slow) ** 2  # a complex number is two
+    outputs = (merge * shape.head_dim) ** 2
+    return 8 * shape.kv_heads * (1 + queries + keys + outputs)
+
+
+def basis_bytes(shape: AttentionShape, merge: int) -> int:
+    """Bytes of one layer's Basis beside its moments: two square matrices for each group, and a number a row."""
+    size = merge * shape.head_dim
+    return 8 * (shape.kv_heads // merge) * (2 * size**2 + size)

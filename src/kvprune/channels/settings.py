@@ -4,12 +4,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvprune.channels.importance import IMPORTANCE
+from kvprune.channels.merging import AUTO, asked_merge
 from kvprune.channels.repair import REPAIRS
 from kvprune.errors import BadOption
 from kvprune.options import preset_options
 from kvprune.text.corpus import text_names
 
-AUTO = "auto"
 CHANNELS = ("split", "joint")
 ALLOCATIONS = ("sensitivity", "rank", "uniform", "budget")
 PROBES = ("estimated", "measured")
@@ -28,13 +28,14 @@ class Settings:
     """Everything that decides a plan; two runs with the same settings give the same plan.
 
     ratio: fraction of the KV bytes per token to remove. allocation: None is budget, or uniform where the layout has one
-    width for all layers. merge: how many KV heads become one (see planning.choose_merge); heads are merged only
-    with split channels, a repair that rotates, and the importance "variance". probe: fraction of a block's channels that
-    its sensitivity probe removes (None: the ratio); probe_tokens: how much of the calibration text a probe reads (None: ESTIMATED_ON,
-    or all of it where probes are measured).
-    probes: sensitivities are estimated from one backward pass (see estimate.py), or measured, as the paper has it.
-    repair: None is rotate+refit, or refit for joint channels; repair_tokens: how much text refit takes, at most, from
-    the beginning of the calibration text. tau: see allocation.by_sensitivity. calibration_window and windows in tokens.
+    width for all layers. merge: how many KV heads become one, or AUTO (see planning.choose_merge); heads are merged
+    only with split channels, a repair that rotates, and the importance "variance". align and min_width count channels
+    of a KV head of the pruned model. probe: fraction of a block's channels that its sensitivity probe removes (None:
+    the ratio); probe_tokens: how much of the calibration text a probe reads (None: ESTIMATED_ON, or all of it where
+    probes are measured). probes: sensitivities are estimated from one backward pass (see estimate.py), or measured, as
+    the paper has it. repair: None is rotate+refit, or refit for joint channels; repair_tokens: how much text refit
+    takes, at most, from the beginning of the calibration text. tau: see allocation.by_sensitivity. calibration_window
+    and windows in tokens.
     """
 
     source: str
@@ -123,16 +124,11 @@ class Settings:
             object.__setattr__(self, "tau", TAU)
 
     def _check_merge(self) -> None:
-        if self.merge == AUTO:
-            return
-        if not isinstance(self.merge, int) and str(self.merge).isdecimal():
-            object.__setattr__(self, "merge", int(self.merge))
-        if not isinstance(self.merge, int) or self.merge < 1:
-            raise BadOption(f"--merge {self.merge} must be {AUTO}, or how many KV heads become one, from 1 up")
-        if self.merge > 1 and not self.can_merge:
+        object.__setattr__(self, "merge", asked_merge(self.merge))
+        if self.merge not in (AUTO, 1) and not self.can_merge:
             raise BadOption(
-                f"--merge {self.merge} changes the basis across heads: that wants --channels split, --importance variance "
-                "and --repair rotate or rotate+refit"
+                f"--merge {self.merge} changes the basis across heads: that wants --channels split, --importance "
+                "variance and --repair rotate or rotate+refit"
             )
 
     @property
@@ -191,5 +187,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "probes": "measured",
         "layout": "per-layer",
         "repair": "none",
+        "merge": 1,
     }
 }

@@ -50,8 +50,9 @@ def measure_attention(
 ) -> tuple[list[Scores], list[Basis] | None]:
     """Scores of an importance that needs attention, and the layers' bases over `merge` KV heads, in one pass.
 
-    merge None: no bases. With any other importance the scores are empty: those come from score_layers, of channels, and
-    so only V and O are rotated, each head for itself.
+    The scores are those of the bases' coordinates (vo empty: the leading ones stay); merge None: no bases, and scores
+    of channels. With any other importance there are no scores here (score_layers has them, of channels), and so only V
+    and O are rotated: merge is then 1.
     """
     own = importance.needs == "attention"
     slow = slow_channels(view) if merge is not None and own else torch.empty(0, dtype=torch.int64)

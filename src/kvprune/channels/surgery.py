@@ -8,10 +8,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kvprune.channels import portable
 from kvprune.channels.basis import Basis, Cut, Kept, identity
+from kvprune.channels.merging import is_factored
 from kvprune.channels.plan import LayerPlan, PruningPlan
 from kvprune.channels.selection import leading
 from kvprune.errors import PlanMismatch
-from kvprune.models.attention import AttentionShape, AttentionWeights
+from kvprune.models.attention import AttentionWeights
 from kvprune.models.view import ModelView
 from kvprune.runtime import modeling
 from kvprune.runtime.dtype import stored_dtype
@@ -60,13 +61,6 @@ def cut(view: ModelView, plan: PruningPlan, bases: Sequence[Basis] | None = None
     pruned.config.dtype = stored_dtype(dense)
     pruned.generation_config = copy.deepcopy(dense.generation_config)
     return pruned.eval()
-
-
-def is_factored(shape: AttentionShape, width: int) -> bool:
-    """Whether a step of decoding reads fewer weights if Q and O stay as wide as they were, with a matrix for each KV
-    head between them and the kept coordinates, than if they are written out at the kept width."""
-    heads = shape.kv_heads * shape.groups
-    return heads * (width - shape.head_dim) * shape.hidden > shape.kv_heads * shape.head_dim * width
 
 
 def _kept(layer: LayerPlan) -> Kept:

@@ -48,10 +48,10 @@ def evaluate(
     .yaml files, also as "piqa,boolq"; task_limit: the first so many samples of each. kv_bits: 8, 4 or 2 for
     transformers' quantised cache in all perplexities; bytes per token then are those of the longest window but half of
     what stays unquantised, scales included. Returns {"sources": [{"source", "kv_bytes_per_token", "parameters",
-    "dtype", "kv_bits"}], "perplexity": [{"text", "window", "tokens", "values"}], "tasks": [{"task", "metric",
-    "samples", "values", "stderr"}]} with one value per source, and "errors": a line for every perplexity and for all
-    tasks of a source that are None, since the model's loss was not finite or memory ran out. Raises BadOption, also
-    when two sources tokenise differently: their figures could not be compared.
+    "weights_read_bytes" (by a step of decoding), "dtype", "kv_bits"}], "perplexity": [{"text", "window", "tokens",
+    "values"}], "tasks": [{"task", "metric", "samples", "values", "stderr"}]} with one value per source, and "errors": a
+    line for every perplexity and for all tasks of a source that are None, since the model's loss was not finite or
+    memory ran out. Raises BadOption, also when two sources tokenise differently: their figures could not be compared.
     """
     progress = progress or Progress()
     if tokens and tokens < 2:
@@ -100,6 +100,7 @@ def evaluate(
                 "source": one.name,
                 "kv_bytes_per_token": bytes_per_token(model, kv_bits, max(lengths)),
                 "parameters": memory.parameters(model),
+                "weights_read_bytes": memory.weights_read_bytes(model),
                 "dtype": name_of(model.dtype),
                 "kv_bits": kv_bits,
             }

@@ -1,23 +1,28 @@
 """`fit`: what a memory holds, and which ratio makes context and batch fit. Arithmetic only: no weights are read.
 
-total(ratio) = weights - ratio * attention projections + (1 - ratio) * KV bytes + what is kept in reserve, since Q, K, V
-and O all shrink with the width [ours].
+total = weights of the pruned model + (1 - ratio) * KV bytes + what is kept in reserve. K and V shrink with the ratio,
+and so do Q and O; but where KV heads are merged, these grow instead, or get small matrices beside them [ours].
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from kvprune.channels.merging import AUTO, asked_merge, divisors, is_factored, is_within, merge_of
 from kvprune.errors import BadOption
 from kvprune.measure.context import held_tokens, longest, slides
-from kvprune.measure.memory import kv_bytes_per_token
+from kvprune.measure.memory import kv_bytes_per_token, parameters
 from kvprune.measure.shapes import dense_config
-from kvprune.models.family import dense_head_dim, family_of
+from kvprune.models.attention import AttentionShape
+from kvprune.models.view import ModelView
 from kvprune.options import size_in_bytes
 from kvprune.runtime.dtype import find_dtype, name_of
 from kvprune.runtime.quantized import BACKENDS, bytes_per_number, recent_tokens
@@ -34,6 +39,7 @@ def fit(
     dtype: str = "auto",
     reserve: float = 0.1,
     layout: str = "per-layer",
+    merge: int | str = AUTO,
     min_width: int = 16,
     align: int = 8,
     revision: str | None = None,
@@ -43,11 +49,12 @@ def fit(
 
     source: a dense model, or a name in shapes.SHAPES. memory: bytes, or "24GiB", "80GB". reserve: share of it that is
     left to activations, fragments, and room that a cache keeps free (GrowingCache: up to an eighth of its tokens).
-    layout, align, min_width: of the widths, as in `prune`. Returns {"source", "dtype", "memory_bytes",
+    layout, merge, align, min_width: of heads and widths, as in `prune`. Returns {"source", "dtype", "memory_bytes",
     "reserve_bytes", "context", "batch", "kv_bytes_per_token" (dense), "dense" and "pruned" ({"weights", "kv_cache",
     "total", "fits"}; pruned is None where no ratio is enough), "ratio" (0 where dense fits, None where none is
-    enough), "largest_ratio", and "largest_batch", "largest_context" ({"dense", "pruned"}: with the other as asked, no
-    longer than the model takes; pruned at the ratio, or the largest)}. Raises a KVPruneError.
+    enough), "largest_ratio", "merge" (how many KV heads become one), "weights_read_bytes" (by a step of decoding), and
+    "largest_batch", "largest_context" (the last three {"dense", "pruned"}; with the other as asked, no longer than the
+    model takes); merge and pruned at the ratio, or the largest}. Raises a KVPruneError.
     """
     _check(context, batch, reserve, align, min_width)
     room = size_in_bytes(memory)
@@ -58,17 +65,21 @@ def fit(
         raise BadOption(f"{source} does not say which dtype its weights have; give --dtype")
     if context > config.max_position_embeddings:
         raise BadOption(f"--context {context} is more than the {config.max_position_embeddings} that the model takes")
-    weights, shrinking = (count * kind.itemsize for count in _parameters(config))
-    head_dim, layers = dense_head_dim(config), config.num_hidden_layers
-    per_layer = kv_bytes_per_token([head_dim], config.num_key_value_heads, kind)
-    grid = _Grid(layout, layers, head_dim, math.ceil(min_width / align) * align, align)
-    sizes = _Sizes(weights, shrinking, int(room * (1 - reserve)), grid)
+    weights = _Weights.of(config, layout == "portable")
+    shape = weights.shape
+    grid = _Grid(shape, layout == "per-layer", asked_merge(merge), math.ceil(min_width / align) * align, align)
+    sizes = _Sizes(weights, kind.itemsize, int(room * (1 - reserve)), grid)
+    per_layer = kv_bytes_per_token([shape.head_dim], shape.kv_heads, kind)
     kv = batch * held_tokens(config, context) * per_layer
-    ratio = sizes.needed(kv)
+    cut = _DENSE if sizes.parts(kv, _DENSE)["fits"] else sizes.needed(lambda merge: kv)
     with_bits = [] if slides(config) else [_quantized(sizes, kind, bits, kv, context) for bits in BACKENDS]
+    reached = grid.largest if cut is None else cut
 
-    def both(of: Callable[[float], int]) -> dict[str, int]:
-        return {"dense": of(sizes.left(0.0)), "pruned": of(sizes.left(grid.largest if ratio is None else ratio))}
+    def both(of: Callable[[_Cut], int]) -> dict[str, int]:
+        return {"dense": of(_DENSE), "pruned": of(reached)}
+
+    def longest_in(left: float) -> int:
+        return longest(config, lambda tokens: batch * held_tokens(config, tokens) * per_layer <= left)
 
     return {
         "source": str(source),
@@ -77,67 +88,147 @@ def fit(
         "reserve_bytes": room - sizes.usable,
         "context": context,
         "batch": batch,
-        "kv_bytes_per_token": layers * per_layer,
-        "ratio": ratio,
-        "largest_ratio": grid.largest,
-        "dense": sizes.parts(kv, 0.0),
-        "pruned": None if ratio is None else sizes.parts(kv, ratio),
-        "largest_batch": both(lambda n: int(n / (held_tokens(config, context) * per_layer))),
-        "largest_context": both(
-            lambda n: longest(config, lambda tokens: batch * held_tokens(config, tokens) * per_layer <= n)
-        ),
+        "kv_bytes_per_token": shape.layers * per_layer,
+        "ratio": None if cut is None else cut.ratio,
+        "largest_ratio": grid.largest.ratio,
+        "merge": reached.merge,
+        "dense": sizes.parts(kv, _DENSE),
+        "pruned": None if cut is None else sizes.parts(kv, cut),
+        "weights_read_bytes": both(lambda c: round((weights.kept(c) - weights.unread) * kind.itemsize)),
+        "largest_batch": both(lambda c: int(sizes.left(c) / (held_tokens(config, context) * per_layer))),
+        "largest_context": both(lambda c: longest_in(sizes.left(c))),
         "quantized": with_bits,
-        "recommended": _recommended(ratio, with_bits),
+        "recommended": _recommended(None if cut is None else cut.ratio, with_bits),
     }
+
+
+class _Cut(NamedTuple):
+    """The fraction of the KV bytes that goes, how many KV heads become one, and the mean width of such a head."""
+
+    ratio: float
+    merge: int
+    width: float
+
+
+_DENSE = _Cut(0.0, 1, math.nan)  # of the width that it has
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """How many numbers a model has: all of the dense one's, those of an input embedding of which a step reads but a
+    row, and what its attention is made of; biases: which of Q, K, V and O have one."""
+
+    all: int
+    unread: int
+    shape: AttentionShape
+    biases: frozenset[str]
+    is_portable: bool
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig, is_portable: bool) -> "_Weights":
+        """Counted on a model without memory."""
+        with torch.device("meta"):
+            view = ModelView(AutoModelForCausalLM.from_config(config))
+        embedding = cast(torch.Tensor, cast(nn.Module, view.lm.get_input_embeddings()).weight)
+        biases = frozenset(name for name in "qkvo" if view.attention[0].projection(name).bias is not None)
+        unread = 0 if view.is_tied else embedding.numel()
+        return cls(parameters(view.lm), unread, view.shape, biases, is_portable)
+
+    def kept(self, cut: _Cut) -> float:
+        """Numbers of the pruned model, all layers at the mean width: widths around it never make more."""
+        if cut is _DENSE:
+            return self.all
+        shape = self.shape
+        dense = self._attention(shape.kv_heads, shape.head_dim, False)
+        factored = not self.is_portable and is_factored(shape, cut.width)
+        pruned = self._attention(shape.kv_heads // cut.merge, cut.width, factored)
+        if "v" in self.biases and "o" not in self.biases:  # what V's bias loses is a constant behind O
+            pruned += shape.hidden
+        return self.all + shape.layers * (pruned - dense)
+
+    def _attention(self, kv_heads: int, width: float, factored: bool) -> float:
+        """Numbers of one layer's Q, K, V and O, without O's bias, which no cut changes."""
+        shape = self.shape
+        columns = {name: shape.hidden + (name in self.biases) for name in "qkv"}
+        of_cache = kv_heads * width * (columns["k"] + columns["v"])
+        rows = shape.kv_heads * shape.groups * (shape.head_dim if factored else width)
+        mixes = 2 * shape.kv_heads * shape.head_dim * width if factored else 0
+        return of_cache + rows * (columns["q"] + shape.hidden) + mixes
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """The widths that a KV head may be cut to: multiples of `align`, from `least` on."""
+    """What the KV heads may be cut to: multiples of `align`, from `least` on; is_free: each layer to its own."""
 
-    layout: str
-    layers: int
-    head_dim: int
+    shape: AttentionShape
+    is_free: bool
+    merge: int | str
     least: int
     align: int
 
-    @property
-    def largest(self) -> float:
-        """The largest ratio."""
-        return max(1 - self.least / self.head_dim, 0.0)
+    def cut(self, merge: int, kept: int) -> _Cut:
+        """With so many steps kept: of `align` channels of one layer, or of all."""
+        layers = self.shape.layers
+        channels = kept * self.align * (1 if self.is_free else layers)
+        return _Cut(1 - channels / (merge * self.shape.head_dim * layers), merge, channels / layers)
 
-    def round_up(self, needed: float) -> float:
-        """The ratio that widths on the grid reach: as needed, or a little more."""
-        if needed <= 0:
-            return 0.0
-        channels = self.head_dim * self.layers
-        step = self.align if self.layout == "per-layer" else self.align * self.layers  # otherwise layers have one width
-        return 1 - math.floor((1 - needed) * channels / step + 1e-9) * step / channels
+    @cached_property
+    def steps(self) -> list[tuple[int, range]]:
+        """For each number of KV heads that may become one, what of them may be kept, so that ratios ascend."""
+        shape = self.shape
+        if self.merge == AUTO:
+            return [(merge, self._steps(merge)) for merge in divisors(shape.kv_heads)]
+        merge = merge_of(self.merge, shape.kv_heads, shape.head_dim, 1.0)  # refuses what does not divide
+        return [(merge, self._steps(merge))]
+
+    def _steps(self, merge: int) -> range:
+        shape, unit = self.shape, self.shape.layers if self.is_free else 1
+        every = range((merge * shape.head_dim * unit - 1) // self.align, self.least // self.align * unit - 1, -1)
+
+        def merged(kept: int) -> int:
+            ratio = self.cut(merge, kept).ratio
+            if self.merge == AUTO:
+                return merge_of(AUTO, shape.kv_heads, shape.head_dim, ratio)
+            return merge if is_within(merge, shape.head_dim, ratio) else 0
+
+        return every[bisect_left(every, merge, key=merged) : bisect_right(every, merge, key=merged)]
+
+    @property
+    def largest(self) -> _Cut:
+        """At the largest ratio."""
+        return max((self.cut(merge, kept[-1]) for merge, kept in self.steps if kept), default=_DENSE)
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes of the dense weights, of those of them that shrink with the width, and of the memory that may be used."""
+    """Bytes; usable: of the memory that may be used."""
 
-    weights: int
-    shrinking: int
+    weights: _Weights
+    itemsize: int
     usable: int
     grid: _Grid
 
-    def parts(self, kv: float, removed: float) -> dict[str, Any]:
-        """What is held with so much removed; kv: bytes of the cache with nothing removed."""
-        lighter, held = self.weights - removed * self.shrinking, (1 - removed) * kv
-        total = math.ceil(lighter + held)
-        return {"weights": round(lighter), "kv_cache": round(held), "total": total, "fits": total <= self.usable}
+    def parts(self, kv: float, cut: _Cut) -> dict[str, Any]:
+        """What is held; kv: bytes of the cache with nothing removed."""
+        weights, held = self.weights.kept(cut) * self.itemsize, (1 - cut.ratio) * kv
+        total = math.ceil(round(weights + held, 3))  # a ratio is a rounded number
+        return {"weights": round(weights), "kv_cache": round(held), "total": total, "fits": total <= self.usable}
 
-    def needed(self, kv: float) -> float | None:
-        """The ratio that makes a cache of `kv` bytes fit, 0 where all fits as it is, None where none is enough."""
-        ratio = self.grid.round_up((self.weights + kv - self.usable) / (self.shrinking + kv))
-        return ratio if ratio <= self.grid.largest + 1e-9 else None
+    def needed(self, kv: Callable[[int], float]) -> _Cut | None:
+        """The least that must be removed so that it fits, None where nothing is enough; kv: bytes of the cache with
+        nothing removed, by how many heads become one."""
+        for merge, kept in self.grid.steps:
+            first = bisect_left(kept, True, key=partial(self._fits, merge, kv(merge)))
+            if first < len(kept):
+                return self.grid.cut(merge, kept[first])
+        return None
 
-    def left(self, removed: float) -> float:
-        """Bytes of a cache, nothing removed, for which there is room once so much of it is."""
-        return max(self.usable - (self.weights - removed * self.shrinking), 0) / (1 - removed)
+    def _fits(self, merge: int, kv: float, kept: int) -> bool:
+        return self.parts(kv, self.grid.cut(merge, kept))["fits"]
+
+    def left(self, cut: _Cut) -> float:
+        """Bytes of a cache, nothing removed, for which there is room once the cut is made."""
+        return max(self.usable - self.weights.kept(cut) * self.itemsize, 0) / (1 - cut.ratio)
 
 
 def _quantized(sizes: _Sizes, dtype: torch.dtype, bits: int, kv: float, context: int) -> dict[str, Any]:
@@ -149,10 +240,14 @@ def _quantized(sizes: _Sizes, dtype: torch.dtype, bits: int, kv: float, context:
     def held(width: int) -> float:
         return recent + (kv - recent) * bytes_per_number(bits, width, dtype) / dtype.itemsize
 
-    found = sizes.parts(held(grid.head_dim), 0.0)
+    def worst(merge: int) -> float:
+        widths = range(grid.least, merge * grid.shape.head_dim + 1, grid.align)
+        return max(map(held, widths), default=kv)
+
+    found = sizes.parts(held(grid.shape.head_dim), _DENSE)
     del found["weights"]
-    worst = max(map(held, range(grid.least, grid.head_dim + 1, grid.align)), default=kv)
-    return {"kv_bits": bits, **found, "ratio": 0.0 if found["fits"] else sizes.needed(worst)}
+    cut = _DENSE if found["fits"] else sizes.needed(worst)
+    return {"kv_bits": bits, **found, "ratio": None if cut is None else cut.ratio}
 
 
 def _recommended(ratio: float | None, quantized: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -173,17 +268,3 @@ def _check(context: int, batch: int, reserve: float, align: int, min_width: int)
             raise BadOption(f"--{name} must be at least 1, not {value}")
     if not 0 <= reserve < 1:
         raise BadOption(f"--reserve {reserve:g} must lie from 0 to below 1")
-
-
-def _parameters(config: PreTrainedConfig) -> tuple[int, int]:
-    """How many numbers the model has, and how many of them are Q, K, V and O, counted on a model without memory."""
-    family = family_of(config.model_type)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    shrinking = 0
-    for block in family.blocks(model):
-        attention = getattr(block, family.attention)
-        projections = [getattr(attention, name) for name in (family.q, family.k, family.v, family.o)]
-        shrinking += sum(p.weight.numel() for p in projections)
-        shrinking += sum(p.bias.numel() for p in projections[:3] if p.bias is not None)  # O's is as wide as hidden
-    return sum(p.numel() for p in model.parameters()), shrinking

@@ -5,11 +5,11 @@ import ctypes
 import resource
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 from kvprune.runtime.quantized import quantized_bytes, stores_of
 
@@ -56,6 +56,15 @@ def parameters(model: nn.Module) -> int:
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of the parameters, tied ones once."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def weights_read_bytes(model: PreTrainedModel, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the weights that a step of decoding reads: all of them, tied ones once, but an input embedding that is
+    not the output's too, of which it reads a row. dtype: what they are counted in, if not in their own."""
+    embedding = cast(nn.Module, model.get_input_embeddings()).weight
+    tied = cast(nn.Module, model.get_output_embeddings()).weight is embedding
+    read = [p for p in model.parameters() if tied or p is not embedding]
+    return sum(p.numel() * (dtype or p.dtype).itemsize for p in read)
 
 
 class PeakMemory:

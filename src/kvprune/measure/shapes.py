@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from kvprune.channels.merging import AUTO, asked_merge, is_factored, merge_of
 from kvprune.errors import BadOption, UnreachableRatio
+from kvprune.models.attention import AttentionShape
 from kvprune.models.family import dense_head_dim
 from kvprune.models.source import load_config, resolve
 from kvprune.runtime.twin import twin_config
@@ -66,18 +68,23 @@ def dense_config(
     return config, own if isinstance(own, torch.dtype) else None
 
 
-def pruned_config(dense: PreTrainedConfig, ratio: float, align: int = 8) -> PreTrainedConfig:
-    """A pruned twin with one width for all layers, 1 - ratio of the dense head_dim. Raises UnreachableRatio."""
-    head_dim = dense_head_dim(dense)
+def pruned_config(dense: PreTrainedConfig, ratio: float, align: int = 8, merge: int | str = AUTO) -> PreTrainedConfig:
+    """A pruned twin as `prune --layout uniform` makes it, with one width for all layers: 1 - ratio of the channels of
+    the KV heads that become one. merge: how many these are, a number or auto. Raises UnreachableRatio and BadOption."""
+    head_dim, kv_heads = dense_head_dim(dense), dense.num_key_value_heads
     if not 0 < ratio < 1:
         raise BadOption(f"--ratio {ratio:g} must lie between 0 and 1")
-    width = round(head_dim * (1 - ratio) / align) * align
-    if not 0 < width <= head_dim or abs(1 - width / head_dim - ratio) > 0.5 / head_dim:
+    merge = merge_of(asked_merge(merge), kv_heads, head_dim, ratio)
+    channels = merge * head_dim
+    width = round(channels * (1 - ratio) / align) * align
+    if not 0 < width <= channels or abs(1 - width / channels - ratio) > 0.5 / channels:
         raise UnreachableRatio(
-            f"ratio {ratio:g} of head_dim {head_dim} is no multiple of {align} channels; the nearest is "
-            f"{1 - min(max(width, align), head_dim) / head_dim:g}"
+            f"ratio {ratio:g} of {merge} x {head_dim} channels is no multiple of {align}; the nearest is "
+            f"{1 - min(max(width, align), channels) / channels:g}"
         )
-    return twin_config(dense, head_dim, [width] * dense.num_hidden_layers)
+    layers, groups = dense.num_hidden_layers, dense.num_attention_heads // kv_heads
+    shape = AttentionShape(layers, dense.hidden_size, kv_heads, groups, head_dim)
+    return twin_config(dense, head_dim, [width] * layers, merge, [is_factored(shape, width)] * layers)
 
 
 def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

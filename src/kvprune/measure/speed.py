@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -79,25 +79,24 @@ class Side:
         self.cache = self.filled = None
 
     def bytes_read(self) -> float:
-        """Bytes that a step of decoding reads, with the cache as it is: weights, but not an input embedding of its own,
-        and keys and values; under a filter those of the share of tokens that do not skip, and no Q and O where all
-        sequences skip, each for itself."""
-        embedding = cast(torch.Tensor, self.model.get_input_embeddings().weight)
-        head = cast(torch.Tensor, self.model.get_output_embeddings().weight)
-        shared = head.layout is torch.strided and embedding.data_ptr() == head.data_ptr()
-        own = 0 if shared else embedding.nbytes
-        layers, rates = self.cache.layers, self._rates()
-        read = memory.weight_bytes(self.model) - own + self.kv_bytes_read()
+        """Bytes that a step of decoding reads, with the cache as it is: weights, keys and values."""
+        return self.weight_bytes_read() + self.kv_bytes_read()
+
+    def weight_bytes_read(self) -> float:
+        """Weights of them: under a filter no Q and O, nor what merged heads have between them, where all sequences
+        skip, each for itself."""
+        layers, read = self.cache.layers, float(memory.weights_read_bytes(self.model))
         family = family_of(self.model.config.model_type)
         blocks = family.blocks(self.model)
-        for i, rate in rates.items():
+        for i, rate in self._rates().items():
             attention = getattr(blocks[i], family.attention)
-            projections = (getattr(attention, name).weight.nbytes for name in (family.q, family.o))
-            read -= rate ** layers[i].keys.shape[0] * sum(projections)
+            skipped = [getattr(attention, name, None) for name in (family.q, family.o, "q_mix", "o_mix")]
+            size = sum(module.weight.nbytes for module in skipped if module is not None)
+            read -= rate ** layers[i].keys.shape[0] * size
         return read
 
     def kv_bytes_read(self) -> float:
-        """Keys and values of them."""
+        """Keys and values of them; under a filter those of the share of tokens that do not skip."""
         rates = self._rates()
         return sum((1 - rates.get(i, 0.0)) * memory.kv_bytes(layer) for i, layer in enumerate(self.cache.layers))
 

@@ -7,30 +7,42 @@ from rich.table import Table
 
 
 def pruned_table(record: dict[str, Any]) -> RenderableType:
-    """Dense against pruned: KV bytes, parameters, perplexity; then widths, seconds and memory."""
-    kv, parameters = record["kv_bytes_per_token"], record["parameters"]
+    """Dense against pruned: KV bytes, parameters, perplexity; then widths, seconds and memory. A record of an older
+    kvprune has no merged heads, and does not say what a step reads."""
+    kv, parameters, read = record["kv_bytes_per_token"], record["parameters"], record.get("weights_read_bytes")
     table = Table(title=f"{record['source']}, {record['ratio_achieved']:.1%} of the KV cache removed")
     for column in ("", "dense", "pruned", "pruned / dense"):
         table.add_column(column, justify="left" if not column else "right")
     table.add_row("KV bytes per token", f"{kv['dense']:,}", f"{kv['pruned']:,}", _ratio(kv))
     table.add_row("parameters", f"{parameters['dense']:,}", f"{parameters['pruned']:,}", _ratio(parameters))
+    if read is not None:
+        table.add_row("bytes of weights that a step reads", f"{read['dense']:,}", f"{read['pruned']:,}", _ratio(read))
     for row in record["perplexity"]:
         name = f"perplexity, {row['text']}, window {row['window']}, {row['tokens']:,} tokens"
         dense = "-" if row["dense"] is None else f"{row['dense']:.2f}"
         table.add_row(name, dense, f"{row['pruned']:.2f}", _ratio(row))
         if "before" in row:
             table.add_row("    before recovery", "", f"{row['before']:.2f}", _ratio({**row, "pruned": row["before"]}))
-    return Group(table, _widths(record), _costs(record))
+    return Group(table, *merged_heads(record), _widths(record), _costs(record))
+
+
+def merged_heads(record: dict[str, Any]) -> list[str]:
+    """A line that says which became which, if any did."""
+    if record.get("merge", 1) == 1:
+        return []
+    return ["{dense} KV heads merged into {pruned}".format(**record["kv_heads"])]
 
 
 def bench_table(report: dict[str, Any]) -> RenderableType:
     """A row per batch and context: speed of both, the ratio beside its limit, and bytes."""
     where = report["environment"]
-    table = Table(title=f"{where['source']}, {where['dtype']}, {where['device']}, {where['threads']} threads")
+    merged = f", every {where['merge']} KV heads of the second merged" if where.get("merge", 1) > 1 else ""
+    title = f"{where['source']}, {where['dtype']}, {where['device']}, {where['threads']} threads{merged}"
+    table = Table(title=title)
     for column in ("batch", "context", "prefill, s", "ratio", "tokens/s", "ratio", "of limit"):
         table.add_column(column, justify="right")
     held = Table(title="memory, MB (beside: what a prefill needs beyond weights and cache)")
-    for column in ("batch", "context", "weights", "KV cache", "beside", "peak", "latency, s"):
+    for column in ("batch", "context", "weights", "KV cache", "beside", "peak", "a step reads", "latency, s"):
         held.add_column(column, justify="right")
     words = []
     for cell in report["cells"]:
@@ -46,7 +58,8 @@ def bench_table(report: dict[str, Any]) -> RenderableType:
             f"{cell['decode_ratio_over_limit']:.0%} of {cell['decode_limit']:.2f}",
         )
         sides = cell["memory_bytes"].values()
-        sizes = ([side[name] for side in sides] for name in ("weights", "kv_cache", "activations", "peak"))
+        sizes = [[side[name] for side in sides] for name in ("weights", "kv_cache", "activations", "peak")]
+        sizes.append([side["all"] for side in cell["decode_bytes_read"].values()])
         held.add_row(
             *place, *("\n".join("-" if n is None else f"{n / 1e6:,.0f}" for n in pair) for pair in sizes), latency
         )
@@ -76,9 +89,11 @@ def fit_table(report: dict[str, Any]) -> RenderableType:
     )
     for column in ("", "dense", "pruned"):
         table.add_column(column, justify="left" if not column else "right")
+    pruned = report["pruned"]
     for name, label in (("weights", "weights, GiB"), ("kv_cache", "KV cache, GiB"), ("total", "together, GiB")):
-        pruned = report["pruned"]
         table.add_row(label, f"{report['dense'][name] / 2**30:.2f}", f"{pruned[name] / 2**30:.2f}" if pruned else "-")
+    read = (f"{report['weights_read_bytes'][side] / 2**30:.2f}" for side in ("dense", "pruned"))
+    table.add_row("weights that a step reads, GiB", *read)
     for name, label in (("largest_batch", "largest batch"), ("largest_context", "largest context")):
         table.add_row(label, *(f"{report[name][side]:,}" for side in ("dense", "pruned")))
     if report["ratio"] is None:
@@ -87,6 +102,8 @@ def fit_table(report: dict[str, Any]) -> RenderableType:
         verdict = "the dense model fits: ratio 0"
     else:
         verdict = f"--ratio {report['ratio']:.4g} is needed"
+        if report["merge"] > 1:
+            verdict += f", every {report['merge']} KV heads merged into one"
     return Group(table, verdict, *_with_bits(report))
 
 
@@ -115,6 +132,7 @@ def evaluation_table(result: dict[str, Any]) -> RenderableType:
         table.add_column(source["source"], justify="right", overflow="fold")
     table.add_row("KV bytes per token", *(f"{s['kv_bytes_per_token']:,}" for s in result["sources"]))
     table.add_row("parameters", *(f"{s['parameters']:,}" for s in result["sources"]))
+    table.add_row("bytes of weights that a step reads", *(f"{s['weights_read_bytes']:,}" for s in result["sources"]))
     if result["sources"][0]["kv_bits"] is not None:
         table.add_row("bits of the cache", *(str(s["kv_bits"]) for s in result["sources"]))
     for row in result["perplexity"]:
@@ -147,9 +165,10 @@ def _ratio(pair: dict[str, Any]) -> str:
 
 def _widths(record: dict[str, Any]) -> RenderableType:
     """A bar a layer, so that the eye finds the layers that lost most."""
-    table = Table(title=f"channels kept per KV head, of {record['head_dim']}", show_header=False, box=None)
+    whole = record["head_dim"] * record.get("merge", 1)
+    table = Table(title=f"channels kept per KV head, of {whole}", show_header=False, box=None)
     for layer, width in enumerate(record["widths"]):
-        full = round(32 * width / record["head_dim"])
+        full = round(32 * width / whole)
         table.add_row(f"layer {layer}", f"{width}", "█" * full + "░" * (32 - full))
     return table
 

@@ -24,7 +24,7 @@ def theme(name: str) -> Iterator[None]:
 
 def plan(record: dict[str, Any]) -> Figure:
     """Per layer: how much worse the model got when the layer alone was cut, and what width it kept."""
-    widths, head_dim = record["widths"], record["head_dim"]
+    widths, dense = record["widths"], record["head_dim"] * record.get("merge", 1)
     layers = range(len(widths))
     sensitivity = record.get("sensitivity")
     measured = sensitivity is not None and len(sensitivity) == len(widths)  # budget has several per layer
@@ -33,7 +33,7 @@ def plan(record: dict[str, Any]) -> Figure:
     if measured:
         panels[0].bar(layers, sensitivity, color=SENSITIVE)
         panels[0].set_ylabel("sensitivity, nats")
-    panels[-1].bar(layers, [head_dim] * len(widths), color=KEPT, alpha=0.2, label=f"dense, {head_dim}")
+    panels[-1].bar(layers, [dense] * len(widths), color=KEPT, alpha=0.2, label=f"dense, {dense}")
     panels[-1].bar(layers, widths, color=KEPT, label="kept")
     panels[-1].set_ylabel("channels per KV head")
     panels[-1].set_xlabel("layer")

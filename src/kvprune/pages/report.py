@@ -11,6 +11,7 @@ import jinja2
 
 from kvprune.errors import BadOption, BrokenCheckpoint
 from kvprune.measure import plot
+from kvprune.measure.table import merged_heads
 from kvprune.runtime.files import CHANGED, note_changed, read_shown, write_whole, writing_to
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def report(
         bench=timed,
         images={name: {theme: _image(draw, theme) for theme in THEMES} for name, draw in drawings.items()},
         warnings=[*changed, *warnings(record, timed)],
+        merged=merged_heads(record),
         provenance=provenance(record),
     )
     with writing_to(target.parent):

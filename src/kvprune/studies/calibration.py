@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from kvprune.channels import allocation
-from kvprune.channels.planning import reachable
+from kvprune.channels.planning import choose_merge, reachable
 from kvprune.channels.prune import prune
 from kvprune.channels.settings import Settings, with_preset
 from kvprune.errors import BadOption, KVPruneError
@@ -123,7 +123,8 @@ class _Study:
             view = ModelView(AutoModelForCausalLM.from_config(config, trust_remote_code=self.source.trust_remote_code))
             unit = view.units.shape[1]
         s, shape = self.settings, view.shape
-        reachable(s, allocation.Grid(shape.layers, shape.head_dim, s.align, s.min_width, unit))
+        channels = shape.head_dim * choose_merge(s, shape, lambda message: None)  # which every cell says itself
+        reachable(s, allocation.Grid(shape.layers, channels, s.align, s.min_width, unit))
 
     def _check_windows(self, config: PreTrainedConfig) -> None:
         """Refit holds out some of the windows: the smallest size must have two."""
@@ -227,6 +228,7 @@ class _Study:
             "first_character": first,
             "ratio_achieved": record["ratio_achieved"],
             "widths": record["widths"],
+            "merge": record["merge"],
             "perplexity": record["perplexity"],
             "seconds": round(time.perf_counter() - start, 3),
         }

@@ -17,8 +17,8 @@ class Variance:
     contribution to the scores, summed over the group, if the phases of q and k are unrelated. Half of it is the KL
     divergence between the attention with and without the pair, to second order; what a pair adds to all keys alike
     costs nothing, unlike in `energy`. Across heads: see basis.key_basis. V/O, a
-    channel c: E z_c^2 * sum over the group of |W_o column|^2 of the attention outputs z, which are values mixed over
-    tokens. One pass over the calibration text, no gradients. Takes pairs as unrelated.
+    channel c: E z_c^2 times |W_o column|^2, each summed over the group, of the attention outputs z, which are values
+    mixed over tokens. One pass over the calibration text, no gradients. Takes pairs as unrelated.
     """
 
     needs: Literal["attention"] = "attention"

@@ -1,0 +1,56 @@
+"""How many KV heads become one, and how Q and O are then written: rules of sizes alone, which need no model [ours]."""
+
+from kvprune.errors import BadOption
+from kvprune.models.attention import AttentionShape
+
+AUTO = "auto"
+WIDEST = 256  # channels of a head that FlashAttention, and so vLLM, takes
+
+
+def asked_merge(given: int | str) -> int | str:
+    """AUTO, or a whole number from 1 up, as given or in words ("4"). Raises BadOption."""
+    if given == AUTO:
+        return AUTO
+    number = int(given) if isinstance(given, str) and given.isdecimal() else given
+    if not isinstance(number, int) or number < 1:
+        raise BadOption(f"--merge {given} must be {AUTO}, or how many KV heads become one, from 1 up")
+    return number
+
+
+def merge_of(asked: int | str, kv_heads: int, head_dim: int, ratio: float) -> int:
+    """How many KV heads become one where `ratio` of the KV bytes goes. Raises BadOption for a number that cannot be.
+
+    asked: as `asked_merge` gives it. auto: the most that divide the KV heads and keep the mean width within WIDEST
+    channels, which is where attention kernels stop.
+    """
+    possible = divisors(kv_heads)
+    fits = [merge for merge in possible if is_within(merge, head_dim, ratio)]
+    if asked == AUTO:
+        return max(fits)
+    choices = f"choose {AUTO}, {', '.join(map(str, fits))}"
+    if asked not in possible:
+        raise BadOption(f"--merge {asked} does not divide the {kv_heads} KV heads; {choices}")
+    if asked not in fits:
+        raise BadOption(
+            f"--merge {asked} makes heads of {round(int(asked) * head_dim * (1 - ratio))} channels at --ratio "
+            f"{ratio:g}, and attention kernels take {WIDEST}; {choices}"
+        )
+    return int(asked)
+
+
+def divisors(kv_heads: int) -> list[int]:
+    """What may be merged into one, ascending: all must become heads of as many."""
+    return [merge for merge in range(1, kv_heads + 1) if kv_heads % merge == 0]
+
+
+def is_within(merge: int, head_dim: int, ratio: float) -> bool:
+    """Whether attention kernels take the mean width; heads that stay apart are no wider than they were."""
+    # A ratio is a rounded number, and one that is none is refused elsewhere
+    return merge == 1 or not merge * head_dim * (1 - ratio) > WIDEST + 1e-6
+
+
+def is_factored(shape: AttentionShape, width: float) -> bool:
+    """Whether a step of decoding reads fewer weights if Q and O stay as wide as they were, with a matrix for each KV
+    head between them and the kept coordinates, than if they are written out at the kept width."""
+    heads = shape.kv_heads * shape.groups
+    return heads * (width - shape.head_dim) * shape.hidden > shape.kv_heads * shape.head_dim * width
