@@ -130,3 +130,22 @@ def test_budget_reads_noise_as_nothing():
     grid = allocation.Grid(2, 16, align=4, min_width=4, unit=2)
     widths = allocation.by_budget([{8: 0.5, 4: 0.1}, {8: -0.3, 4: 0.2}], 0.5, grid)
     assert widths == [12, 4]
+
+
+@given(st.integers(1, 6), st.integers(0, 3), st.floats(0.5, 0.9))
+def test_no_layer_is_wider_than_kernels_take(layers, spread, ratio):
+    """Whatever the probes say, of heads of 512 channels none keeps more than 256."""
+    grid = Grid(layers, 512, 8, 16, 2, 256)
+    assert grid.widths[-1] == 256
+    costs = [{128: 1.0 + spread * i, 256: 0.5, 384: 0.2} for i in range(layers)]
+    try:
+        widths = allocation.by_budget(costs, ratio, grid)
+    except UnreachableRatio:
+        assume(False)
+    assert max(widths) <= 256
+    assert sum(widths) == sum(allocation.round_widths([ratio] * layers, ratio, grid))
+
+
+def test_min_width_above_what_kernels_take_is_refused():
+    with pytest.raises(BadOption, match="lower it"):
+        Grid(2, 512, 8, 264, 2, 256)

@@ -16,7 +16,8 @@ class Grid:
     """The widths a layer can have: multiples of `align` from `min_width` up, and all channels, head_dim (where
     KV heads are merged, of all heads that become one).
 
-    unit: channels that leave Q and K together; `align` must be a multiple of it.
+    unit: channels that leave Q and K together; `align` must be a multiple of it. widest: a limit of attention kernels,
+    for heads that can become wider than they were; None: no limit.
     """
 
     layers: int
@@ -24,18 +25,24 @@ class Grid:
     align: int
     min_width: int
     unit: int
+    widest: int | None = None
 
     def __post_init__(self) -> None:
         if self.align < 1 or self.align % self.unit:
             raise BadOption(f"--align {self.align} must be a multiple of {self.unit}, the size of a RoPE pair")
         if not 1 <= self.min_width <= self.head_dim:
             raise BadOption(f"--min-width {self.min_width} must lie between 1 and a KV head's {self.head_dim} channels")
+        if not self.widths:
+            raise BadOption(
+                f"--min-width {self.min_width} leaves no width up to {self.widest}, which attention kernels take; lower it"
+            )
 
     @property
     def widths(self) -> list[int]:
         """Ascending."""
         first = math.ceil(self.min_width / self.align) * self.align
-        return [*range(first, self.head_dim, self.align), self.head_dim]
+        found = [*range(first, self.head_dim, self.align), self.head_dim]
+        return [width for width in found if self.widest is None or width <= self.widest]
 
     @property
     def max_ratio(self) -> float:

@@ -13,7 +13,7 @@ from kvprune.channels.basis import Basis, Kept, identity
 from kvprune.channels.estimate import estimate_sensitivity
 from kvprune.channels.importance import IMPORTANCE, Scores
 from kvprune.channels.journal import Journal
-from kvprune.channels.merging import AUTO, merge_of, stock_merge
+from kvprune.channels.merging import AUTO, WIDEST, merge_of, stock_merge
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
 from kvprune.channels.selection import leading, one_of_each, select, shared_pairs
 from kvprune.channels.sensitivity import Probe, measure_sensitivity, probe_width
@@ -27,6 +27,12 @@ from kvprune.text.windows import digest
 from kvprune.versions import versions
 
 BUDGET_PROBES = (0.25, 0.5, 0.75)  # shares of a block's channels that `budget` probes
+
+
+def grid_of(s: Settings, view: ModelView, merge: int) -> allocation.Grid:
+    """The widths that a layer can have. Raises BadOption."""
+    channels, unit = view.shape.head_dim * merge, view.units.shape[1]
+    return allocation.Grid(view.shape.layers, channels, s.align, s.min_width, unit, WIDEST if merge > 1 else None)
 
 
 def reachable(s: Settings, grid: allocation.Grid) -> None:

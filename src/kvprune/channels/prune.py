@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvprune.channels import allocation, portable
+from kvprune.channels import portable
 from kvprune.channels.journal import Journal
 from kvprune.channels.plan import PruningPlan
-from kvprune.channels.planning import Planner, choose_merge, reachable
+from kvprune.channels.planning import Planner, choose_merge, grid_of, reachable
 from kvprune.channels.record import memory_of, record_of
 from kvprune.channels.repair.refit import Refitted, refit
 from kvprune.channels.settings import Settings, with_preset
@@ -120,9 +120,7 @@ class _Run:
             lm = load_model(source, s.device, s.dtype)
         view = ModelView(lm)
         merge = given.merge if given is not None else choose_merge(s, view.shape, self.progress.say)
-        grid = allocation.Grid(
-            view.shape.layers, view.shape.head_dim * merge, s.align, s.min_width, view.units.shape[1]
-        )
+        grid = grid_of(s, view, merge)
         if given is None:
             reachable(s, grid)
         else:

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from kvprune.channels import allocation
-from kvprune.channels.planning import choose_merge, reachable
+from kvprune.channels.planning import choose_merge, grid_of, reachable
 from kvprune.channels.prune import prune
 from kvprune.channels.settings import Settings, with_preset
 from kvprune.errors import BadOption, KVPruneError
@@ -121,10 +120,8 @@ class _Study:
         """By a model without weights."""
         with torch.device("meta"):
             view = ModelView(AutoModelForCausalLM.from_config(config, trust_remote_code=self.source.trust_remote_code))
-            unit = view.units.shape[1]
-        s, shape = self.settings, view.shape
-        channels = shape.head_dim * choose_merge(s, shape, lambda message: None)  # which every cell says itself
-        reachable(s, allocation.Grid(shape.layers, channels, s.align, s.min_width, unit))
+        merge = choose_merge(self.settings, view.shape, lambda message: None)  # which every cell says itself
+        reachable(self.settings, grid_of(self.settings, view, merge))
 
     def _check_windows(self, config: PreTrainedConfig) -> None:
         """Refit holds out some of the windows: the smallest size must have two."""
