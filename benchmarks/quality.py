@@ -218,17 +218,8 @@ def run(bench: Bench) -> None:
         bench.prune(f"0.5, {name}", 0.5, keep=False, **options)
 
 
-GROUPS = (
-    "dense",
-    "merged 0.25",
-    "merged 0.5",
-    "merged 0.75",
-    "closed form 0.25",
-    "closed form 0.5",
-    "closed form 0.75",
-    "paper",
-    "0.5,",
-)  # order of the rows
+# Order of the rows
+GROUPS = ("dense", *(f"{how} {ratio}" for how in ("merged", "closed form") for ratio in RATIOS), "paper", "0.5,")
 
 
 def table(bench: Bench) -> str:

@@ -100,8 +100,8 @@ def test_energy_from_captured_projections(model):
 
 @torch.no_grad()
 def test_variance_is_half_of_what_each_pair_changes_behind_the_attention(model):
-    """A pair: half of E |q|^2 |c|^2, c as AttentionMoments has it; a channel of V: E z^2 times |W_o|^2, each summed over
-    the query heads of a KV head. A pair's is halved between its channels."""
+    """A pair: half of E |q|^2 |c|^2, c as AttentionMoments has it; a channel of V: E z^2 times |W_o|^2, each summed
+    over the query heads of a KV head. A pair's is halved between its channels."""
     found = scores(model, "variance")
     exact = copy.deepcopy(model).double()
     exact.set_attn_implementation("eager")

@@ -61,8 +61,8 @@ def test_refit_brings_the_model_back(family):
 
 @torch.no_grad()
 def test_first_layer_solves_its_own_least_squares():
-    """O of layer 0, whose input is the dense one, by lstsq on the rows themselves, each over the root mean square of the
-    dense stream behind the attention."""
+    """O of layer 0, whose input is the dense one, by lstsq on the rows themselves, each over the root mean square of
+    the dense stream behind the attention."""
     model = tiny_model("llama", kv_heads=2, groups=1, head_dim=16, layers=1)
     view = ModelView(model)
     plan = make_plan(model, random_layers(model, [8]))

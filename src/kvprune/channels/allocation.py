@@ -34,7 +34,8 @@ class Grid:
             raise BadOption(f"--min-width {self.min_width} must lie between 1 and a KV head's {self.head_dim} channels")
         if not self.widths:
             raise BadOption(
-                f"--min-width {self.min_width} leaves no width up to {self.widest}, which attention kernels take; lower it"
+                f"--min-width {self.min_width} leaves no width up to the {self.widest} channels that attention kernels "
+                "take; lower it"
             )
 
     @property

@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 
 from kvprune.channels.grouping import group_heads
-from kvprune.models.attention import Attention
 from kvprune.models.finite import not_finite
 from kvprune.models.stream import enter
 from kvprune.models.view import ModelView
@@ -25,11 +24,11 @@ class AttentionMoments:
     that is what a cut across heads needs. heads (groups, m): the dense KV heads of each group, which is also the order
     of the others' first dim, H = groups * m. D channels a head in pairs of RoPE; a pair is a complex number.
     queries (H, pairs): E |q|^2 of a pair, scaled as in the scores.
-    keys (H, pairs, m, m), complex: E |q|^2 c c^*, with c, for the group's m keys k behind RoPE, the sum over tokens n of
-    a_n u . W_o (v_n - z) k_n: what the head's output gains, to first order, along a random direction u of unit variance
-    for each unit that q adds to the pair's scores. a are the attention's weights, v the values, z their mean under a. So
-    E |q c|^2 is the squared change of the attention's output when the pair goes; what it adds to all scores alike
-    changes nothing.
+    keys (H, pairs, m, m), complex: E |q|^2 c c^*, with c, for the group's m keys k behind RoPE, the sum over tokens n
+    of a_n u . W_o (v_n - z) k_n: what the head's output gains, to first order, along a random direction u of unit
+    variance for each unit that q adds to the pair's scores. a are the attention's weights, v the values, z their mean
+    under a. So E |q c|^2 is the squared change of the attention's output when the pair goes; what it adds to all scores
+    alike changes nothing.
     slow_queries (H, n, n), slow_keys (H, m * n, m * n): of the n `slow` channels before RoPE, E q q^T and E c c^T.
     outputs (H, m * D, m * D): E z z^T of the attention outputs z, which are the group's values as the query heads mix
     them, without V's bias.
@@ -62,7 +61,7 @@ def attention_moments(
     chooses = 1 < merge < view.shape.kv_heads
     for index, (block, attention) in enumerate(zip(view.blocks, view.attention, strict=True)):
         waiting: list[tuple[Outputs, dict[str, Any]]] = []
-        sums = None if chooses else _Sums(view, attention, slow, torch.arange(view.shape.kv_heads).view(-1, merge))
+        sums = None if chooses else _Sums(view, index, slow, torch.arange(view.shape.kv_heads).view(-1, merge))
         for number, state in enumerate(states):
             outputs: Outputs = {}
             hooks = [attention.watch(name, partial(outputs.__setitem__, name)) for name in "qkv"]
@@ -77,7 +76,7 @@ def attention_moments(
             else:
                 sums.add(*told)
         if sums is None:
-            sums = _Sums(view, attention, slow, group_heads([o for o, _ in waiting], view.units, merge))
+            sums = _Sums(view, index, slow, group_heads([o for o, _ in waiting], view.units, merge))
             for told in waiting:
                 sums.add(*told)
         yield sums.means(tokens, index)
@@ -89,8 +88,8 @@ def attention_moments(
 class _Sums:
     """Sums over queries and the query heads of each KV head, of one layer."""
 
-    def __init__(self, view: ModelView, attention: Attention, slow: torch.Tensor, heads: torch.Tensor):
-        self.lm, s = view.lm, view.shape
+    def __init__(self, view: ModelView, index: int, slow: torch.Tensor, heads: torch.Tensor):
+        self.lm, s, attention = view.lm, view.shape, view.attention[index]
         self.shape, self.heads = s, heads
         rotary = view.lm.base_model.get_submodule("rotary_emb")
         self.stretch = float(cast(float, getattr(rotary, "attention_scaling", 1.0)))  # of cos and sin, as YaRN has it
@@ -98,7 +97,7 @@ class _Sums:
         self.device = attention.projection("o").weight.device
         weights = attention.weights()
         self.v_bias, self.o = weights.v_bias, weights.o
-        self.draws = torch.Generator().manual_seed(attention.module.layer_idx)
+        self.draws = torch.Generator().manual_seed(index)
         self.units, self.slow = view.units.to(self.device), slow.to(self.device)
         m, pairs, n = heads.shape[1], len(self.units), len(slow)
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
@@ -131,7 +130,7 @@ class _Sums:
                     self._add_head(number * len(group) + member, scores.softmax(-1), q[head], seen, effects.T)
 
     def _directions(self, head: int) -> torch.Tensor:
-        """A random direction of the attention's output for each query head, as its values see it: W_o u, (groups, D)."""
+        """A random direction of the attention's output for each query head, as values see it: W_o u, (groups, D)."""
         of_head = self.o[head].float()  # (groups, D, hidden)
         drawn = torch.randn(len(of_head), of_head.shape[-1], generator=self.draws).to(self.device)
         return torch.einsum("gdh,gh->gd", of_head, drawn)

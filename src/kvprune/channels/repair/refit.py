@@ -96,10 +96,12 @@ def refit(
     Two streams walk through the layers, the dense model's and the pruned one's, whose earlier layers are repaired
     already. O is fitted so that the residual stream behind the attention becomes the dense model's, then the MLP's
     last matrix so that the one behind the block does. A token's error counts relative to the size of its residual
-    stream, which is what the next norm divides by: else the few tokens with huge ones would decide. Batches (B, T). Every eighth window is held out: it chooses
-    the ridge, and where no ridge lowers its error the matrix stays. Memory: of the text before one block the hidden
-    states, four times, or three times and the inputs of the MLP's last matrix; and one layer's moments. A layer that
-    the journal has is taken from there: the streams only pass through it. Raises NotFinite.
+    stream, which is what the next norm divides by: else the few tokens with huge ones would decide.
+
+    Batches (B, T). Every eighth window is held out: it chooses the ridge, and where no ridge lowers its error the
+    matrix stays. Memory: of the text before one block the hidden states, four times, or three times and the inputs of
+    the MLP's last matrix; and one layer's moments. A layer that the journal has is taken from there: the streams only
+    pass through it. Raises NotFinite.
     """
     journal = journal or Journal()
     fitted, held = split(batches)
