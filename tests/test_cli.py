@@ -25,7 +25,7 @@ def run(command):
 
 def test_prune_show_eval_generate(run, checkpoint, texts, tmp_path):
     out = tmp_path / "out"
-    words = ["prune", checkpoint, "--out", out, "--ratio", "0.5", "--json", *QUICK]
+    words = ["prune", checkpoint, "--out", out, "--ratio", "0.5", "--allocation", "budget", "--json", *QUICK]
     code = "from kvprune import cli, progress; progress.LONG = 0; cli.main()"
     result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

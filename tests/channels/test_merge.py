@@ -198,7 +198,7 @@ def test_an_older_rotated_plan_is_refused_before_any_work(checkpoint, texts, tmp
 @pytest.mark.parametrize("stage", ["estimate_sensitivity", "cut", "refit"])
 def test_a_run_that_was_stopped_goes_on_to_equal_weights(checkpoint, texts, tmp_path, monkeypatch, stage):
     """What was measured comes from the journal, merged bases included: refit gets the very same model."""
-    options = {**COARSE, "ratio": 0.5}
+    options = {**COARSE, "ratio": 0.5, "allocation": "budget"}
     whole = kvprune.prune(checkpoint, **options)
     assert whole.plan.merge == 2
 
@@ -222,7 +222,7 @@ def test_a_journal_from_before_heads_could_be_merged_is_not_resumed(checkpoint, 
     def stop(*_args):
         raise RuntimeError("stopped")
 
-    monkeypatch.setattr("kvprune.channels.planning.estimate_sensitivity", stop)
+    monkeypatch.setattr("kvprune.channels.prune.refit", stop)
     with pytest.raises(RuntimeError, match="stopped"):
         kvprune.prune(checkpoint, tmp_path / "out", **COARSE)
     path = tmp_path / "out" / ".resume" / "settings.json"

@@ -69,7 +69,7 @@ def tiny_model_like(checkpoint):
 
 
 def test_record_has_the_contract_fields(checkpoint, texts):
-    record = kvprune.prune(checkpoint, ratio=0.5, **COARSE).record
+    record = kvprune.prune(checkpoint, ratio=0.5, allocation="budget", **COARSE).record
     contract = "source ratio ratio_achieved kv_bytes_per_token parameters widths layout method perplexity seconds"
     assert set(contract.split()) | {"peak_memory_bytes", "versions", "seed"} <= set(record)
     assert set(record["perplexity"][0]) == {"text", "window", "tokens", "dense", "pruned"}
@@ -246,7 +246,7 @@ def test_a_run_on_other_text_is_not_resumed(checkpoint, texts, tmp_path, monkeyp
     def stop(*_args):
         raise RuntimeError("stopped")
 
-    monkeypatch.setattr("kvprune.channels.planning.estimate_sensitivity", stop)
+    monkeypatch.setattr("kvprune.channels.prune.refit", stop)
     with pytest.raises(RuntimeError, match="stopped"):
         kvprune.prune(checkpoint, tmp_path / "out", **COARSE)
     (texts / "wikitext2-valid.txt").write_text((texts / "ptb-valid.txt").read_text())
@@ -258,13 +258,14 @@ def test_a_run_that_was_stopped_behind_its_probes_goes_on_to_the_same_plan(check
     def stop(*_args):
         raise RuntimeError("stopped")
 
-    whole = kvprune.prune(checkpoint, ratio=0.5, **COARSE)
+    options = {**COARSE, "ratio": 0.5, "allocation": "budget"}
+    whole = kvprune.prune(checkpoint, **options)
     with monkeypatch.context() as patch:
         patch.setattr("kvprune.channels.prune.refit", stop)
         with pytest.raises(RuntimeError, match="stopped"):
-            kvprune.prune(checkpoint, tmp_path / "out", ratio=0.5, **COARSE)
+            kvprune.prune(checkpoint, tmp_path / "out", **options)
     monkeypatch.setattr("kvprune.channels.planning.estimate_sensitivity", stop)  # they are not estimated again
-    found = kvprune.prune(checkpoint, tmp_path / "out", ratio=0.5, resume=True, **COARSE)
+    found = kvprune.prune(checkpoint, tmp_path / "out", resume=True, **options)
     assert found.plan.layers == whole.plan.layers
     assert found.plan.sensitivity == whole.plan.sensitivity
 
@@ -274,7 +275,7 @@ def test_a_run_that_an_older_kvprune_began_is_not_resumed(checkpoint, texts, tmp
         raise RuntimeError("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kvprune.channels.planning.estimate_sensitivity", stop)
+        patch.setattr("kvprune.channels.prune.refit", stop)
         with pytest.raises(RuntimeError, match="stopped"):
             kvprune.prune(checkpoint, tmp_path / "out", **COARSE)
     path = tmp_path / "out" / ".resume" / "settings.json"
@@ -286,7 +287,7 @@ def test_a_run_that_an_older_kvprune_began_is_not_resumed(checkpoint, texts, tmp
 
 
 def test_a_small_ratio_still_probes_something(checkpoint, texts):
-    plan = kvprune.prune(checkpoint, ratio=0.02, **{**COARSE, "min_width": 2}).plan
+    plan = kvprune.prune(checkpoint, ratio=0.02, allocation="budget", **{**COARSE, "min_width": 2}).plan
     assert any(change != 0 for change in plan.sensitivity)
 
 
@@ -348,15 +349,15 @@ def test_other_models_are_refused(tmp_path, texts):
 @pytest.mark.parametrize(("options", "message"), [
     ({"repair_tokens": 2}, "--repair-tokens"),
     ({"allocation": "budget", "probe": 0.5}, "--probe says nothing to --allocation budget.*sensitivity or rank"),
-    ({"probe": 0.5}, "--probe says nothing to --allocation budget"),
-    ({"tau": 5.0}, "--tau says nothing to --allocation budget.*add --allocation sensitivity"),
+    ({"probe": 0.5}, "--probe says nothing to --allocation uniform.*sensitivity or rank"),
+    ({"tau": 5.0}, "--tau says nothing to --allocation uniform.*add --allocation sensitivity"),
     ({"allocation": "rank", "tau": 5.0}, "--tau says nothing to --allocation rank"),
     ({"allocation": "uniform", "probes": "measured"}, "--probes says nothing to --allocation uniform"),
     ({"layout": "uniform", "probe_tokens": 64}, "--probe-tokens says nothing to --allocation uniform"),
     ({"layout": "portable", "allocation": "budget"}, "--layout portable has one width for all layers"),
-    ({"probes": "guessed"}, "unknown probes 'guessed'; choose estimated, measured"),
+    ({"allocation": "budget", "probes": "guessed"}, "unknown probes 'guessed'; choose estimated, measured"),
     ({"repair": "turn"}, "unknown repair"),
-    ({"probe_tokens": 1}, "probe_tokens"),
+    ({"allocation": "budget", "probe_tokens": 1}, "probe_tokens"),
 ])  # fmt: skip
 def test_repair_options_are_refused_before_any_work(checkpoint, texts, tmp_path, options, message):
     with pytest.raises(errors.KVPruneError, match=message):
