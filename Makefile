@@ -84,7 +84,7 @@ test-vllm: .venv-vllm/done $(PRUNED)/config.json $(STOCK)/config.json $(CACHE)/d
 # One prune for all tests that need one of a real model. Its widths are those that vLLM's CPU build takes.
 $(PRUNED)/config.json: $(MODEL) $(SOURCES) | .venv/done
 	rm -rf $(PRUNED)
-	KVPRUNE_DATA=$(CACHE) .venv/bin/kvprune prune $(MODEL) --out $(PRUNED) --ratio 0.25 --align 32 --min-width 32 \
+	KVPRUNE_DATA=$(CACHE) .venv/bin/kvprune prune $(MODEL) --out $(PRUNED) --ratio 0.25 --allocation budget --align 32 --min-width 32 \
 		--calibration wiki --calibration-tokens 4096 --repair-tokens 8192 --eval-tokens 4096 --window 512
 
 $(STOCK)/config.json: $(MODEL) $(SOURCES) | .venv/done
