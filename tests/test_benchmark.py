@@ -331,6 +331,17 @@ def test_the_command_line(checkpoint, monkeypatch, capsys):
             assert "limit" in found
 
 
+def test_merged_heads_on_the_command_line(command, monkeypatch):
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 16}
+    monkeypatch.setitem(
+        shapes.SHAPES, "tiny", small | {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 4}
+    )
+    words = ("bench", "tiny", "--pruned-shape", "--context", 8, "--new-tokens", 2, "--rounds", 1, "--device", "cpu")
+    code, out, _ = command(*words, "--merge", 2, "--json")
+    assert (code, json.loads(out)["environment"]["merge"]) == (0, 2)
+    assert "every 4 KV heads of the second merged" in " ".join(command(*words)[1].split())
+
+
 def test_rounds_are_paired_and_take_turns(checkpoint, monkeypatch):
     clock, order = [0.0], []
     sides = (speed.Side(kvprune.load(checkpoint)), speed.Side(kvprune.load(checkpoint)))

@@ -21,7 +21,7 @@ from kvprune.measure.context import held_tokens
 from kvprune.measure.evaluate import bytes_per_token
 from kvprune.measure.shapes import dense_config, pruned_config, random_model
 from kvprune.measure.speed import Side, alternate
-from kvprune.models.family import dense_head_dim
+from kvprune.models.family import dense_head_dim, dense_kv_heads
 from kvprune.models.source import Source, find_device, load_config, load_model, resolve
 from kvprune.models.tokenizer import one_tokenizer
 from kvprune.options import size_in_bytes, whole_numbers
@@ -111,7 +111,8 @@ def bench(
     asked: dict[str, Any] = {"source": str(source), "against": None if against is None else str(against), "skip": skip}
     layers = None if token_filter is None else token_filter.settings.layers
     asked |= {"skip_layers": layers and list(layers), "pruned_shape_ratio": ratio}
-    asked["merge"] = _merged(models[-1].config)
+    config = models[-1].config
+    asked["merge"] = dense_kv_heads(config) // config.num_key_value_heads
     asked |= {"kv_bits": kv_bits, "quantizer": quantizer_name}
     report: dict[str, Any] = {"environment": asked | _environment(models[0], grid), "cells": []}
     with progress.phase("bench", len(grid.cells)) as advance:
@@ -210,11 +211,6 @@ def _environment(model: PreTrainedModel, grid: Grid) -> dict[str, Any]:
         "attention": model.config._attn_implementation,
         "versions": versions(),
     }
-
-
-def _merged(config: PreTrainedConfig) -> int:
-    """How many dense KV heads one of the model's stands for."""
-    return (getattr(config, "dense_kv_heads", None) or config.num_key_value_heads) // config.num_key_value_heads
 
 
 def _cell(sides: tuple[Side, Side], batch: int, context: int, grid: Grid) -> dict[str, Any]:

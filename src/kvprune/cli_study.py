@@ -40,6 +40,7 @@ def study_calibration(
     seeds: Annotated[int, typer.Option(help="stretches of each text, or samples of self")] = 3,
     ratio: Annotated[float, typer.Option(help="fraction of the KV bytes to remove")] = 0.5,
     importance: Annotated[str | None, AsPrune] = None,
+    merge: Annotated[str | None, AsPrune] = None,
     allocation: Annotated[str | None, AsPrune] = None,
     repair: Annotated[str | None, AsPrune] = None,
     preset: Annotated[str | None, typer.Option(help="kvpruner: the paper's choices")] = None,

@@ -294,15 +294,29 @@ def test_bad_options(options, says):
 
 def test_the_command_line(monkeypatch, capsys):
     words = ["fit", "llama-3-8b", "--memory", "24GiB", "--context", "8192", "--batch", "8"]
-    for more in ([], ["--json"]):
+    for more in ([], ["--json"], ["--json", "--merge", "2"]):
         monkeypatch.setattr("sys.argv", ["kvprune", *words, *more])
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert stop.value.code == 0
         found = capsys.readouterr().out
         if more:
-            assert json.loads(found) == kvprune.fit("llama-3-8b", memory="24GiB", context=8192, batch=8)
+            asked = {"merge": 2} if "--merge" in more else {}
+            assert json.loads(found) == kvprune.fit("llama-3-8b", memory="24GiB", context=8192, batch=8, **asked)
         else:
             assert "ratio" in found
             assert "recommended: 8 bits with the dense model" in found
             assert "weights that a step reads" in found
+
+
+def test_the_table_names_the_heads_that_are_merged(command):
+    words = ("fit", "llama-3-8b", "--memory", "24GiB", "--context", "8192", "--batch", "16")
+    for merge, says in (("auto", ", every 4 KV heads merged into one"), ("2", ", every 2 KV heads"), ("1", "")):
+        code, found, _ = command(*words, "--merge", merge)
+        (line,) = [line for line in found.splitlines() if "is needed" in line]
+        assert code == 0
+        assert says in line
+        assert ("merged" in line) == bool(says)
+    code, _, err = command(*words, "--merge", "3")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "choose auto, 1, 2, 4, 8" in err

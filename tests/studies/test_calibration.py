@@ -166,7 +166,8 @@ MISTAKES = {
     "judged on what is read": (["--text", "texts/ptb-valid.txt", "--eval", "./texts/ptb-valid.txt"], "calibrated on"),
     "judged on a valid split": (["--eval", "texts/ptb-valid.txt"], "calibrated on"),
     "ratio": (["--ratio", "0.9"], "0 to 0.75"),  # 16 of the 64 channels of two heads in one
-    "ratio of heads apart": (["--ratio", "0.6", "--repair", "refit"], "0 to 0.5"),  # 16 of 32
+    "ratio of heads apart": (["--ratio", "0.6", "--merge", "1"], "0 to 0.5"),  # 16 of 32
+    "merge": (["--merge", "3"], "choose auto, 1, 2"),
     "no ratio": (["--ratio", "0"], "above 0"),
     "a ratio between": (["--ratio", "0.27"], "cannot be met"),
     "nan": (["--ratio", "nan"], "--ratio nan"),

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from kvprune.channels.merging import AUTO, asked_merge, is_factored, merge_of
@@ -15,7 +14,6 @@ from kvprune.errors import BadOption, UnreachableRatio
 from kvprune.models.attention import AttentionShape
 from kvprune.models.family import dense_head_dim
 from kvprune.models.source import load_config, resolve
-from kvprune.runtime.modeling import HeadMix, PrunedAttention
 from kvprune.runtime.twin import twin_config
 
 _LLAMA_7B = {
@@ -93,11 +91,4 @@ def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dt
     """A model of that shape with random weights, in eval mode, made on `device`."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for module in model.modules():
-        if isinstance(module, HeadMix):
-            nn.init.normal_(module.weight, std=config.initializer_range)
-        elif isinstance(module, PrunedAttention):  # merged heads have more pairs than there are frequencies
-            half = config.dense_head_dim // 2
-            pairs = torch.arange(module.head_dim // 2) % half
-            module.rope_index.copy_(torch.cat((pairs, pairs + half)))
     return model.eval()
