@@ -212,7 +212,7 @@ def test_any_shape_merge_and_plan(family, merge, kv_heads, groups, head_dim, sha
     """kv_heads: of the pruned model, each of `merge` dense ones in any order. In float64, but for what the models
     themselves round, since bases at random may be far from even."""
     shape = {"kv_heads": kv_heads * merge, "groups": groups, "head_dim": head_dim, "layers": len(shares)}
-    dense = tiny_model(family, **shape, hidden=24, attention=attention, seed=seed).double()
+    dense = tiny_model(family, **shape, attention=attention, seed=seed).double()
     bases = random_bases(dense, merge, seed)
     widths = [max(2, round(share * merge * head_dim / 2) * 2) for share in shares]
     plan = merged_plan(dense, bases, widths, seed)
