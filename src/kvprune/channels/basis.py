@@ -97,35 +97,46 @@ class Basis:
         outputs = _way_back(self.moments.outputs, values.repeat_interleave(m, 0), m)
         return Cut(keys, self._queries(kept.qk, keys), values, outputs, rope)
 
+    @property
+    def _turning(self) -> int:
+        """How many of the pairs of coordinates come from one pair of channels each; slow ones stand behind them."""
+        return self.width // 2 - self.heads.shape[1] * len(self.slow) // 2
+
     def _queries(self, kept: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """(H, D, width): pair by pair, and for the slow ones together."""
-        assert self.moments is not None
+        """The way back of the keys, (H, D, width); kept (groups, width), keys (groups, width, n)."""
         groups, m = self.heads.shape
-        size, half, width = self.width // m, self.width // 2, kept.shape[1]
-        fast = half - m * len(self.slow) // 2  # pairs of coordinates that come from one pair of channels each
-        found = torch.zeros(groups * m, size, width, dtype=torch.float64)
-        for g in range(groups):
-            for pair in self.rope[g, :fast].unique().tolist():
-                first = torch.nonzero((self.rope[g, kept[g]] == pair) & (kept[g] < fast)).flatten()
-                if not len(first):
-                    continue
-                second = torch.searchsorted(kept[g], kept[g, first] + half)
-                here = pair + size // 2 * torch.arange(2)  # the channels of this pair
-                rows = torch.complex(*(keys[g, first].unflatten(1, (m, size))[..., c] for c in here))
-                rows = torch.complex(rows.real, -rows.imag)  # the real row of p k is (Re p, -Im p)
-                for j in range(m):
-                    h = g * m + j
-                    p = rows.unsqueeze(0)
-                    back = _way_back(self.moments.keys[h, pair].unsqueeze(0), p, m, j)[0, 0]  # (components,)
-                    found[h, here[0], first], found[h, here[0], second] = back.real, -back.imag
-                    found[h, here[1], first], found[h, here[1], second] = back.imag, back.real
-            mixed = torch.nonzero((kept[g] % half) >= fast).flatten()
-            if len(mixed):
-                rows = keys[g, mixed].unflatten(1, (m, size))[..., self.slow].flatten(1)  # (mixed, m * s)
-                own = slice(g * m, (g + 1) * m)
-                back = _way_back(self.moments.slow_keys[own], rows.expand(m, -1, -1), m)
-                found[own, self.slow.unsqueeze(1), mixed] = back
-        return found
+        found = torch.zeros(groups, m, self.width // m, kept.shape[1], dtype=torch.float64)
+        for group in range(groups):
+            for pair in self.rope[group, : self._turning].unique().tolist():
+                self._add_pair(found[group], group, pair, kept[group], keys[group])
+            self._add_slow(found[group], group, kept[group], keys[group])
+        return found.flatten(0, 1)
+
+    def _add_pair(self, found: torch.Tensor, group: int, pair: int, kept: torch.Tensor, keys: torch.Tensor) -> None:
+        """The kept components of one pair of channels that turns, into found (m, D, width)."""
+        assert self.moments is not None
+        m, size, _ = found.shape
+        first = torch.nonzero((self.rope[group, kept] == pair) & (kept < self._turning)).flatten()
+        if not len(first):
+            return
+        second = torch.searchsorted(kept, kept[first] + self.width // 2)
+        a, b = pair, pair + size // 2  # its channels
+        rows = keys[first].unflatten(1, (m, size))
+        components = torch.complex(rows[..., a], -rows[..., b])  # the real row of p k is (Re p, -Im p)
+        for member, moment in enumerate(self.moments.keys[group * m : (group + 1) * m, pair]):
+            back = _way_back(moment.unsqueeze(0), components.unsqueeze(0), m, member)[0, 0]
+            found[member, a, first], found[member, a, second] = back.real, -back.imag
+            found[member, b, first], found[member, b, second] = back.imag, back.real
+
+    def _add_slow(self, found: torch.Tensor, group: int, kept: torch.Tensor, keys: torch.Tensor) -> None:
+        """The kept directions of the slow pairs, into found (m, D, width)."""
+        assert self.moments is not None
+        m, size, _ = found.shape
+        mixed = torch.nonzero(kept % (self.width // 2) >= self._turning).flatten()
+        if len(mixed):
+            rows = keys[mixed].unflatten(1, (m, size))[..., self.slow].flatten(1)  # (mixed, m * s)
+            moments = self.moments.slow_keys[group * m : (group + 1) * m]
+            found[:, self.slow.unsqueeze(1), mixed] = _way_back(moments, rows.expand(m, -1, -1), m)
 
     def of_values(self) -> "Basis":
         """This basis with the keys' channels as they are; for m = 1."""
