@@ -117,7 +117,7 @@ def recover(
     dropout: Annotated[float | None, typer.Option(help="before the adapters  [default: 0]")] = None,
     lr: Annotated[
         float | None,
-        typer.Option(help="highest learning rate  [default: 0.0015; next-token, or less than 3/8 cut: 0.0005]"),
+        typer.Option(help="highest learning rate  [default: 0.001; next-token, or less than 3/8 cut: 0.0005]"),
     ] = None,
     warmup: Annotated[int | None, typer.Option(help="steps up to it, then a cosine to 0  [default: 10]")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="of AdamW  [default: 0]")] = None,

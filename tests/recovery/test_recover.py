@@ -210,9 +210,9 @@ def test_a_preset_decides(pruned, texts, quick):
 
 def test_learning_rate():
     assert Settings(folder="x").loss == "logits"
-    assert (Settings(folder="x").highest_lr, Settings(folder="x", loss="next-token").highest_lr) == (1.5e-3, 5e-4)
-    assert Settings(folder="x").as_json()["lr"] == 1.5e-3
-    assert [Settings(folder="x").for_cut(ratio).highest_lr for ratio in (0.25, 0.5)] == [5e-4, 1.5e-3]
+    assert (Settings(folder="x").highest_lr, Settings(folder="x", loss="next-token").highest_lr) == (1e-3, 5e-4)
+    assert Settings(folder="x").as_json()["lr"] == 1e-3
+    assert [Settings(folder="x").for_cut(ratio).highest_lr for ratio in (0.25, 0.5)] == [5e-4, 1e-3]
     assert Settings(folder="x", lr=1e-2).for_cut(0.25).highest_lr == 1e-2
     assert Settings(folder="x", loss="next-token").for_cut(0.25).highest_lr == 5e-4
     settings = Settings(folder="x", lr=1.0, warmup=3, steps=11)
