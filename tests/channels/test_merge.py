@@ -16,7 +16,7 @@ from kvprune.channels.settings import Settings, with_preset
 from kvprune.models.attention import AttentionShape
 from kvprune.progress import Progress
 from kvprune.runtime.modeling import CACHE
-from tiny import COARSE, QUICK, VOCABULARY, tiny_model, tiny_tokenizer
+from tiny import COARSE, QUICK, VOCABULARY, stop, tiny_model, tiny_tokenizer
 
 WITHOUT_WIDTHS = {name: value for name, value in COARSE.items() if name not in ("repair_tokens", "align", "min_width")}
 
@@ -202,9 +202,6 @@ def test_a_run_that_was_stopped_goes_on_to_equal_weights(checkpoint, texts, tmp_
     whole = kvprune.prune(checkpoint, **options)
     assert whole.plan.merge == 2
 
-    def stop(*_args):
-        raise RuntimeError("stopped")
-
     with monkeypatch.context() as patch:
         module = "planning" if stage == "estimate_sensitivity" else "prune"
         patch.setattr(f"kvprune.channels.{module}.{stage}", stop)
@@ -219,9 +216,6 @@ def test_a_run_that_was_stopped_goes_on_to_equal_weights(checkpoint, texts, tmp_
 
 
 def test_a_journal_from_before_heads_could_be_merged_is_not_resumed(checkpoint, texts, tmp_path, monkeypatch):
-    def stop(*_args):
-        raise RuntimeError("stopped")
-
     monkeypatch.setattr("kvprune.channels.prune.refit", stop)
     with pytest.raises(RuntimeError, match="stopped"):
         kvprune.prune(checkpoint, tmp_path / "out", **COARSE)

@@ -16,7 +16,7 @@ import kvprune
 from kvprune import errors
 from kvprune.measure.memory import cache_bytes
 from kvprune.runtime.modeling import CACHE
-from tiny import COARSE, QUICK, tiny_model, tiny_tokenizer
+from tiny import COARSE, QUICK, stop, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("importance", ["variance", "energy", "taylor", "l1", "l2"])
@@ -243,9 +243,6 @@ def test_nan_that_only_the_evaluation_meets_leaves_nothing(texts, checkpoint, tm
 
 
 def test_a_run_on_other_text_is_not_resumed(checkpoint, texts, tmp_path, monkeypatch):
-    def stop(*_args):
-        raise RuntimeError("stopped")
-
     monkeypatch.setattr("kvprune.channels.prune.refit", stop)
     with pytest.raises(RuntimeError, match="stopped"):
         kvprune.prune(checkpoint, tmp_path / "out", **COARSE)
@@ -255,9 +252,6 @@ def test_a_run_on_other_text_is_not_resumed(checkpoint, texts, tmp_path, monkeyp
 
 
 def test_a_run_that_was_stopped_behind_its_probes_goes_on_to_the_same_plan(checkpoint, texts, tmp_path, monkeypatch):
-    def stop(*_args):
-        raise RuntimeError("stopped")
-
     options = {**COARSE, "ratio": 0.5, "allocation": "budget"}
     whole = kvprune.prune(checkpoint, **options)
     with monkeypatch.context() as patch:
@@ -271,9 +265,6 @@ def test_a_run_that_was_stopped_behind_its_probes_goes_on_to_the_same_plan(check
 
 
 def test_a_run_that_an_older_kvprune_began_is_not_resumed(checkpoint, texts, tmp_path, monkeypatch):
-    def stop(*_args):
-        raise RuntimeError("stopped")
-
     with monkeypatch.context() as patch:
         patch.setattr("kvprune.channels.prune.refit", stop)
         with pytest.raises(RuntimeError, match="stopped"):

@@ -31,10 +31,6 @@ class Kept:
     qk: torch.Tensor
     vo: torch.Tensor
 
-    @property
-    def width(self) -> int:
-        return self.qk.shape[1]
-
 
 @dataclass(frozen=True)
 class Cut:
@@ -50,10 +46,6 @@ class Cut:
     values: torch.Tensor
     outputs: torch.Tensor
     rope: torch.Tensor
-
-    @property
-    def merge(self) -> int:
-        return self.keys.shape[2] // self.queries.shape[1]
 
     def projections(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What keys and values of a group become when they go to the kept coordinates and back,
@@ -98,7 +90,7 @@ class Basis:
         return Cut(keys, self._queries(kept.qk, keys), values, outputs, rope)
 
     @property
-    def _turning(self) -> int:
+    def turning(self) -> int:
         """How many of the pairs of coordinates come from one pair of channels each; slow ones stand behind them."""
         return self.width // 2 - self.heads.shape[1] * len(self.slow) // 2
 
@@ -107,7 +99,7 @@ class Basis:
         groups, m = self.heads.shape
         found = torch.zeros(groups, m, self.width // m, kept.shape[1], dtype=torch.float64)
         for group in range(groups):
-            for pair in self.rope[group, : self._turning].unique().tolist():
+            for pair in self.rope[group, : self.turning].unique().tolist():
                 self._add_pair(found[group], group, pair, kept[group], keys[group])
             self._add_slow(found[group], group, kept[group], keys[group])
         return found.flatten(0, 1)
@@ -116,7 +108,7 @@ class Basis:
         """The kept components of one pair of channels that turns, into found (m, D, width)."""
         assert self.moments is not None
         m, size, _ = found.shape
-        first = torch.nonzero((self.rope[group, kept] == pair) & (kept < self._turning)).flatten()
+        first = torch.nonzero((self.rope[group, kept] == pair) & (kept < self.turning)).flatten()
         if not len(first):
             return
         second = torch.searchsorted(kept, kept[first] + self.width // 2)
@@ -132,7 +124,7 @@ class Basis:
         """The kept directions of the slow pairs, into found (m, D, width)."""
         assert self.moments is not None
         m, size, _ = found.shape
-        mixed = torch.nonzero(kept % (self.width // 2) >= self._turning).flatten()
+        mixed = torch.nonzero(kept % (self.width // 2) >= self.turning).flatten()
         if len(mixed):
             rows = keys[mixed].unflatten(1, (m, size))[..., self.slow].flatten(1)  # (mixed, m * s)
             moments = self.moments.slow_keys[group * m : (group + 1) * m]
@@ -194,15 +186,8 @@ def value_basis(moments: AttentionMoments, o: torch.Tensor) -> torch.Tensor:
     optimum is the singular value decomposition of W_o E[z z^T]^(1/2). All coordinates have variance one, so none
     dominates a quantised cache.
     """
-    groups, m = moments.heads.shape
-    size = o.shape[2]
-    gram = torch.einsum("hgdx,hgex->hde", o.double(), o.double()).unflatten(0, (groups, m))
-    weight = torch.zeros(groups, m, size, m, size, dtype=torch.float64)
-    for j in range(m):
-        weight[:, j, :, j] = gram[:, j]
-    root, inverse = _roots(moments.outputs.unflatten(0, (groups, m)).mean(1))
-    _, right = torch.linalg.eigh(root.mT @ weight.reshape(groups, m * size, m * size) @ root)
-    return right.flip(-1).mT @ inverse  # eigh is ascending
+    gram = torch.einsum("hgdx,hgex->hde", o.double(), o.double())
+    return _directions(gram, moments.outputs, moments.heads.shape)[0]
 
 
 def key_basis(
@@ -232,7 +217,7 @@ def key_basis(
         worth[:, a] = worth[:, b] = energy.flatten(1) / 4
         rope[:, a], rope[:, b] = channel, channel + half
     if len(slow):
-        matrix, kept = _slow_directions(moments)  # (groups, m * s, m * s), (groups, m * s)
+        matrix, kept = _directions(moments.slow_queries, moments.slow_keys, moments.heads.shape)
         pairs = torch.arange(m * len(slow) // 2)
         for part in range(2):
             place = len(a) + pairs + part * (n // 2)
@@ -255,16 +240,22 @@ def _components(moments: AttentionMoments, fast: list[int]) -> tuple[torch.Tenso
     return right.flip(-1).mH @ inverse, values.flip(-1).clamp_min(0)
 
 
-def _slow_directions(moments: AttentionMoments) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (groups, m * s, m * s), and what each keeps (groups, m * s), descending."""
-    groups, m = moments.heads.shape
-    s = moments.slow_queries.shape[1]
+def _directions(
+    weights: torch.Tensor, covariances: torch.Tensor, shape: torch.Size
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (groups, m * s, m * s), the first d of which are the best rank-d cut, and what each keeps (groups, m * s).
+
+    weights (H, s, s): how much each head's own s coordinates matter; covariances (H, m * s, m * s): of its group's, of
+    which the heads' mean is taken; shape: (groups, m). All kept coordinates have variance one.
+    """
+    groups, m = shape
+    s = weights.shape[1]
     weight = torch.zeros(groups, m, s, m, s, dtype=torch.float64)
-    for j, queries in enumerate(moments.slow_queries.unflatten(0, (groups, m)).unbind(1)):
-        weight[:, j, :, j] = queries
-    root, inverse = _roots(moments.slow_keys.unflatten(0, (groups, m)).mean(1))
+    for j, own in enumerate(weights.unflatten(0, shape).unbind(1)):
+        weight[:, j, :, j] = own
+    root, inverse = _roots(covariances.unflatten(0, shape).mean(1))
     values, right = torch.linalg.eigh(root.mT @ weight.reshape(groups, m * s, m * s) @ root)
-    return right.flip(-1).mT @ inverse, values.flip(-1).clamp_min(0)
+    return right.flip(-1).mT @ inverse, values.flip(-1).clamp_min(0)  # eigh is ascending
 
 
 def _way_back(moment: torch.Tensor, down: torch.Tensor, m: int, member: int | None = None) -> torch.Tensor:

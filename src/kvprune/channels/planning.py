@@ -155,6 +155,8 @@ class Planner:
         if not scores:
             with self.phase("importance", sum(len(b) for b in self.batches)) as advance:
                 scores = score_layers(self.view, importance, self.batches, advance)
+            if bases is not None:  # V is rotated, whatever scores the channels of Q and K
+                scores = [Scores(score.qk, score.vo[:, :0]) for score in scores]
         return scores, bases
 
     def _attention(self, importance: str, merge: int | None) -> tuple[list[Scores], list[Basis] | None]:
@@ -164,10 +166,8 @@ class Planner:
 
     def _kept(self, score: Scores, width: int) -> Kept:
         """The coordinates of one layer that stay."""
-        s = self.settings
-        if s.rotates and score.vo.numel():  # V is rotated, whatever scores the channels of Q and K
-            score = Scores(score.qk, score.vo[:, :0])
-        return select(score, width, rope_pairs(self.grid.head_dim, self.view.family.rope), s.channels == "joint")
+        units = rope_pairs(self.grid.head_dim, self.view.family.rope)
+        return select(score, width, units, self.settings.channels == "joint")
 
     def _probes(self, scores: list[Scores], bases: list[Basis] | None, width: int) -> list[Probe]:
         plain = identity(self.view.shape.kv_heads, self.grid.head_dim)

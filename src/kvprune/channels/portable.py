@@ -79,8 +79,7 @@ def _stock_order(basis: Basis, kept: torch.Tensor) -> torch.Tensor:
     Directions of slow pairs hardly turn, whichever of these pairs they get: each gets its own, the leading direction
     the slowest. Raises PlanMismatch unless each pair gets one.
     """
-    fast = basis.width // 2 - basis.heads.shape[1] * len(basis.slow) // 2
-    turning, still = kept[kept < fast], kept[kept >= fast]
+    turning, still = kept[kept < basis.turning], kept[kept >= basis.turning]
     pairs = torch.cat((basis.rope[0, turning], basis.slow[::2][: len(still)]))
     if len(pairs) != len(kept) or pairs.sort().values.tolist() != [*range(basis.width // (2 * basis.heads.shape[1]))]:
         raise PlanMismatch("layout stock needs one coordinate of each RoPE pair; make the plan with that layout")

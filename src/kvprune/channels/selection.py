@@ -40,10 +40,8 @@ def one_of_each(basis: Basis) -> Kept:
     """As many coordinates as a dense head has channels: the first component of every RoPE pair that turns, and of the
     slow pairs as many leading directions as one head has. For the stock layout; nothing else would be a stock head."""
     groups, m = basis.heads.shape
-    half, slow = basis.width // 2, len(basis.slow) // 2  # pairs: of coordinates, and slow ones of one head
-    fast = half - m * slow
-    first = torch.cat((torch.arange(0, fast, m), fast + torch.arange(slow)))
-    return Kept(torch.cat((first, first + half)).repeat(groups, 1), leading(groups, basis.width // m))
+    first = torch.cat((torch.arange(0, basis.turning, m), basis.turning + torch.arange(len(basis.slow) // 2)))
+    return Kept(torch.cat((first, first + basis.width // 2)).repeat(groups, 1), leading(groups, basis.width // m))
 
 
 def _top(score: torch.Tensor, width: int, units: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvprune.channels.merging import AUTO, asked_merge, divisors, is_factored, is_within, merge_of
+from kvprune.channels.portable import LAYOUTS
 from kvprune.errors import BadOption
 from kvprune.measure.context import held_tokens, longest, slides
 from kvprune.measure.memory import kv_bytes_per_token, parameters
@@ -65,7 +66,7 @@ def fit(
         raise BadOption(f"{source} does not say which dtype its weights have; give --dtype")
     if context > config.max_position_embeddings:
         raise BadOption(f"--context {context} is more than the {config.max_position_embeddings} that the model takes")
-    weights = _Weights.of(config, layout in ("portable", "stock"))
+    weights = _Weights.of(config, layout in LAYOUTS)
     shape = weights.shape
     grid = _Grid(shape, layout, asked_merge(merge), math.ceil(min_width / align) * align, align)
     if layout == "stock":  # whole heads, of the width that they have

@@ -22,10 +22,9 @@ def twin_config(
         settings["dense_kv_heads"] = settings["num_key_value_heads"]
         settings["num_key_value_heads"] //= merge
     config = modeling.config_class(dense.model_type)(**settings)
-    config.per_layer_config = {i: {"head_dim": width} for i, width in enumerate(widths)}
+    layers: dict[int, dict[str, Any]] = {i: {"head_dim": width} for i, width in enumerate(widths)}
     if any(factored):
-        config.per_layer_config = {
-            i: {"head_dim": width, "factored": bool(mixes)}
-            for i, (width, mixes) in enumerate(zip(widths, factored, strict=True))
-        }
+        for layer, mixes in zip(layers.values(), factored, strict=True):
+            layer["factored"] = bool(mixes)
+    config.per_layer_config = layers
     return config
