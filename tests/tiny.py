@@ -169,9 +169,10 @@ def make_plan(model, layers, ratio=0.5, merge=1) -> PruningPlan:
 
 
 def measured_bases(model, merge, *, slow=False, text=None) -> list[Basis]:
-    """Bases across groups of `merge` KV heads, from what the attention does on random text; slow: mix slow pairs."""
+    """Bases across groups of `merge` KV heads, from what the attention does on random text; slow: mix slow pairs, or
+    these pairs, whether they are slow or not."""
     view = ModelView(model)
-    channels = slow_channels(view) if slow else torch.empty(0, dtype=torch.int64)
+    channels = slow_channels(view) if slow is True else view.units[slow or []].flatten()
     moments = attention_moments(view, batches() if text is None else text, channels, merge, lambda layers: None)
     return [basis_of(m, a.weights(), channels)[0] for m, a in zip(moments, view.attention, strict=True)]
 
@@ -279,9 +280,13 @@ def mask_dense(model, layers):
 @torch.no_grad()
 def project_dense(model, plan, bases):
     """A copy of the dense model whose keys (weights and biases) and values (weights alone) go to the kept coordinates
-    and back, Q and O untouched. The maps there and back are the bases'; the rest is written out."""
+    and back, Q and O untouched, and whose mixed pairs do not turn. The maps there and back are the bases'; the rest is
+    written out."""
     projected = copy.deepcopy(model)
     d = model.config.head_dim
+    still = [channel for channel in bases[0].slow.tolist() if channel < d // 2]
+    for name in ("inv_freq", "original_inv_freq"):
+        getattr(projected.model.rotary_emb, name)[still] = 0
     for block, layer, basis in zip(projected.model.layers, plan.layers, bases, strict=True):
         attention, width = block.self_attn, layer.width
         leading = [list(range(width)) for _ in layer.qk]

@@ -8,13 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
+from kvprune.runtime import modeling
 from kvprune.runtime.modeling import CACHE
 from tiny import (
     FAMILIES,
-    STILL,
     VOCABULARY,
     make_plan,
     mask_dense,
@@ -27,6 +28,7 @@ from tiny import (
 )
 
 TOLERANCE = 1e-5
+SLIDING = ("mistral", "qwen2-sliding")
 GROUPS = {"one query head per KV head": (3, 1), "groups of three": (2, 3), "one KV head for all": (1, 4)}
 # How many of four KV heads become one, the layers' widths, and which of the two are factored.
 MERGES = {
@@ -172,16 +174,53 @@ def test_any_shape_and_plan(family, kv_heads, groups, head_dim, shares, attentio
     assert [tuple(layer.values.shape[i] for i in (0, 1, 3)) for layer in cache.layers] == expected
 
 
+@pytest.mark.parametrize("many", [4, 1000], ids=["at the dense width", "at the kept width"])
 @pytest.mark.parametrize("merge", [1, 2, 4])
-@pytest.mark.parametrize("family", ["llama", "llama-bias", "qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_merged_heads_with_slow_pairs_mixed(family, merge):
-    """Over pairs and heads; exact where they do not turn, which are all but the first."""
-    dense = tiny_model(family, kv_heads=4, groups=2, **STILL)
-    bases = measured_bases(dense, merge, slow=True, text=LONGER)
-    assert all(len(basis.slow) == 14 for basis in bases)
-    plan = merged_plan(dense, bases, (8 * merge, 12 * merge))
-    check(dense, project_dense(dense, plan, bases), cut(ModelView(dense), plan, bases))
+def test_merged_heads_with_slow_pairs_mixed(family, merge, many, monkeypatch):
+    """Over pairs and heads: what is mixed does not turn, however fast it turned in the dense model."""
+    monkeypatch.setattr(modeling, "MANY", many)
+    dense = tiny_model(family, kv_heads=4, groups=2, hidden=48)
+    bases = measured_bases(dense, merge, slow=[2, 7, 4, 5], text=LONGER)
+    plan = merged_plan(dense, bases, (6 * merge, 12 * merge))
+    pruned = cut(ModelView(dense), plan, bases)
+    assert all((layer.self_attn.rope_index == 16).any() for layer in pruned.model.layers)
+    check(dense, project_dense(dense, plan, bases), pruned)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("merge", [2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_many_tokens_attend_at_the_dense_width(family, merge, attention, monkeypatch):
+    """The numbers are the same; the width that attention runs at, and what the cache holds, are looked at."""
+    _, projected, pruned = merged_pair(family, 2, merge, (28, 12))
+    assert [layer.factored for layer in pruned.config.per_layer_config] == [True, False]
+    for model in (projected, pruned):
+        model.set_attn_implementation(attention)
+    ids = torch.randint(3, VOCABULARY, (2, 14))
+    expected = projected(ids).logits
+    seen = []
+    own = ALL_ATTENTION_FUNCTIONS.get_interface(attention, pruned.model.layers[0].self_attn.eager_attention)
+
+    def watched(module, query, key, value, *args, **kwargs):
+        seen.append((query.shape[1:], key.shape[1:], value.shape[1:]))
+        return own(module, query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(type(ALL_ATTENTION_FUNCTIONS), "get_interface", lambda *args: watched)
+    for many, steps in ((15, (14,)), (14, (14,)), (4, (5, 4, 1, 4))):
+        monkeypatch.setattr(modeling, "MANY", many)
+        seen.clear()
+        cache = DynamicCache(config=pruned.config)
+        close(torch.cat([pruned(x, **{CACHE: cache}).logits for x in ids.split(steps, 1)], 1), expected)
+        assert [layer.keys.shape[1::2] for layer in cache.layers] == [(4 // merge, width) for width in (28, 12)]
+        for i, tokens in enumerate(steps):
+            heads, width = (4, 16) if tokens >= many else (4 // merge, 28)
+            query, *read = seen[2 * i]
+            known = sum(steps[: i + 1]) if family not in SLIDING else read[0][1]
+            assert (query, read) == ((8, tokens, width), [(heads, known, width)] * 2)
+            assert seen[2 * i + 1][0] == (8, tokens, 12)
 
 
 @pytest.mark.parametrize("family", ["llama-bias", "qwen2"])

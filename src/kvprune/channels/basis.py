@@ -38,7 +38,8 @@ class Cut:
 
     From a group's m * D channels to what is kept: keys, values (groups, width, m * D). Back to each head's own D
     channels: queries, outputs (H, D, width); a query q becomes queries^T q, and what a head's attention puts out is
-    outputs times what it mixed. rope (groups, width): the dense channel whose cos and sin turn each coordinate.
+    outputs times what it mixed. rope (groups, width): the dense channel whose cos and sin turn each coordinate, or D
+    for none: slow pairs are mixed as they are before RoPE, and only no turn at all commutes with that.
     """
 
     keys: torch.Tensor
@@ -83,7 +84,8 @@ class Basis:
         groups, m = self.heads.shape
         which = torch.arange(groups).unsqueeze(1)
         keys, values = self.keys[which, kept.qk], self.values[which, kept.vo]
-        rope = self.rope[which, kept.qk]
+        is_mixed = kept.qk % (self.width // 2) >= self.turning
+        rope = self.rope[which, kept.qk].masked_fill(is_mixed, self.width // m)
         if self.moments is None:
             return Cut(keys, keys.mT.contiguous(), values, values.mT.contiguous(), rope)
         outputs = _way_back(self.moments.outputs, values.repeat_interleave(m, 0), m)

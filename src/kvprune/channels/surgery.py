@@ -45,12 +45,13 @@ def cut(view: ModelView, plan: PruningPlan, bases: Sequence[Basis] | None = None
         with torch.device("meta"):
             pruned = AutoModelForCausalLM.from_config(_config(view, plan, factored), dtype=dense.dtype)
         rotary = copy.deepcopy(dense.base_model.rotary_emb)  # some tables change with the context, each its own
+    scaling = 1.0 if is_stock else float(getattr(rotary, "attention_scaling", 1.0))
     state = dict(dense.state_dict())
     base = dense.base_model_prefix
     for index, (attention, layer) in enumerate(zip(view.attention, plan.layers, strict=True)):
         prefix = f"{base}.{view.family.layers}.{index}.{view.family.attention}."
         state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
-        narrow = _narrow(attention.weights(), bases[index], _kept(layer), factored[index], order)
+        narrow = _narrow(attention.weights(), bases[index], _kept(layer), factored[index], order, scaling)
         if is_stock:
             _make_stock(narrow, portable.query_scale(view, plan))
         state |= {prefix + name: tensor for name, tensor in narrow.items()}
@@ -81,11 +82,15 @@ def _config(view: ModelView, plan: PruningPlan, factored: Sequence[bool]):
 
 
 def _narrow(
-    w: AttentionWeights, basis: Basis, kept: Kept, factored: bool, order: torch.Tensor | None
+    w: AttentionWeights, basis: Basis, kept: Kept, factored: bool, order: torch.Tensor | None, scaling: float
 ) -> dict[str, torch.Tensor]:
     """Q, K, V and O of the kept coordinates, named as PrunedAttention names them. order (width,): which of the kept
-    coordinates of Q and K stands where; None: as they are."""
+    coordinates of Q and K stands where; None: as they are. scaling: what RoPE multiplies queries and keys by as it
+    turns them."""
     maps, dtype, device = basis.cut(kept), w.k.dtype, w.k.device
+    if scaling != 1:  # what RoPE leaves alone has it from the queries
+        still = (maps.rope == w.k.shape[1]).repeat_interleave(basis.heads.shape[1], 0).unsqueeze(1)
+        maps = replace(maps, queries=torch.where(still, maps.queries * scaling**2, maps.queries))
     if order is not None:
         maps = replace(maps, keys=maps.keys[:, order], queries=maps.queries[..., order], rope=maps.rope[:, order])
     heads, hidden = basis.heads, w.k.shape[-1]

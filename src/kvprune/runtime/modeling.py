@@ -13,6 +13,9 @@ model in which each layer's attention has been replaced by `PrunedAttention`. No
 - A KV head may stand for several dense ones (merged heads): `num_key_value_heads` is what the cache holds, and
   `dense_kv_heads` what the dense model had. Q and O are then written out at the merged width, or, where that would read
   more bytes, stay at the dense width with a small matrix per dense KV head behind Q and before O (`HeadMix`).
+- Merged heads are wider than dense ones, which costs nothing where memory is what limits (decoding), and time where
+  arithmetic is (prefill). So for many new tokens at once the same small matrices lead keys and values, not queries and
+  outputs, and attention runs at the dense width: the same numbers, since RoPE and these matrices commute.
 - Widths live in `per_layer_config[i].head_dim`, which transformers and vLLM both read. `config.head_dim` is the one
   width where all layers have the same, so that whoever makes a cache by it is right, and else the dense head_dim.
 - Folders live for years, and transformers renames what a block hands its attention. The KV cache is taken under any
@@ -43,8 +46,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 FAMILIES = ("llama", "mistral", "qwen2")  # every dense model_type that has a pruned twin here
 PREFIX = "kvprune_"  # model_type of the twin: kvprune_llama, ...
-# Of this file. 1 (which said no number) loses the cache from transformers 5.24 on; 2 knows no merged heads.
-VERSION = 3
+# Of this file. 1 (which said no number) loses the cache from transformers 5.24 on; 2 knows no merged heads; 3 has no
+# channels that RoPE leaves alone.
+VERSION = 4
+MANY = 256  # new tokens at once from which attention at the dense width saves more than leading keys and values there
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what transformers has called it, or may
 # What it is called here, in calls of a model and in what a model returns: "cache" from transformers 5.24 on.
 CACHE = CACHE_NAMES[0] if CACHE_NAMES[0] in BaseModelOutputWithPast.__dataclass_fields__ else CACHE_NAMES[1]
@@ -97,6 +102,16 @@ class HeadMix(nn.Module):
         return mixed.unflatten(1, grouped.shape[1:3]).transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
+class DenseHeads(nn.Module):
+    """What attention functions ask of a layer, for `PrunedAttention` at the dense width."""
+
+    def __init__(self, of: "PrunedAttention", dense_kv_heads: int):
+        super().__init__()
+        self.config, self.layer_idx, self.scaling, self.is_causal = of.config, of.layer_idx, of.scaling, of.is_causal
+        self.head_dim, self.sliding_window = of.config.dense_head_dim, of.sliding_window
+        self.num_key_value_groups = of.config.num_attention_heads // dense_kv_heads
+
+
 class PrunedAttention(nn.Module):
     """Attention with `width` channels per head (half-split RoPE, GQA).
 
@@ -129,10 +144,17 @@ class PrunedAttention(nn.Module):
         dense_kv_heads = config.dense_kv_heads or kv_heads
         self.q_mix = HeadMix(dense_kv_heads, own, width) if factored else None
         self.o_mix = HeadMix(dense_kv_heads, width, own) if factored else None
+        self.dense_heads = DenseHeads(self, dense_kv_heads) if config.rebuilds and factored and width > own else None
         self.rope_index: torch.Tensor
         # Until weights come: the pairs in turn. (kv_heads, width)
         pairs, half = torch.arange(width // 2), config.dense_head_dim // 2
         self.register_buffer("rope_index", torch.cat((pairs % half, pairs % half + half)).repeat(kv_heads, 1))
+
+    def turns(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (B or 1, T, dense head_dim) at the kept channels' own frequencies, (B or 1, kv_heads, T, width);
+        where rope_index is behind the dense channels RoPE leaves a channel alone."""
+        cos, sin = nn.functional.pad(cos, (0, 1), value=1.0), nn.functional.pad(sin, (0, 1))
+        return cos[..., self.rope_index].transpose(1, 2), sin[..., self.rope_index].transpose(1, 2)
 
     def _rotate(self, query, key, cos, sin):
         """RoPE at the kept channels' own frequencies.
@@ -145,11 +167,15 @@ class PrunedAttention(nn.Module):
                 f"layer {self.layer_idx}: {kv_heads} KV heads reached a layer pruned for "
                 f"{self.rope_index.shape[0]}; tensor parallelism across KV heads is not supported"
             )
-        cos = cos[..., self.rope_index].transpose(1, 2)  # (B, kv_heads, T, width)
-        sin = sin[..., self.rope_index].transpose(1, 2)
-        key = key * cos + rotate_half(key) * sin
+        own_cos, own_sin = self.turns(cos, sin)
+        key = key * own_cos + rotate_half(key) * own_sin
+        if query.shape[-1] != self.head_dim:
+            # At the dense width a channel turns if the cache has any that turns with it; what it has none of is zero.
+            turned = torch.isin(torch.arange(cos.shape[-1], device=cos.device), self.rope_index)
+            cos, sin = cos.where(turned, 1.0).unsqueeze(1), sin.where(turned, 0.0).unsqueeze(1)
+            return query * cos + rotate_half(query) * sin, key
         grouped = query.unflatten(1, (kv_heads, -1))  # (B, kv_heads, groups, T, width)
-        grouped = grouped * cos.unsqueeze(2) + rotate_half(grouped) * sin.unsqueeze(2)
+        grouped = grouped * own_cos.unsqueeze(2) + rotate_half(grouped) * own_sin.unsqueeze(2)
         return grouped.flatten(1, 2), key
 
     def queries(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -160,6 +186,20 @@ class PrunedAttention(nn.Module):
     def outputs(self, attended: torch.Tensor) -> torch.Tensor:
         """Mixed values (..., heads * width) -> (..., hidden)."""
         return self.o_proj(attended if self.o_mix is None else self.o_mix(attended))
+
+    def _rebuild(self, key, value):
+        """Keys (with RoPE) and values (B, kv_heads, tokens, width) -> those of the dense heads and width, (B, dense KV
+        heads, tokens, dense head_dim). What mixes channels that turn alike commutes with RoPE."""
+        assert self.q_mix is not None and self.o_mix is not None
+        down = self.q_mix.weight.mT, self.o_mix.weight  # (dense KV heads, width, dense head_dim)
+        to_keys, to_values = (matrix.unflatten(0, (key.shape[1], -1)) for matrix in down)
+        return (key.unsqueeze(2) @ to_keys).flatten(1, 2), (value.unsqueeze(2) @ to_values).flatten(1, 2)
+
+    def _is_rebuilt(self, tokens, cache, kwargs):
+        """Whether keys and values are led to the dense width: for many new tokens, where no engine reads the cache."""
+        own = cache is None or isinstance(cache, (Cache, CacheLayerMixin))
+        engine = kwargs.get("attention_instances") is not None or kwargs.get(PAGED) is not None
+        return self.dense_heads is not None and tokens >= MANY and own and not engine
 
     def _update(self, cache, key, value, kwargs):
         """Keys and values (B, kv_heads, T, width) -> all that are cached; a paged cache reads and changes kwargs."""
@@ -191,8 +231,12 @@ class PrunedAttention(nn.Module):
             )
         self._check_engine(kwargs)
         input_shape = hidden_states.shape[:-1]
+        is_rebuilt = self._is_rebuilt(input_shape[-1], cache, kwargs)
         hidden_shape = (*input_shape, -1, self.head_dim)
-        query_states = self.queries(hidden_states).view(hidden_shape).transpose(1, 2)
+        if is_rebuilt:
+            query_states = self.q_proj(hidden_states).view(*input_shape, -1, self.config.dense_head_dim).transpose(1, 2)
+        else:
+            query_states = self.queries(hidden_states).view(hidden_shape).transpose(1, 2)
         key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
 
@@ -201,12 +245,14 @@ class PrunedAttention(nn.Module):
 
         if cache is not None:
             key_states, value_states = self._update(cache, key_states, value_states, kwargs)
+        if is_rebuilt:
+            key_states, value_states = self._rebuild(key_states, value_states)
 
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, self.eager_attention
         )
         attn_output, attn_weights = attention_interface(
-            self,
+            self.dense_heads if is_rebuilt else self,
             query_states,
             key_states,
             value_states,
@@ -216,7 +262,8 @@ class PrunedAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.outputs(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
+        attn_output = attn_output.reshape(*input_shape, -1).contiguous()
+        return (self.o_proj if is_rebuilt else self.outputs)(attn_output), attn_weights
 
 
 def _look_at_copy(name: Any) -> None:
@@ -237,6 +284,9 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
         dense_head_dim: int | None = None
         dense_kv_heads: int | None = None  # None: as many as num_key_value_heads
         factored: bool = False
+        # Whether factored layers may read many tokens at the dense width; before version 4 what mixed the slowest
+        # pairs did not commute with RoPE.
+        rebuilds: bool = False
 
         def __getattribute__(self, key):
             if key == "head_dim" and self.is_heterogeneous:  # where transformers itself would raise

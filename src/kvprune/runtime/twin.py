@@ -24,6 +24,7 @@ def twin_config(
     config = modeling.config_class(dense.model_type)(**settings)
     layers: dict[int, dict[str, Any]] = {i: {"head_dim": width} for i, width in enumerate(widths)}
     if any(factored):
+        config.rebuilds = True
         for layer, mixes in zip(layers.values(), factored, strict=True):
             layer["factored"] = bool(mixes)
     config.per_layer_config = layers

@@ -135,8 +135,7 @@ class FilteredAttention:
         """cos and sin of each channel, (B or 1, KV heads or 1, T, head_dim)."""
         cos, sin = position_embeddings
         if hasattr(self.module, "rope_index"):  # a pruned layer: each KV head has kept its own pairs
-            index = self.module.rope_index
-            return cos[..., index].transpose(1, 2), sin[..., index].transpose(1, 2)
+            return cast(tuple[torch.Tensor, torch.Tensor], self.module.turns(cos, sin))
         return cos.unsqueeze(1), sin.unsqueeze(1)
 
     def _queries(
