@@ -190,9 +190,10 @@ class PrunedAttention(nn.Module):
     def _rebuild(self, key, value):
         """Keys (with RoPE) and values (B, kv_heads, tokens, width) -> those of the dense heads and width, (B, dense KV
         heads, tokens, dense head_dim). What mixes channels that turn alike commutes with RoPE."""
-        assert self.q_mix is not None and self.o_mix is not None
-        down = self.q_mix.weight.mT, self.o_mix.weight  # (dense KV heads, width, dense head_dim)
-        to_keys, to_values = (matrix.unflatten(0, (key.shape[1], -1)) for matrix in down)
+        mixes: Any = self.q_mix, self.o_mix
+        shape = (key.shape[1], -1)  # of the heads: groups, and those of each
+        to_keys, to_values = (mix.weight.unflatten(0, shape) for mix in mixes)
+        to_keys = to_keys.mT  # like to_values (groups, heads of each, width, dense head_dim)
         return (key.unsqueeze(2) @ to_keys).flatten(1, 2), (value.unsqueeze(2) @ to_values).flatten(1, 2)
 
     def _is_rebuilt(self, tokens, cache, kwargs):
