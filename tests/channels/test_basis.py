@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from kvprune.channels.basis import Basis, Kept, basis_of, identity
+from kvprune.channels.basis import Basis, Kept, basis_of, identity, slow_channels
 from kvprune.channels.importance import IMPORTANCE, Scores
 from kvprune.channels.journal import Journal
 from kvprune.channels.masking import masked
@@ -353,3 +353,13 @@ def test_values_of_low_rank_and_large_key_biases(merge):
             assert down.abs().max() * up.abs().max() < 1e8
     with masked(ModelView(model).attention[0], whole, bases[0]):
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("positions", [128, 2048, 131072])
+def test_slow_pairs_hardly_turn_over_the_whole_context(positions):
+    """Theta of 1e12: from one pair of eight to the next, 32 times slower."""
+    theta = {"rope_type": "default", "rope_theta": 1e12}
+    view = ModelView(tiny_model("llama", rope_parameters=theta, positions=positions))
+    expected = [[pair, pair + 8] for pair in range(7, -1, -1) if positions * 1e12 ** (-pair / 8) <= 0.5]
+    assert 0 < len(expected) < 8
+    assert slow_channels(view).view(-1, 2).tolist() == expected

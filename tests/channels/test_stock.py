@@ -147,7 +147,8 @@ def test_slow_pairs_that_do_not_turn(family, groups, merge):
 def test_one_coordinate_of_each_pair():
     """The plan's rule, in plain words: the first component of every fast pair, and the leading slow directions, which
     come behind the fast ones."""
-    dense = tiny_model("llama", kv_heads=KV, rope_parameters={"rope_type": "default", "rope_theta": 1e12})
+    theta = {"rope_type": "default", "rope_theta": 1e12}
+    dense = tiny_model("llama", kv_heads=KV, rope_parameters=theta, positions=2048)
     (basis, _) = measured_bases(dense, 2, slow=True)
     assert basis.slow[::2].tolist() == [7, 6, 5, 4, 3]
     kept = one_of_each(basis)

@@ -20,8 +20,7 @@ from kvprune.models.attention import AttentionWeights
 from kvprune.models.view import ModelView
 
 FLOOR = 1e-6  # of the mean variance: what a direction that never occurs is taken to have
-SLOW = 0.5  # radians over SPAN tokens: the most that a pair may turn to be mixed with others [ours]
-SPAN = 2048
+SLOW = 0.5  # radians over the model's whole context: the most that a pair may turn to be mixed with others [ours]
 
 
 @dataclass(frozen=True)
@@ -163,10 +162,11 @@ def identity(kv_heads: int, head_dim: int) -> Basis:
 
 
 def slow_channels(view: ModelView) -> torch.Tensor:
-    """The channels of the pairs that turn by less than SLOW over SPAN tokens, pair by pair, slowest first; (n,)."""
-    frequencies = view.frequencies  # (pairs,)
-    order = frequencies.argsort()
-    chosen = order[frequencies[order] * SPAN <= SLOW]
+    """The channels of the pairs that turn by SLOW at most over the model's whole context, pair by pair, slowest first;
+    (n,). Pairs that turn more within it cost much at its far end: see docs/results.md."""
+    turns = view.frequencies * view.lm.config.max_position_embeddings  # (pairs,)
+    order = turns.argsort()
+    chosen = order[turns[order] <= SLOW]
     return view.units[chosen].flatten()
 
 
