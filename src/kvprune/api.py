@@ -64,6 +64,7 @@ def generate(
     skip: float | None = None,
     skip_preset: str | None = None,
     skip_layers: str | Sequence[int] | None = None,
+    keep: float | None = None,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -73,7 +74,8 @@ def generate(
 ) -> dict[str, Any]:
     """Continue `prompt`; greedily, or sampled at `temperature`.
 
-    skip: share of all attention to skip online, by a TokenFilter, whose report is added as "filter"; skip_preset:
+    keep: share of the KV bytes to keep online, by a TokenFilter, whose report is added as "filter". skip: share of all
+    attention to skip instead, as Token Filtering does; skip_preset:
     "paper" for the paper's choices; skip_layers: the layers that may skip, best first, as numbers or "28,25,7" (see
     study_layers). Of the checkpoint's generation_config.json count the end tokens, the repetition penalty and, where
     sampled, what cuts the choice (top_k, top_p, ...); neither its cache nor beams, lengths or assistants: the cache is
@@ -87,7 +89,7 @@ def generate(
         raise BadOption("the prompt is empty")
     if not temperature >= 0:
         raise BadOption("--temperature must not be negative")
-    token_filter = asked_filter(skip, skip_preset, skip_layers)
+    token_filter = asked_filter(skip, skip_preset, skip_layers, keep)
     resolved = sources.resolve(source, revision, trust_remote_code)
     progress = progress or Progress()
     sources.load_config(resolved)  # refuses what is not supported, before anything is said of the tokenizer

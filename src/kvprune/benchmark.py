@@ -47,6 +47,7 @@ def bench(
     rounds: int = 5,
     skip: float | None = None,
     skip_layers: str | Sequence[int] | None = None,
+    keep: float | None = None,
     kv_bits: int | None = None,
     memory_size: str | int | None = None,
     pruned_shape: bool = False,
@@ -61,10 +62,11 @@ def bench(
 ) -> dict[str, Any]:
     """Time `source` (called dense) and a second model (called pruned) in alternating runs, for every batch and context.
 
-    The second is `against`; with `skip`, `against` or else the source itself under a TokenFilter(skip, layers=
-    skip_layers), and with `kv_bits` (8, 4 or 2) on transformers' quantised cache; with `pruned_shape`, random weights
-    of the source's shape, a name in SHAPES or a checkpoint, with `ratio` (0.5) of its KV bytes removed and `merge`
-    (auto) KV heads made one, as in `prune`, beside random weights of the shape itself. The source alone is timed
+    The second is `against`; with `keep`, or `skip`, `against` or else the source itself under a TokenFilter(keep=keep),
+    or (skip, layers=skip_layers), and with `kv_bits` (8, 4 or 2) on transformers' quantised cache; with
+    `pruned_shape`, random weights of the source's shape, a name in SHAPES or a checkpoint, with `ratio` (0.5) of its KV
+    bytes removed and `merge` (auto) KV heads made one, as in `prune`, beside random weights of the shape itself. The
+    source alone is timed
     against itself, which shows the noise. A cell: `rounds` prefills of batch x context random tokens, then `rounds`
     times new_tokens steps behind them, medians and spreads, and the limit (weights + KV bytes read) dense / pruned.
     memory_size: also, as "24GiB", the largest batch that fits in it at a cell's context, by what the cell needed. out:
@@ -77,13 +79,13 @@ def bench(
     """
     bytes_given = None if memory_size is None else size_in_bytes(memory_size)
     grid = Grid(whole_numbers("batch", batch), whole_numbers("context", context), new_tokens, rounds, bytes_given)
-    if pruned_shape and (against is not None or skip is not None):
-        raise BadOption("--pruned-shape makes both models itself; leave out --against and --skip")
+    if pruned_shape and not (against is skip is keep is None):
+        raise BadOption("--pruned-shape makes both models itself; leave out --against, --skip and --keep")
     if ratio is not None and not pruned_shape:
         raise BadOption("--ratio is what --pruned-shape removes; a checkpoint has its own")
     if merge is not None and not pruned_shape:
         raise BadOption("--merge is for --pruned-shape; a checkpoint has merged what it has")
-    token_filter = asked_filter(skip, layers=skip_layers)
+    token_filter = asked_filter(skip, layers=skip_layers, keep=keep)
     quantizer_name = None if kv_bits is None else quantizer(kv_bits)
     target = find_device(device)
     if target.type not in ("cpu", "cuda"):
@@ -109,11 +111,11 @@ def bench(
         quantized_cache(models[-1].config, kv_bits)
     sides = (Side(models[0]), Side(models[-1], token_filter, kv_bits))
     asked: dict[str, Any] = {"source": str(source), "against": None if against is None else str(against), "skip": skip}
-    layers = None if token_filter is None else token_filter.settings.layers
+    layers = None if token_filter is None else getattr(token_filter.settings, "layers", None)
     asked |= {"skip_layers": layers and list(layers), "pruned_shape_ratio": ratio}
     config = models[-1].config
     asked["merge"] = dense_kv_heads(config) // config.num_key_value_heads
-    asked |= {"kv_bits": kv_bits, "quantizer": quantizer_name}
+    asked |= {"keep": keep, "kv_bits": kv_bits, "quantizer": quantizer_name}
     report: dict[str, Any] = {"environment": asked | _environment(models[0], grid), "cells": []}
     with progress.phase("bench", len(grid.cells)) as advance:
         for b, c in grid.cells:

@@ -171,6 +171,7 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="lm-eval's, as piqa,boolq, or its .yaml files")] = None,
     task_limit: Annotated[int | None, typer.Option(help="the first so many samples of each task")] = None,
     kv_bits: Annotated[int | None, typer.Option(help="perplexity on a quantised cache: 8, 4 or 2")] = None,
+    keep: Annotated[float | None, typer.Option(help="perplexity while this share of the KV bytes is kept")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     revision: Revision = None,
@@ -193,6 +194,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="the text to continue")],
     max_new_tokens: Annotated[int, typer.Option()] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
+    keep: Annotated[float | None, typer.Option(help="share of the KV bytes to keep, by late admission")] = None,
     skip: Annotated[float | None, typer.Option(help="share of all attention to skip, by token filtering")] = None,
     skip_preset: Annotated[str | None, typer.Option(help="paper: Token Filtering as published")] = None,
     skip_layers: Annotated[
@@ -224,6 +226,7 @@ def bench(
     context: Annotated[str, typer.Option(help="tokens of the prompt, as 512,4096")] = "512",
     new_tokens: Annotated[int, typer.Option(help="how many are decoded behind it")] = 64,
     rounds: Annotated[int, typer.Option(help="how often both are timed")] = 5,
+    keep: Annotated[float | None, typer.Option(help="let the second keep this share of its KV bytes")] = None,
     skip: Annotated[float | None, typer.Option(help="run the second under token filtering, at this share")] = None,
     skip_layers: Annotated[str | None, typer.Option(help="layers that may skip, best first, as 28,25,7")] = None,
     kv_bits: Annotated[int | None, typer.Option(help="give the second a quantised cache: 8, 4 or 2")] = None,
@@ -325,6 +328,11 @@ def report(
 
 
 def _skipped(report: dict[str, Any]) -> str:
+    if "keep_asked" in report:
+        return (
+            f"(kept {report['keep_achieved']:.1%} of the tokens, those not decided yet with them, asked were "
+            f"{report['keep_asked']:.1%}; {report['kv_bytes']:,} KV bytes kept of {report['kv_bytes_dense']:,} dense)"
+        )
     return (
         f"(skipped {report['ratio_achieved']:.1%} of the attention behind the warm-up, asked were "
         f"{report['ratio_asked']:.1%}; {report['kv_bytes']:,} KV bytes kept of {report['kv_bytes_dense']:,} dense)"

@@ -374,8 +374,8 @@ def test_generate_is_told_of_another_pad_token(how):
     config = GenerationConfig(pad_token_id=pad, eos_token_id=2)
     with kvprune.TokenFilter(ratio=0.25, **OPTIONS)(model) as f:
         seen = []
-        ends = f._ends
-        f._ends = lambda batch: seen.append(ends(batch).tolist()) or ends(batch)
+        ends = f._way._ends
+        f._way._ends = lambda batch: seen.append(ends(batch).tolist()) or ends(batch)
         if how == "option":
             found = model.generate(ids, pad_token_id=pad, **steps)
         elif how == "config":

@@ -1,7 +1,7 @@
 """`evaluate`: perplexity and tasks of one source, or of two on the very same tokens."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import RECENT, decoding_pieces, quantized_cache, quantizer
 from kvprune.text.corpus import read_text
 from kvprune.text.windows import windows
+from kvprune.tokens.filter import TokenFilter, asked_filter
 
 WINDOW = 2048  # tokens, where none is asked for and the models take so many
 
@@ -35,6 +36,7 @@ def evaluate(
     tasks: str | Sequence[str] = (),
     task_limit: int | None = None,
     kv_bits: int | None = None,
+    keep: float | None = None,
     device: str = "auto",
     dtype: str = "auto",
     revision: str | None = None,
@@ -47,11 +49,14 @@ def evaluate(
     the models take. tokens: how many of each text, 0 for all. tasks: names that lm-evaluation-harness knows or its
     .yaml files, also as "piqa,boolq"; task_limit: the first so many samples of each. kv_bits: 8, 4 or 2 for
     transformers' quantised cache in all perplexities; bytes per token then are those of the longest window but half of
-    what stays unquantised, scales included. Returns {"sources": [{"source", "kv_bytes_per_token", "parameters",
-    "weights_read_bytes" (by a step of decoding), "dtype", "kv_bits"}], "perplexity": [{"text", "window", "tokens",
-    "values"}], "tasks": [{"task", "metric", "samples", "values", "stderr"}]} with one value per source, and "errors": a
-    line for every perplexity and for all tasks of a source that are None, since the model's loss was not finite or
-    memory ran out. Raises BadOption, also when two sources tokenise differently: their figures could not be compared.
+    what stays unquantised, scales included. keep: under a TokenFilter(keep=keep) in all perplexities, read as decoding
+    reads; bytes per token then are what is held at the end of the longest window, over its tokens.
+    Returns {"sources": [{"source", "kv_bytes_per_token", "parameters",
+    "weights_read_bytes" (by a step of decoding), "dtype", "kv_bits", "keep"}], "perplexity": [{"text", "window",
+    "tokens", "values"}], "tasks": [{"task", "metric", "samples", "values", "stderr"}]} with one value per source, and
+    "errors": a line for every perplexity and for all tasks of a source that are None, since the model's loss was not
+    finite or memory ran out. Raises BadOption, also when two sources tokenise differently: their figures could not be
+    compared.
     """
     progress = progress or Progress()
     if tokens and tokens < 2:
@@ -65,6 +70,12 @@ def evaluate(
         if names:
             raise BadOption("--kv-bits is for perplexity: tasks are answered without a cache; leave one of them out")
         quantizer(kv_bits)
+    token_filter = asked_filter(keep=keep)
+    if keep is not None:
+        if names:
+            raise BadOption("--keep is for perplexity: tasks are answered without a cache; leave one of them out")
+        if kv_bits is not None:
+            raise BadOption("--keep works on caches of full size; leave --kv-bits out")
     sources = [resolve(s, revision, trust_remote_code) for s in (source, against) if s is not None]
     lengths = _lengths(window_lengths, sources, tokens, kv_bits)
     tokenizer = one_tokenizer(sources)
@@ -88,7 +99,8 @@ def evaluate(
             for row, ids in zip(rows, cut.values(), strict=True):
                 row["values"].append(None)
                 with _noted(errors, f"{one.name}, {row['text']}, window {row['window']}"):
-                    result = perplexity(model, ids, advance, kv_bits)
+                    with nullcontext() if token_filter is None else token_filter(model):
+                        result = perplexity(model, ids, advance, kv_bits)
                     row["tokens"], row["values"][-1] = result.tokens, result.value
         if loaded:
             scores.append(None)
@@ -98,11 +110,12 @@ def evaluate(
         costs.append(
             {
                 "source": one.name,
-                "kv_bytes_per_token": bytes_per_token(model, kv_bits, max(lengths)),
+                "kv_bytes_per_token": bytes_per_token(model, kv_bits, max(lengths), token_filter),
                 "parameters": memory.parameters(model),
                 "weights_read_bytes": memory.weights_read_bytes(model),
                 "dtype": name_of(model.dtype),
                 "kv_bits": kv_bits,
+                "keep": keep,
             }
         )
         del model
@@ -151,9 +164,17 @@ def _side_by_side(scores: list[list[dict[str, Any]] | None]) -> list[dict[str, A
 
 
 @torch.no_grad()
-def bytes_per_token(model: PreTrainedModel, kv_bits: int | None = None, window: int = 2) -> int:
+def bytes_per_token(
+    model: PreTrainedModel, kv_bits: int | None = None, window: int = 2, token_filter: TokenFilter | None = None
+) -> int:
     """Bytes that a token leaves in the model's cache, measured on a real one of two tokens; on a quantised one on as
-    many of `window` as leave it half of the tokens that it keeps unquantised at most, its mean in decoding."""
+    many of `window` as leave it half of the tokens that it keeps unquantised at most, its mean in decoding; under a
+    filter on all of `window`."""
+    if token_filter is not None:
+        ids = torch.zeros(1, window, dtype=torch.long, device=model.device)
+        with token_filter(model):
+            model(ids, use_cache=True, logits_to_keep=1)
+            return round(token_filter.report["kv_bytes"] / window)
     if kv_bits is None:
         ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
         return memory.cache_bytes(model(ids, use_cache=True)[CACHE]) // 2

@@ -52,6 +52,8 @@ def figure(report: dict[str, Any]) -> "Figure":
         second = f"the shape with {where['pruned_shape_ratio']:.0%} of its KV bytes removed"
     if where["skip"] is not None:
         second += f", skipping {where['skip']:.0%}"
+    if where.get("keep") is not None:
+        second += f", keeping {where['keep']:.0%}"
     if where.get("kv_bits") is not None:
         second += f", a cache of {where['kv_bits']} bits"
     axes.set_title(f"{Path(where['source']).name} against {second}\n{where['device']}", fontsize=10)

@@ -135,6 +135,8 @@ def evaluation_table(result: dict[str, Any]) -> RenderableType:
     table.add_row("bytes of weights that a step reads", *(f"{s['weights_read_bytes']:,}" for s in result["sources"]))
     if result["sources"][0]["kv_bits"] is not None:
         table.add_row("bits of the cache", *(str(s["kv_bits"]) for s in result["sources"]))
+    if result["sources"][0].get("keep") is not None:
+        table.add_row("KV bytes kept", *(f"{s['keep']:.0%}" for s in result["sources"]))
     for row in result["perplexity"]:
         name = f"perplexity, {row['text']}, window {row['window']}, {row['tokens']:,} tokens"
         table.add_row(name, *("-" if value is None else f"{value:.2f}" for value in row["values"]))

@@ -86,6 +86,12 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
 
 
+def with_still(_module: Any, _args: Any, output: Any) -> Any:
+    """A forward hook of the rotary table: cos and sin (B or 1, T, channels) and one that does not turn."""
+    cos, sin = output
+    return nn.functional.pad(cos, (0, 1), value=1.0), nn.functional.pad(sin, (0, 1))
+
+
 class HeadMix(nn.Module):
     """One matrix (before, behind) for each dense KV head, applied to each of its query heads."""
 
@@ -151,9 +157,10 @@ class PrunedAttention(nn.Module):
         self.register_buffer("rope_index", torch.cat((pairs % half, pairs % half + half)).repeat(kv_heads, 1))
 
     def turns(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin (B or 1, T, dense head_dim) at the kept channels' own frequencies, (B or 1, kv_heads, T, width);
-        where rope_index is behind the dense channels RoPE leaves a channel alone."""
-        cos, sin = nn.functional.pad(cos, (0, 1), value=1.0), nn.functional.pad(sin, (0, 1))
+        """cos and sin (B or 1, T, dense head_dim, or one more) at the kept channels' own frequencies, (B or 1,
+        kv_heads, T, width); where rope_index is behind the dense channels RoPE leaves a channel alone."""
+        if cos.shape[-1] == self.config.dense_head_dim:
+            cos, sin = with_still(None, None, (cos, sin))
         return cos[..., self.rope_index].transpose(1, 2), sin[..., self.rope_index].transpose(1, 2)
 
     def _rotate(self, query, key, cos, sin):
@@ -171,8 +178,9 @@ class PrunedAttention(nn.Module):
         key = key * own_cos + rotate_half(key) * own_sin
         if query.shape[-1] != self.head_dim:
             # At the dense width a channel turns if the cache has any that turns with it; what it has none of is zero.
-            turned = torch.isin(torch.arange(cos.shape[-1], device=cos.device), self.rope_index)
-            cos, sin = cos.where(turned, 1.0).unsqueeze(1), sin.where(turned, 0.0).unsqueeze(1)
+            d = query.shape[-1]
+            turned = torch.isin(torch.arange(d, device=cos.device), self.rope_index)
+            cos, sin = (x[..., :d].where(turned, y).unsqueeze(1) for x, y in ((cos, 1.0), (sin, 0.0)))
             return query * cos + rotate_half(query) * sin, key
         grouped = query.unflatten(1, (kv_heads, -1))  # (B, kv_heads, groups, T, width)
         grouped = grouped * own_cos.unsqueeze(2) + rotate_half(grouped) * own_sin.unsqueeze(2)
@@ -327,6 +335,7 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
         def __init__(self, config):
             super().__init__(config.dense())
             # The rotary table keeps the dense config: its frequencies belong to the dense width.
+            self.rotary_emb.register_forward_hook(with_still)  # once for all layers
             config._attn_implementation = self.config._attn_implementation
             self.config: Any = config
             for layer, layer_config in zip(self.layers, config.per_layer_config, strict=True):

@@ -114,6 +114,20 @@ class FilteredLayer(CacheLayerMixin):
         n = self.lengths[b]
         return self.keys[b : b + 1, :, :n], self.values[b : b + 1, :, :n], self.columns[b, :n]
 
+    def real_tokens(self) -> np.ndarray:
+        """How many each sequence has had, (B,)."""
+        return self.counts
+
+    def kept_tokens(self) -> np.ndarray:
+        """How many of each sequence's are held and may be seen, (B,)."""
+        return self.lengths - self.stale()
+
+    def position_bytes(self) -> int:
+        return self.columns.nbytes
+
+    def anchor_bytes(self) -> int:
+        return sum(t.nbytes for t in (self.anchor, self.output_anchor) if t is not None)
+
     # What transformers asks of a layer of a cache.
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):

@@ -1,315 +1,112 @@
-"""`TokenFilter`: a context in which a model skips the attention of tokens that look like what it has just seen."""
+"""`TokenFilter`: a context in which a model keeps, or attends to, a part of its tokens only."""
 
-import inspect
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers import PreTrainedModel
 
-from kvprune.errors import BadOption, CacheMismatch, FilterMisuse
-from kvprune.models.family import check_rope, family_of
+from kvprune.errors import BadOption, FilterMisuse
 from kvprune.options import preset_options, whole_numbers
-from kvprune.runtime.attention import NAME as PACKED
-from kvprune.runtime.modeling import CACHE, take_cache
-from kvprune.runtime.quantized import is_quantized
-from kvprune.tokens.attention import FilteredAttention, Step
-from kvprune.tokens.cache import FilteredLayer
-from kvprune.tokens.quantized import QuantizedFilteredLayer
-from kvprune.tokens.report import bytes_of, no_bytes, report
+from kvprune.tokens.admission import Admission
+from kvprune.tokens.late import LateAdmission
 from kvprune.tokens.settings import PRESETS, Settings
-
-ATTENTION = ("eager", "sdpa", PACKED)
-_CACHES = (None, "dynamic", "offloaded", "hybrid")  # the last is an old name that generate takes for none
-_DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+from kvprune.tokens.skipping import Skipping
 
 
 class TokenFilter:
-    """Skip attention online, with no calibration (Token Filtering, arXiv 2512.07090; our choices: see Settings).
+    """Keep a part of the tokens online, with no calibration.
 
-        with kvprune.TokenFilter(ratio=0.25)(model) as f:
+        with kvprune.TokenFilter(keep=0.5)(model) as f:
             model.generate(...)
         f.report
 
-    options: the fields of Settings, and preset="paper". record: keep every decision, for `skipped`. The model, dense or
-    pruned by kvprune, is as it was when the context ends. Raises BadOption and UnreachableRatio for the options;
-    UnsupportedArchitecture and FilterMisuse for the model; FilterMisuse and CacheMismatch from inside the context, each
-    before anything changes.
+    keep: share of the KV bytes that is kept, by late admission [ours]; options: the fields of Admission. Or ratio:
+    share of all attention to skip, as Token Filtering does (arXiv 2512.07090); options: the fields of Settings, and
+    preset="paper". record, of the second: keep every decision, for `skipped`. The model, dense or pruned by kvprune,
+    is as it was when the context ends. Raises BadOption and UnreachableRatio for the options; UnsupportedArchitecture
+    and FilterMisuse for the model; FilterMisuse and CacheMismatch from inside the context, each before anything
+    changes.
     """
 
-    def __init__(self, ratio: float | None = None, *, preset: str | None = None, record: bool = False, **options: Any):
-        chosen = preset_options(preset, PRESETS, options)
-        if ratio is not None:
-            options["ratio"] = ratio
-        unknown = ", ".join(name for name in options if name not in Settings.__dataclass_fields__)
-        if unknown:
-            raise BadOption(f"unknown option {unknown}; choose among {', '.join(Settings.__dataclass_fields__)}")
-        self.settings = Settings(**{**options, **chosen})
-        self.record = record
-        self._model: PreTrainedModel | None = None
-        self._layers: list[FilteredAttention] = []
-        self._cache: Any = None
-        self._bytes = no_bytes()
-        self._active = False
-        self._prompt_ends: np.ndarray | None = None
-        self._undo = ExitStack()
-        self._own_generate: Callable[..., Any] = _nothing
+    def __init__(
+        self,
+        ratio: float | None = None,
+        *,
+        keep: float | None = None,
+        preset: str | None = None,
+        record: bool = False,
+        **options: Any,
+    ):
+        self._way: LateAdmission | Skipping
+        if keep is not None:
+            for name, value in {"ratio": ratio, "preset": preset, "record": record or None}.items():
+                if value is not None:
+                    raise BadOption(f"{name} is of the filter that skips attention; leave it out, or keep")
+            self._way = LateAdmission(Admission(keep=keep, **_known(options, Admission)))
+        else:
+            chosen = preset_options(preset, PRESETS, options)
+            if ratio is not None:
+                options["ratio"] = ratio
+            self._way = Skipping(Settings(**{**_known(options, Settings), **chosen}), record)
+
+    @property
+    def settings(self) -> Admission | Settings:
+        return self._way.settings
+
+    def rates(self, layers: int) -> dict[int, float]:
+        """The share of tokens that skips, of the layers in which some do, of a model of so many layers."""
+        return self._way.rates(layers)
 
     def __call__(self, model: PreTrainedModel) -> "TokenFilter":
         """Bind to a model, which is not changed before the context is entered."""
-        if self._active:
-            raise FilterMisuse("this TokenFilter is in use already; leave its context, or make another one")
-        _check_model(model)
-        config = model.config
-        family = family_of(config.model_type)
-        check_rope(config)
-        _check_attention(config)
-        modules = [getattr(block, family.attention) for block in family.blocks(model)]
-        if any(isinstance(getattr(vars(m).get(_forward(m)), "__self__", None), FilteredAttention) for m in modules):
-            raise FilterMisuse("the model has a TokenFilter already; leave its context first")
-        s = self.settings
-        skip = s.rates(s.ratio, len(modules))
-        drop = skip if s.drop_ratio is None else s.rates(s.drop_ratio, len(modules))
-        self._layers = [
-            FilteredAttention(
-                modules[i], family, i, s, skip.get(i, 0.0), None if s.drop_ratio is None else drop.get(i, 0.0)
-            )
-            for i in sorted(skip | drop)
-        ]
-        _share_decisions(self._layers, s.decide_every)
-        self._model, self._cache, self._bytes = model, None, no_bytes()
+        self._way(model)
         return self
 
     def __enter__(self) -> "TokenFilter":
-        if self._model is None:
-            raise FilterMisuse("a TokenFilter needs a model: with TokenFilter(...)(model)")
-        self(self._model)  # counts from the beginning, and the checks once more
-        with ExitStack() as stack:
-            for layer in self._layers:
-                layer.decisions = [] if self.record else None
-                stack.callback(_replace(layer.module, _forward(layer.module), layer.forward))
-            self._own_generate = cast(Callable[..., Any], self._model.generate)
-            stack.callback(_replace(self._model, "generate", self._generate))
-            stack.callback(self._model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-            self._undo = stack.pop_all()
-        self._active = True
+        self._way.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._active = False
-        self._undo.close()
-        for layer in self._layers:
-            layer.step = layer.decided = None
-        assert self._model is not None
-        self._bytes, self._cache = bytes_of(self._model, self._cache), None
+        self._way.__exit__(*exception)
 
     @property
     def report(self) -> dict[str, Any]:
-        """What was skipped and saved since the context was entered; see report.py."""
-        if self._model is None:
-            raise FilterMisuse("this TokenFilter has no model yet, and nothing to report")
-        found = bytes_of(self._model, self._cache) if self._active else self._bytes
-        counts = [(layer.index, layer.counts) for layer in self._layers]
-        return report(self._model, self.settings, counts) | found
+        """What was kept or skipped, and saved, since the context was entered; see report.py."""
+        return self._way.report
 
     @property
     def skipped(self) -> np.ndarray:
         """Which tokens skipped which layer, (layers, B, tokens) bool, with record=True and one batch in the context."""
-        if not self.record or self._model is None:
-            raise FilterMisuse("decisions are not recorded; make the filter with TokenFilter(..., record=True)")
-        found = {
-            layer.index: np.concatenate(layer.decisions or [np.zeros((1, 0), bool)], axis=1) for layer in self._layers
-        }
-        nothing = np.zeros_like(next(iter(found.values())))
-        return np.stack([found.get(i, nothing) for i in range(self._model.config.num_hidden_layers)])
-
-    def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, told where the prompts end."""
-        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        embeds, mask, cache = kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), take_cache(dict(kwargs))
-        config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-        self._check_generate(kwargs, config)
-        if self.settings.prompt_length is None:
-            if mask is None and ids is not None:
-                mask = self._padding(ids, kwargs, config)
-            if mask is not None:
-                self._prompt_ends = mask.sum(1).cpu().numpy()
-            elif embeds is not None:
-                seen = 0 if cache is None else cache.get_seq_length()
-                self._prompt_ends = np.full(len(embeds), seen + embeds.shape[1])
-        try:
-            return self._own_generate(*args, **kwargs)
-        finally:
-            self._prompt_ends = None
-
-    def _padding(self, ids: torch.Tensor, given: dict[str, Any], config: Any) -> torch.Tensor:
-        """The mask that generate makes where it gets none: pad tokens, unless they may be text as well."""
-        pad, end = (self._setting(name, given, config) for name in ("pad_token_id", "eos_token_id"))
-        ends = end if isinstance(end, list) else [end]
-        return torch.ones_like(ids) if pad is None or pad in ends else ids.ne(pad).long()
-
-    def _setting(self, name: str, given: dict[str, Any], config: Any) -> Any:
-        """What generate takes: its own option, or what its generation_config says, or the model's."""
-        assert self._model is not None
-        if name in given:
-            return given[name]
-        places = ({} if config is None else vars(config), vars(self._model.generation_config))
-        return next((place[name] for place in places if place.get(name) is not None), None)
-
-    def _check_generate(self, given: dict[str, Any], config: Any) -> None:
-        """Raise CacheMismatch or FilterMisuse for a way to generate that a filter cannot serve."""
-        kind = self._setting("cache_implementation", given, config)
-        if kind not in _CACHES:
-            raise CacheMismatch(
-                f"generate was asked for a {kind!r} cache, but a TokenFilter keeps its own: leave cache_implementation "
-                "out, or set it to None in model.generation_config"
-            )
-        for name in _DRAFTS:
-            if self._setting(name, given, config):
-                raise FilterMisuse(f"{name}: a TokenFilter cannot take back the tokens of a draft; leave it out")
-
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Before every forward of the base model: checks, the cache, and what all layers need to know of the call."""
-        assert self._model is not None
-        config = self._model.config
-        kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
-        _check_call(self._model, kwargs)
-        ids = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-        batch, tokens = ids.shape[:2]
-        mask, cache, use_cache = kwargs.get("attention_mask"), take_cache(kwargs), kwargs.get("use_cache")
-        if cache is None and (config.use_cache if use_cache is None else use_cache):
-            cache = DynamicCache(config=config)
-        kwargs[CACHE] = cache
-        layers = self._cached(cache) if cache is not None else {i.index: FilteredLayer(i.window) for i in self._layers}
-        real = np.ones((batch, tokens), dtype=bool)
-        if mask is not None:
-            real = mask[:, -tokens:].cpu().numpy().astype(bool)
-        step = Step.of(real, self._ends(batch), layers, self.settings.first)
-        for layer in self._layers:
-            layer.step = step
-        self._cache = cache
-        return (), kwargs
-
-    def _ends(self, batch: int) -> np.ndarray:
-        """Absolute positions behind the prompts' final tokens, (B,)."""
-        ends = self._prompt_ends
-        if ends is None or batch % len(ends):
-            return np.full(batch, self.settings.prompt_length or 0)
-        return np.repeat(ends, batch // len(ends))  # beams, or several answers to a prompt
-
-    def _cached(self, cache: Any) -> dict[int, FilteredLayer]:
-        """The filtered layers of a cache; of an empty one they are put in. Raises CacheMismatch."""
-        if not isinstance(cache, DynamicCache):
-            raise CacheMismatch(f"a TokenFilter needs a DynamicCache, not {type(cache).__name__}")
-        assert self._model is not None
-        if not cache.layers:
-            cache.layers = DynamicCache(config=self._model.config).layers
-            cache.layer_class_to_replicate = None
-            while len(cache.layers) <= self._layers[-1].index:  # older transformers make them on the way
-                cache.layers.append(DynamicLayer())
-        found = {}
-        for attention in self._layers:
-            layer: Any = cache.layers[attention.index]
-            if not isinstance(layer, FilteredLayer):
-                if layer.get_seq_length():
-                    raise CacheMismatch("this cache was made without the TokenFilter; start with an empty one")
-                layer = cache.layers[attention.index] = _filtered(layer, attention.window)
-            found[attention.index] = layer
-        others = any(isinstance(layer, FilteredLayer) and i not in found for i, layer in enumerate(cache.layers))
-        mine = replace(self.settings, prompt_length=None)
-        made_by = [layer.settings for layer in found.values() if layer.settings is not None]
-        if others or any(replace(settings, prompt_length=None) != mine for settings in made_by):
-            raise CacheMismatch("this cache was made with another TokenFilter; start with an empty one")
-        if len({cast(CacheLayerMixin, layer).get_seq_length() for layer in cache.layers}) > 1:
-            raise CacheMismatch("this cache has been used without its TokenFilter; start with an empty one")
-        return found
+        if isinstance(self._way, LateAdmission):
+            raise FilterMisuse("with keep no token skips a layer; there is nothing recorded")
+        return self._way.skipped
 
 
 def asked_filter(
-    skip: float | None, preset: str | None = None, layers: str | Sequence[int] | None = None
+    skip: float | None = None,
+    preset: str | None = None,
+    layers: str | Sequence[int] | None = None,
+    keep: float | None = None,
 ) -> TokenFilter | None:
-    """The filter of the options --skip, --skip-preset and --skip-layers; None without --skip. Raises BadOption."""
+    """The filter of the options --keep, or --skip, --skip-preset and --skip-layers; None without either. Raises
+    BadOption."""
     for name, value in (("--skip-preset", preset), ("--skip-layers", layers)):
         if value is not None and skip is None:
             raise BadOption(f"{name} {value} needs --skip: the share of attention to skip")
+    if keep is not None:
+        if skip is not None:
+            raise BadOption("--keep and --skip are two ways to filter tokens; give one of them")
+        return TokenFilter(keep=keep)
     if skip is None:
         return None
-    return TokenFilter(skip, preset=preset, layers=None if layers is None else whole_numbers("skip-layers", layers))
+    options: dict[str, Any] = {} if layers is None else {"layers": whole_numbers("skip-layers", layers)}
+    return TokenFilter(skip, preset=preset, **options)
 
 
-def _share_decisions(layers: list[FilteredAttention], every: int) -> None:
-    """Let the first of every so many layers in a row decide for all of them, if they are to skip and drop alike."""
-    leader, led = None, 0
-    for layer in layers:
-        if leader is not None and led < every and layer.rates == leader.rates:
-            layer.leader = leader
-        else:
-            leader, led = layer, 0
-        led += 1
-
-
-def _filtered(layer: Any, window: int | None) -> FilteredLayer:
-    """What stands for an empty layer of a cache."""
-    return QuantizedFilteredLayer(layer) if is_quantized(layer) else FilteredLayer(window)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    raise FilterMisuse("a TokenFilter generates in its context only")
-
-
-def _check_model(model: Any) -> None:
-    """Raise FilterMisuse for what is no transformers model as it was loaded."""
-    name = type(model).__name__
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise FilterMisuse("a TokenFilter does not run compiled; give it the model as it was before torch.compile")
-    if not isinstance(model, PreTrainedModel):
-        mend = "merge adapters first" if hasattr(model, "peft_config") else "give the one inside, or load one"
-        raise FilterMisuse(f"a TokenFilter needs a transformers model, not {name}; {mend}")
-    if not isinstance(model, GenerationMixin):
-        raise FilterMisuse(f"a TokenFilter needs a model that generates, not the bare {name}")
-
-
-def _check_attention(config: Any) -> None:
-    name = config._attn_implementation
-    if name not in ATTENTION:
-        raise FilterMisuse(f"attention implementation {name!r} is not supported; load with eager or sdpa")
-
-
-def _check_call(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    """Raise FilterMisuse for a call of the base model that a filter cannot serve."""
-    _check_attention(model.config)
-    if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
-        raise FilterMisuse("a TokenFilter does not train; run the model under torch.no_grad()")
-    wanted = kwargs.get("output_attentions")
-    if model.config.output_attentions if wanted is None else wanted:
-        raise FilterMisuse("output_attentions: the attention of skipped tokens is never computed; leave it out")
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
-        raise FilterMisuse("a TokenFilter makes its own masks: give a mask of shape (batch, tokens), or none")
-    if mask is None and positions is not None and positions.shape[-1] > 1 and (positions.diff(dim=-1) != 1).any():
-        raise FilterMisuse("position_ids that start again pack several texts into one; give a batch instead")
-
-
-def _forward(module: nn.Module) -> str:
-    """The attribute to stand in for: accelerate's hooks, which move weights, call `_old_forward`."""
-    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
-
-
-def _replace(thing: Any, name: str, value: Any) -> Callable[[], None]:
-    """Give `thing` an attribute of its own; returns what takes it back."""
-    had = name in vars(thing)
-    old = vars(thing).get(name)
-    thing.__dict__[name] = value
-
-    def restore() -> None:
-        if had:
-            thing.__dict__[name] = old
-        else:
-            del thing.__dict__[name]
-
-    return restore
+def _known(options: dict[str, Any], kind: Any) -> dict[str, Any]:
+    names = kind.__dataclass_fields__
+    unknown = ", ".join(name for name in options if name not in names)
+    if unknown:
+        raise BadOption(f"unknown option {unknown}; choose among {', '.join(names)}")
+    return options

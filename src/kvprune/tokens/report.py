@@ -5,6 +5,7 @@ from typing import Any
 from kvprune.measure.memory import held_bytes, kv_bytes
 from kvprune.models.family import dense_head_dim, dense_kv_heads
 from kvprune.runtime.quantized import stores_of
+from kvprune.tokens.admitted import AdmittedLayer
 from kvprune.tokens.attention import Counts
 from kvprune.tokens.cache import FilteredLayer
 from kvprune.tokens.settings import Settings
@@ -37,6 +38,7 @@ def report(model: Any, settings: Settings, layers: list[tuple[int, Counts]]) -> 
     }
 
 
+OWN = (FilteredLayer, AdmittedLayer)
 BYTES = ("kv_bytes", "kv_bytes_dense", "padding_bytes", "position_bytes", "anchor_bytes")
 
 
@@ -47,9 +49,9 @@ def no_bytes() -> dict[str, int]:
 def bytes_of(model: Any, cache: Any) -> dict[str, int]:
     """Of the last call's cache: kv_bytes (kept tokens x bytes a token, all layers; of a sliding window, those in it),
     kv_bytes_dense (the same tokens in the dense model), and apart from them padding_bytes (of ragged batches, and the
-    room that is kept free), position_bytes and anchor_bytes. Zeros where there was no cache, or none that every layer
-    had begun: the first call failed."""
-    filtered = [layer for layer in cache.layers if isinstance(layer, FilteredLayer)] if cache is not None else []
+    room that is kept free), position_bytes (columns, or scores, of kept tokens) and anchor_bytes (what deciding goes
+    by). Zeros where there was no cache, or none that every layer had begun: the first call failed."""
+    filtered = [layer for layer in cache.layers if isinstance(layer, OWN)] if cache is not None else []
     if not filtered or any(layer.keys is None for layer in cache.layers):
         return no_bytes()
     config = model.config
@@ -57,16 +59,16 @@ def bytes_of(model: Any, cache: Any) -> dict[str, int]:
     found = no_bytes()
     a_number = filtered[0].dtype.itemsize
     for layer in cache.layers:
-        tokens = filtered[0].counts
+        tokens = filtered[0].real_tokens()
         window = layer.window if isinstance(layer, FilteredLayer) else getattr(layer, "sliding_window", None)
         if window is not None:
             tokens = tokens.clip(max=window - 1)
         found["kv_bytes_dense"] += int(tokens.sum()) * 2 * dense * a_number
         kept = int(tokens.sum())
-        if isinstance(layer, FilteredLayer):
-            kept = int((layer.lengths - layer.stale()).sum())
-            found["position_bytes"] += layer.columns.nbytes
-            found["anchor_bytes"] += sum(t.nbytes for t in (layer.anchor, layer.output_anchor) if t is not None)
+        if isinstance(layer, OWN):
+            kept = int(layer.kept_tokens().sum())
+            found["position_bytes"] += layer.position_bytes()
+            found["anchor_bytes"] += layer.anchor_bytes()
         own = kv_bytes(layer) if stores_of(layer) else kept * 2 * layer.keys.shape[1] * layer.keys.shape[3] * a_number
         found["kv_bytes"] += own
         found["padding_bytes"] += held_bytes(layer) - own

@@ -1,0 +1,346 @@
+"""A cache layer under late admission, and the attention over it.
+
+Keys and values are (B, KV heads, room, width); the tokens of a sequence stand in the order in which they came, kept
+ones first, then those that are not decided yet. Which tokens are kept differs from KV head to KV head; how many does
+not. Everything that a step of decoding decides by is a tensor where the model is, or a number that the host has
+counted: nothing is read back.
+
+Two ways lead through the same rule. Where all tokens are real, all sequences decide at the same time, and places are
+numbers of the host. Otherwise (`counts` is a tensor) each sequence is at its own position, and places are tensors.
+"""
+
+import numpy as np
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from kvprune.errors import CacheMismatch
+from kvprune.tokens.admission import Admission, Schedule
+from kvprune.tokens.signals import SIGNALS, Signal
+
+SPARE = 24  # a cache that must grow does by a part in so many
+
+
+class AdmittedLayer(CacheLayerMixin):
+    """keys and values are the filled part of larger tensors, `key_room` and `value_room`."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+
+    def __init__(self, rule: Admission, index: int):
+        super().__init__()
+        self.rule, self.index = rule, index
+        self._forget()
+
+    def _forget(self) -> None:
+        self.keys = self.values = None
+        self.key_room: torch.Tensor | None = None
+        self.value_room: torch.Tensor | None = None
+        self.is_initialized = False
+        self.seen = 0  # columns so far, with padding
+        self.counts: torch.Tensor | None = None  # (B,): real tokens so far; None: all are
+        self.schedule = Schedule(self.rule)
+        self.table: torch.Tensor | None = None  # of the schedule, where the model is
+        self.signal: Signal = SIGNALS[self.rule.signal](self.rule.seed, self.index)
+        self.scores: torch.Tensor = torch.empty(0)  # (B, KV heads, room)
+        self.waiting: list[torch.Tensor] = []  # keys before RoPE of the last tokens, which have no score yet
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.key_room, self.value_room = key_states[:, :, :0], value_states[:, :, :0]
+        self.keys, self.values = self.key_room, self.value_room
+        self.scores = key_states.new_empty(key_states.shape[:3], dtype=torch.float32)[:, :, :0]
+        self.is_initialized = True
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        before_rope: torch.Tensor,
+        real: torch.Tensor | None,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        """Take new tokens in, and let each attend to what is in the cache when it comes.
+
+        query (B, heads, T, width); key, value, and keys before RoPE (B, KV heads, T, width); real (B, T) bool, None
+        where all are -> (B, T, heads, width).
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        if real is not None and self.counts is None:
+            self._score_waiting(self.seen)
+            self.counts = torch.full((len(key),), self.seen, device=key.device)
+        tokens = key.shape[2]
+        if self.counts is None:
+            outputs = self._attend_together(query, key, value, before_rope, scaling)
+        else:
+            real = torch.ones_like(before_rope[:, 0, :, 0], dtype=torch.bool) if real is None else real
+            scores = self.signal.scores(before_rope, self.counts.unsqueeze(1) + real.cumsum(1) - 1, real)
+            outputs = self._attend_apart(query, key, value, scores, real, scaling)
+        self.seen += tokens
+        return outputs.transpose(1, 2)
+
+    # All sequences together
+
+    def _attend_together(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        before_rope: torch.Tensor,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        """(B, heads, T, width). A piece at a time: up to the next decision."""
+        tokens, outputs, start = key.shape[2], [], 0
+        filled = self._filled(self.seen)
+        self._make_room(filled, self.schedule.most(self.seen + tokens))
+        assert self.key_room is not None
+        assert self.value_room is not None
+        while start < tokens:
+            seen = self.seen + start
+            if seen % self.rule.block == 0:
+                self._score_waiting(seen)
+                filled = self._decide_together(seen)
+            piece = slice(start, min(start + self.rule.block - seen % self.rule.block, tokens))
+            place = slice(filled, filled + piece.stop - start)
+            self.key_room[:, :, place], self.value_room[:, :, place] = key[:, :, piece], value[:, :, piece]
+            # A part of a long text would hold all of it
+            self.waiting.append(before_rope if tokens == 1 else before_rope[:, :, piece].clone())
+            filled, start = place.stop, piece.stop
+            self.keys, self.values = self.key_room[:, :, :filled], self.value_room[:, :, :filled]
+            mask = _causal(place, self.device) if piece.stop - piece.start > 1 else None
+            outputs.append(_attention(query[:, :, piece], self.keys, self.values, mask, scaling))
+        return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
+
+    def _score_waiting(self, seen: int) -> None:
+        """Score the last of `seen` tokens that have no score yet: a block at once, which costs a step less than each
+        token by itself."""
+        if self.waiting:
+            keys, filled = torch.cat(self.waiting, 2), self._filled(seen)
+            tokens = keys.shape[2]
+            positions = torch.arange(seen - tokens, seen, device=self.device).unsqueeze(0)
+            self.scores[:, :, filled - tokens : filled] = self.signal.scores(keys, positions, None)
+            self.waiting = []
+
+    def _filled(self, seen: int) -> int:
+        """Tokens stored behind the last call, when the decision that is due there has not been made."""
+        return self.schedule.stored(seen - 1) + 1 if seen else 0
+
+    def _decide_together(self, seen: int) -> int:
+        """Drop tokens of the block that is due, in place; how many tokens are left."""
+        block, schedule = self.rule.block, self.schedule
+        before, kept = schedule.kept(seen - 1) if seen else 0, schedule.kept(seen)
+        filled = self._filled(seen)
+        if schedule.decided(seen) == (schedule.decided(seen - 1) if seen else 0) or kept - before == block:
+            return filled
+        first = kept - before
+        chosen = self._ranked(self.scores[:, :, before : before + block], seen)[..., :first].sort(-1).values
+        for room in (self.key_room, self.value_room, self.scores.unsqueeze(-1)):
+            assert room is not None
+            index = chosen.unsqueeze(-1).expand(-1, -1, -1, room.shape[-1])
+            room[:, :, before:kept] = room[:, :, before : before + block].gather(2, index)
+            room[:, :, kept : filled - block + first] = room[:, :, before + block : filled].clone()
+        return filled - block + first
+
+    def _ranked(self, scores: torch.Tensor, seen: int | torch.Tensor) -> torch.Tensor:
+        """The tokens of a block (B, KV heads, block), best first; the text's first ones are the best. seen: how many
+        tokens there were when it is decided, a number or (B,)."""
+        is_first = torch.as_tensor(seen, device=scores.device) == self.rule.window + self.rule.block
+        sinks = torch.arange(scores.shape[-1], device=scores.device) < self.rule.sinks
+        return scores.masked_fill(is_first.view(-1, 1, 1) & sinks, torch.inf).argsort(
+            stable=True, dim=-1, descending=True
+        )
+
+    def _make_room(self, filled: int, needed: int) -> None:
+        """For `needed` tokens; the first `filled` are there."""
+        assert self.key_room is not None
+        assert self.value_room is not None
+        is_own = not self.key_room.is_inference() or torch.is_inference_mode_enabled()
+        if needed <= self.key_room.shape[2] and is_own:
+            return
+        if filled:  # it grows as it decodes
+            needed += max(needed // SPARE, 1)
+        names = ("key_room", "value_room", "scores")
+        for name in names:
+            old = getattr(self, name)
+            new = old.new_zeros(*old.shape[:2], needed, *old.shape[3:])
+            new[:, :, :filled] = old[:, :, :filled]
+            setattr(self, name, new)
+
+    # Each sequence at its own position
+
+    def _attend_apart(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scores: torch.Tensor,
+        real: torch.Tensor,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        """(B, heads, T, width). In pieces in which no sequence decides twice."""
+        outputs = []
+        for start in range(0, key.shape[2], self.rule.block):
+            piece = slice(start, start + self.rule.block)
+            new = (key[:, :, piece], value[:, :, piece], scores[:, :, piece])
+            columns = self.seen + min(piece.stop, key.shape[2])
+            outputs.append(self._attend_piece(query[:, :, piece], new, real[:, piece], columns, scaling))
+        return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
+
+    def _attend_piece(
+        self,
+        query: torch.Tensor,
+        new: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        real: torch.Tensor,
+        columns: int,
+        scaling: float | None,
+    ) -> torch.Tensor:
+        """Decide, where that falls into the piece, for the queries behind it; write, attend, and move together.
+        columns: how many there are with the piece."""
+        assert self.counts is not None
+        block, table = self.rule.block, self._table(columns)
+        behind = self.counts - 1  # of the last call's tokens; the decision that is due at `counts` is not made
+        number = behind.clamp_min(0) // block
+        kept, stored = table[0][number], torch.where(self.counts > 0, table[1][number] + behind % block + 1, 0)
+        width = self.schedule.most(columns) + block  # what the piece adds is there before anything is dropped
+        self._make_room(self.scores.shape[2], width + block + self.rule.window + 1)
+
+        due = -(-self.counts // block) * block  # where this piece may decide
+        decides = (due < self.counts + real.sum(1)) & (due >= self.rule.window + block)
+        chosen = torch.where(decides, table[0][due // block] - kept, block)
+        at = kept[:, None, None] + torch.arange(block, device=self.device)
+        ranked = self._ranked(self.scores.gather(2, at.expand(-1, self.scores.shape[1], -1)), due)
+        stays = ranked.argsort(-1) < chosen[:, None, None]  # (B, KV heads, block)
+
+        rank = real.cumsum(1)  # (B, T): which of the piece's real tokens, from 1
+        self._write(new, stored, rank, real)
+        slots = torch.arange(width, device=self.device)
+        seen = slots < (stored[:, None] + rank.clamp_min(1)).unsqueeze(-1)  # (B, T, room)
+        gone = torch.zeros(*stays.shape[:2], self.scores.shape[2], dtype=torch.bool, device=self.device)
+        gone = gone.scatter(2, at.expand_as(stays), ~stays)[..., :width]
+        is_behind = self.counts[:, None] + rank - 1 >= due[:, None]  # (B, T)
+        mask = seen.unsqueeze(1) & ~(gone.unsqueeze(2) & is_behind[:, None, :, None])
+        assert self.key_room is not None
+        assert self.value_room is not None
+        output = _attention(query, self.key_room[:, :, :width], self.value_room[:, :, :width], mask, scaling)
+
+        self._move_together(kept, stays)
+        self.counts = self.counts + real.sum(1)
+        self.keys, self.values = self.key_room[:, :, :width], self.value_room[:, :, :width]
+        return output
+
+    def _table(self, columns: int) -> torch.Tensor:
+        """(2, decisions): kept, and stored behind it, at each multiple of block up to so many tokens and a block."""
+        needed = columns // self.rule.block + 2
+        if self.table is None or self.table.shape[1] < needed:
+            numbers = range(0, 2 * needed * self.rule.block, self.rule.block)
+            rows = [[self.schedule.kept(n) for n in numbers], [self.schedule.stored(n) for n in numbers]]
+            self.table = torch.tensor(rows, device=self.device)
+        return self.table
+
+    def _write(self, new, stored: torch.Tensor, rank: torch.Tensor, real: torch.Tensor) -> None:
+        """New tokens behind those that are stored; padding goes where nothing is read."""
+        last = self.scores.shape[2] - 1
+        place = torch.where(real, stored[:, None] + rank - 1, last)[:, None].expand(-1, self.scores.shape[1], -1)
+        for room, tokens in zip((self.key_room, self.value_room, self.scores), new, strict=True):
+            assert room is not None
+            index = place if room.dim() == 3 else place.unsqueeze(-1).expand(-1, -1, -1, room.shape[3])
+            room.scatter_(2, index, tokens.to(room.dtype))
+
+    def _move_together(self, kept: torch.Tensor, stays: torch.Tensor) -> None:
+        """Close the gaps that dropped tokens of a block leave, in the rows behind `kept`."""
+        block = self.rule.block
+        behind = stays.new_ones(*stays.shape[:2], self.rule.window + block)
+        order = (~torch.cat((stays, behind), -1)).int().argsort(stable=True, dim=-1)
+        places = kept[:, None, None] + torch.arange(order.shape[-1], device=self.device).expand_as(order)
+        source = kept[:, None, None] + order
+        for room in (self.key_room, self.value_room, self.scores):
+            assert room is not None
+            there, back = (
+                x if room.dim() == 3 else x.unsqueeze(-1).expand(-1, -1, -1, room.shape[3]) for x in (source, places)
+            )
+            room.scatter_(2, back, room.gather(2, there))
+
+    def real_tokens(self) -> np.ndarray:
+        """How many each sequence has had, (B,)."""
+        return np.full(len(self.scores), self.seen) if self.counts is None else self.counts.cpu().numpy()
+
+    def kept_tokens(self) -> np.ndarray:
+        """How many of each sequence's are held, (B,)."""
+        return np.array([self._filled(n) for n in self.real_tokens().tolist()])
+
+    def position_bytes(self) -> int:
+        return self.scores.nbytes
+
+    def anchor_bytes(self) -> int:
+        return self.signal.nbytes() + sum(keys.nbytes for keys in self.waiting)
+
+    # What transformers asks of a layer of a cache.
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """What is new is given back as it is: `attend`, which the attention calls, takes it in."""
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, kept or not: where the next one stands."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name in older transformers
+
+    def reset(self) -> None:
+        self._forget()
+
+    def crop(self, *args, **kwargs) -> None:
+        raise CacheMismatch(
+            "a filtered cache cannot be cropped: what was dropped is not in it; leave out what crops it"
+        )
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(len(self.scores)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Sequences `indices` of the batch, with all that is known of them."""
+        if not self.is_initialized:
+            return
+        assert self.keys is not None
+        chosen, filled = indices.to(self.device), self.keys.shape[2]
+        for name in ("key_room", "value_room", "scores", "counts"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, tensor.index_select(0, chosen))
+        assert self.key_room is not None
+        assert self.value_room is not None
+        self.keys, self.values = self.key_room[:, :, :filled], self.value_room[:, :, :filled]
+        self.signal.select(chosen)
+        self.waiting = [keys.index_select(0, chosen) for keys in self.waiting]
+
+
+def _causal(place: slice, device: torch.device) -> torch.Tensor:
+    """(T, S): new tokens, which stand at `place`, see everything up to themselves."""
+    slots = torch.arange(place.stop, device=device)
+    return slots <= slots[place].unsqueeze(-1)
+
+
+def _attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+) -> torch.Tensor:
+    """(B, heads, T, width), with the query heads of a KV head side by side, so that keys are read once. mask (T, S), or
+    (B, 1 or KV heads, T, S)."""
+    batch, kv_heads, _, width = keys.shape
+    tokens = query.shape[2]
+    packed = query.reshape(batch, kv_heads, -1, width)  # (B, KV heads, groups * T, width)
+    if mask is not None:
+        mask = mask.repeat(*[1] * (mask.dim() - 2), query.shape[1] // kv_heads, 1)
+    found = torch.nn.functional.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
+    return found.reshape(batch, -1, tokens, width)

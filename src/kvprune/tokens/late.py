@@ -1,0 +1,245 @@
+"""Late admission in a model: each attention without a window attends over an `AdmittedLayer`.
+
+The model's own modules run as they are. What is put in between is the attention function, a cache layer, and a look at
+what K's projection gives, which is the keys before RoPE.
+"""
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.masking_utils import sdpa_mask
+
+from kvprune.errors import BadOption, CacheMismatch, FilterMisuse
+from kvprune.models.family import check_rope, family_of
+from kvprune.runtime.attention import packed_attention
+from kvprune.runtime.modeling import CACHE, take_cache
+from kvprune.tokens.admission import Admission
+from kvprune.tokens.admitted import AdmittedLayer
+from kvprune.tokens.attention import FilteredAttention
+from kvprune.tokens.binding import (
+    ADMISSION,
+    CACHES,
+    DRAFTS,
+    check_attention,
+    check_call,
+    check_model,
+    forward_of,
+    replaced,
+    setting_of,
+)
+from kvprune.tokens.report import bytes_of
+
+HELD = "kvprune_held"  # of an attention module, while a call lasts
+
+
+class Held:
+    """What one attention module has to work with: its layer of the cache, keys before RoPE, and what is real."""
+
+    def __init__(self, projection: nn.Module):
+        self.projection = projection  # of the keys
+        self.layer: AdmittedLayer | None = None
+        self.before_rope: torch.Tensor | None = None  # (B, T, KV heads * width)
+        self.real: torch.Tensor | None = None
+
+    def see(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        """A forward hook of K's projection."""
+        self.before_rope = output
+
+
+def admitting_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """As transformers' attention functions. A layer that is left alone goes to "sdpa"."""
+    held: Held | None = vars(module).get(HELD)
+    if held is None:
+        return packed_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    assert held.layer is not None
+    assert held.before_rope is not None
+    before = held.before_rope.unflatten(-1, (key.shape[1], -1)).transpose(1, 2)
+    held.before_rope = None
+    return held.layer.attend(query, key, value, before, held.real, scaling), None
+
+
+class LateAdmission:
+    """A context in which a model keeps a share of its tokens; see admission.py."""
+
+    def __init__(self, settings: Admission):
+        self.settings = settings
+        self._model: PreTrainedModel | None = None
+        self._held: dict[int, Held] = {}
+        self._modules: dict[int, nn.Module] = {}
+        self._cache: Any = None
+        self._found: dict[str, Any] = {}
+        self._active = False
+        self._undo = ExitStack()
+
+    def rates(self, layers: int) -> dict[int, float]:
+        """No token skips a layer."""
+        return {}
+
+    def __call__(self, model: PreTrainedModel) -> "LateAdmission":
+        if self._active:
+            raise FilterMisuse("this TokenFilter is in use already; leave its context, or make another one")
+        check_model(model)
+        config: Any = model.config
+        family, rule = family_of(config.model_type), self.settings
+        check_rope(config)
+        check_attention(config)
+        modules = [getattr(block, family.attention) for block in family.blocks(model)]
+        if any(isinstance(getattr(vars(m).get(forward_of(m)), "__self__", None), FilteredAttention) for m in modules):
+            raise FilterMisuse("the model has a TokenFilter already; leave its context first")
+        self._modules = {i: m for i, m in enumerate(modules) if _window(m, config) is None}
+        if not self._modules:
+            raise FilterMisuse("every layer of this model has a sliding window, which is short already; leave keep out")
+        longest = config.max_position_embeddings
+        if rule.block + rule.window >= longest:
+            raise BadOption(
+                f"block ({rule.block}) and window ({rule.window}) leave nothing to decide in a context of {longest} "
+                "tokens; take smaller ones"
+            )
+        self._held = {i: Held(getattr(m, family.k)) for i, m in self._modules.items()}
+        self._model, self._cache = model, None
+        self._found = self._measured()
+        return self
+
+    def __enter__(self) -> "LateAdmission":
+        if self._model is None:
+            raise FilterMisuse("a TokenFilter needs a model: with TokenFilter(...)(model)")
+        self(self._model)  # counts from the beginning, and the checks once more
+        model = self._model
+        AttentionInterface.register(ADMISSION, admitting_attention)
+        AttentionMaskInterface.register(ADMISSION, sdpa_mask)
+        with ExitStack() as stack:
+            for i, module in self._modules.items():
+                stack.callback(replaced(module, HELD, self._held[i]))
+                stack.callback(self._held[i].projection.register_forward_hook(self._held[i].see).remove)
+                if getattr(module, "dense_heads", None) is not None:  # the cache is read at its own width
+                    stack.callback(replaced(module, "dense_heads", None))
+            stack.callback(model.set_attn_implementation, model.config._attn_implementation)
+            model.set_attn_implementation(ADMISSION)
+            self._own_generate = cast(Callable[..., Any], model.generate)
+            stack.callback(replaced(model, "generate", self._generate))
+            stack.callback(model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+            self._undo = stack.pop_all()
+        self._active = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._active = False
+        self._undo.close()
+        self._found, self._cache = self._measured(), None
+        for held in self._held.values():
+            held.layer = held.before_rope = held.real = None
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Of the last call's cache: keep_asked; keep_achieved, the share of the tokens that layers without a window
+        hold (those not decided yet with them); and the bytes that report.py names."""
+        if self._model is None:
+            raise FilterMisuse("this TokenFilter has no model yet, and nothing to report")
+        return self._measured() if self._active else self._found
+
+    def _measured(self) -> dict[str, Any]:
+        layers = [] if self._cache is None else [i for i in self._cache.layers if isinstance(i, AdmittedLayer)]
+        begun = [layer for layer in layers if layer.is_initialized]
+        tokens = sum(int(layer.real_tokens().sum()) for layer in begun)
+        kept = sum(int(layer.kept_tokens().sum()) for layer in begun)
+        achieved = {"keep_asked": self.settings.keep, "keep_achieved": kept / tokens if tokens else 1.0}
+        return achieved | bytes_of(self._model, self._cache)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, unless it cannot work."""
+        self._check_generate(kwargs, args[1] if len(args) > 1 else kwargs.get("generation_config"))
+        return self._own_generate(*args, **kwargs)
+
+    def _check_generate(self, given: dict[str, Any], config: Any) -> None:
+        """Raise CacheMismatch or FilterMisuse for a way to generate that a filter cannot serve."""
+        kind = setting_of(self._model, "cache_implementation", given, config)
+        if kind not in CACHES:
+            raise CacheMismatch(
+                f"generate was asked for a {kind!r} cache, but a TokenFilter keeps its own: leave cache_implementation "
+                "out, or set it to None in model.generation_config"
+            )
+        for name in DRAFTS:
+            if setting_of(self._model, name, given, config):
+                raise FilterMisuse(f"{name}: a TokenFilter cannot take back the tokens of a draft; leave it out")
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Before every forward of the base model: checks, the cache, and which tokens are real."""
+        assert self._model is not None
+        config = self._model.config
+        kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        check_call(self._model, kwargs, (ADMISSION,))
+        ids = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        tokens = ids.shape[1]
+        mask, cache, use_cache = kwargs.get("attention_mask"), take_cache(kwargs), kwargs.get("use_cache")
+        wanted = config.use_cache if use_cache is None else use_cache
+        if cache is None and wanted:
+            cache = DynamicCache(config=config)
+        kwargs[CACHE] = cache
+        layers = {i: AdmittedLayer(self.settings, i) for i in self._held} if cache is None else self._cached(cache)
+        real = self._real(mask, tokens, next(iter(layers.values())))
+        if real is None or len(layers) == config.num_hidden_layers:
+            kwargs["attention_mask"] = None  # nobody needs it, and models look into it, which makes the host wait
+        for i, held in self._held.items():
+            held.layer, held.real, held.before_rope = layers[i], real, None
+        self._cache = cache
+        return (), kwargs
+
+    def _real(self, mask: torch.Tensor | None, tokens: int, layer: AdmittedLayer) -> torch.Tensor | None:
+        """(B, T) bool: which of the new tokens are no padding, or None where all are and have been.
+
+        A step of decoding does not look, since that would make the host wait: where there was no padding before, its
+        tokens are real.
+        """
+        if mask is None:
+            return None
+        new = mask[:, -tokens:].bool()
+        if layer.counts is not None:
+            return new
+        if tokens == 1 and layer.seen:
+            return None
+        return None if bool(new.all()) else new
+
+    def _cached(self, cache: Any) -> dict[int, AdmittedLayer]:
+        """The layers of a cache that this filter works on; of an empty one they are put in. Raises CacheMismatch."""
+        if not isinstance(cache, DynamicCache):
+            raise CacheMismatch(f"a TokenFilter needs a DynamicCache, not {type(cache).__name__}")
+        if not cache.layers:
+            assert self._model is not None
+            cache.layers = DynamicCache(config=self._model.config).layers
+            cache.layer_class_to_replicate = None
+            while len(cache.layers) <= max(self._held):  # older transformers make them on the way
+                cache.layers.append(DynamicLayer())
+        found: dict[int, AdmittedLayer] = {}
+        for i in self._held:
+            layer: Any = cache.layers[i]
+            if not isinstance(layer, AdmittedLayer):
+                if layer.get_seq_length():
+                    raise CacheMismatch("this cache was made without the TokenFilter; start with an empty one")
+                if not isinstance(layer, DynamicLayer) or layer.is_sliding:
+                    raise CacheMismatch(f"TokenFilter(keep=...) cannot work on a {type(layer).__name__}; leave it out")
+                layer = cache.layers[i] = AdmittedLayer(self.settings, i)
+            found[i] = layer
+        if any(layer.rule != self.settings for layer in found.values()):
+            raise CacheMismatch("this cache was made with another TokenFilter; start with an empty one")
+        if len({cast(CacheLayerMixin, layer).get_seq_length() for layer in cache.layers}) > 1:
+            raise CacheMismatch("this cache has been used without its TokenFilter; start with an empty one")
+        return found
+
+
+def _window(module: nn.Module, config: Any) -> int | None:
+    return cast(int | None, getattr(module, "sliding_window", getattr(config, "sliding_window", None)))

@@ -1,0 +1,238 @@
+"""A context in which a model skips the attention of tokens that look like what it has just seen."""
+
+import inspect
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from kvprune.errors import CacheMismatch, FilterMisuse
+from kvprune.models.family import check_rope, family_of
+from kvprune.runtime.modeling import CACHE, take_cache
+from kvprune.runtime.quantized import is_quantized
+from kvprune.tokens.attention import FilteredAttention, Step
+from kvprune.tokens.binding import (
+    CACHES,
+    DRAFTS,
+    check_attention,
+    check_call,
+    check_model,
+    forward_of,
+    replaced,
+    setting_of,
+)
+from kvprune.tokens.cache import FilteredLayer
+from kvprune.tokens.quantized import QuantizedFilteredLayer
+from kvprune.tokens.report import bytes_of, no_bytes, report
+from kvprune.tokens.settings import Settings
+
+
+class Skipping:
+    """The way of Token Filtering (arXiv 2512.07090; our choices: see Settings): skip attention online."""
+
+    def __init__(self, settings: Settings, record: bool = False):
+        self.settings = settings
+        self.record = record
+        self._model: PreTrainedModel | None = None
+        self._layers: list[FilteredAttention] = []
+        self._cache: Any = None
+        self._bytes = no_bytes()
+        self._active = False
+        self._prompt_ends: np.ndarray | None = None
+        self._undo = ExitStack()
+        self._own_generate: Callable[..., Any] = _nothing
+
+    def __call__(self, model: PreTrainedModel) -> "Skipping":
+        """Bind to a model, which is not changed before the context is entered."""
+        if self._active:
+            raise FilterMisuse("this TokenFilter is in use already; leave its context, or make another one")
+        check_model(model)
+        config = model.config
+        family = family_of(config.model_type)
+        check_rope(config)
+        check_attention(config)
+        modules = [getattr(block, family.attention) for block in family.blocks(model)]
+        if any(isinstance(getattr(vars(m).get(forward_of(m)), "__self__", None), FilteredAttention) for m in modules):
+            raise FilterMisuse("the model has a TokenFilter already; leave its context first")
+        s = self.settings
+        skip = s.rates(s.ratio, len(modules))
+        drop = skip if s.drop_ratio is None else s.rates(s.drop_ratio, len(modules))
+        self._layers = [
+            FilteredAttention(
+                modules[i], family, i, s, skip.get(i, 0.0), None if s.drop_ratio is None else drop.get(i, 0.0)
+            )
+            for i in sorted(skip | drop)
+        ]
+        _share_decisions(self._layers, s.decide_every)
+        self._model, self._cache, self._bytes = model, None, no_bytes()
+        return self
+
+    def __enter__(self) -> "Skipping":
+        if self._model is None:
+            raise FilterMisuse("a TokenFilter needs a model: with TokenFilter(...)(model)")
+        self(self._model)  # counts from the beginning, and the checks once more
+        with ExitStack() as stack:
+            for layer in self._layers:
+                layer.decisions = [] if self.record else None
+                stack.callback(replaced(layer.module, forward_of(layer.module), layer.forward))
+            self._own_generate = cast(Callable[..., Any], self._model.generate)
+            stack.callback(replaced(self._model, "generate", self._generate))
+            stack.callback(self._model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+            self._undo = stack.pop_all()
+        self._active = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._active = False
+        self._undo.close()
+        for layer in self._layers:
+            layer.step = layer.decided = None
+        assert self._model is not None
+        self._bytes, self._cache = bytes_of(self._model, self._cache), None
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        return self._model
+
+    def rates(self, layers: int) -> dict[int, float]:
+        """The share of tokens that skips, of the layers in which some do."""
+        return self.settings.rates(self.settings.ratio, layers)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What was skipped and saved since the context was entered; see report.py."""
+        if self._model is None:
+            raise FilterMisuse("this TokenFilter has no model yet, and nothing to report")
+        found = bytes_of(self._model, self._cache) if self._active else self._bytes
+        counts = [(layer.index, layer.counts) for layer in self._layers]
+        return report(self._model, self.settings, counts) | found
+
+    @property
+    def skipped(self) -> np.ndarray:
+        """Which tokens skipped which layer, (layers, B, tokens) bool, with record=True and one batch in the context."""
+        if not self.record or self._model is None:
+            raise FilterMisuse("decisions are not recorded; make the filter with TokenFilter(..., record=True)")
+        found = {
+            layer.index: np.concatenate(layer.decisions or [np.zeros((1, 0), bool)], axis=1) for layer in self._layers
+        }
+        nothing = np.zeros_like(next(iter(found.values())))
+        return np.stack([found.get(i, nothing) for i in range(self._model.config.num_hidden_layers)])
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own, told where the prompts end."""
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        embeds, mask, cache = kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), take_cache(dict(kwargs))
+        config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        self._check_generate(kwargs, config)
+        if self.settings.prompt_length is None:
+            if mask is None and ids is not None:
+                mask = self._padding(ids, kwargs, config)
+            if mask is not None:
+                self._prompt_ends = mask.sum(1).cpu().numpy()
+            elif embeds is not None:
+                seen = 0 if cache is None else cache.get_seq_length()
+                self._prompt_ends = np.full(len(embeds), seen + embeds.shape[1])
+        try:
+            return self._own_generate(*args, **kwargs)
+        finally:
+            self._prompt_ends = None
+
+    def _padding(self, ids: torch.Tensor, given: dict[str, Any], config: Any) -> torch.Tensor:
+        """The mask that generate makes where it gets none: pad tokens, unless they may be text as well."""
+        pad, end = (setting_of(self._model, name, given, config) for name in ("pad_token_id", "eos_token_id"))
+        ends = end if isinstance(end, list) else [end]
+        return torch.ones_like(ids) if pad is None or pad in ends else ids.ne(pad).long()
+
+    def _check_generate(self, given: dict[str, Any], config: Any) -> None:
+        """Raise CacheMismatch or FilterMisuse for a way to generate that a filter cannot serve."""
+        kind = setting_of(self._model, "cache_implementation", given, config)
+        if kind not in CACHES:
+            raise CacheMismatch(
+                f"generate was asked for a {kind!r} cache, but a TokenFilter keeps its own: leave cache_implementation "
+                "out, or set it to None in model.generation_config"
+            )
+        for name in DRAFTS:
+            if setting_of(self._model, name, given, config):
+                raise FilterMisuse(f"{name}: a TokenFilter cannot take back the tokens of a draft; leave it out")
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Before every forward of the base model: checks, the cache, and what all layers need to know of the call."""
+        assert self._model is not None
+        config = self._model.config
+        kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        check_call(self._model, kwargs)
+        ids = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        batch, tokens = ids.shape[:2]
+        mask, cache, use_cache = kwargs.get("attention_mask"), take_cache(kwargs), kwargs.get("use_cache")
+        if cache is None and (config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache(config=config)
+        kwargs[CACHE] = cache
+        layers = self._cached(cache) if cache is not None else {i.index: FilteredLayer(i.window) for i in self._layers}
+        real = np.ones((batch, tokens), dtype=bool)
+        if mask is not None:
+            real = mask[:, -tokens:].cpu().numpy().astype(bool)
+        step = Step.of(real, self._ends(batch), layers, self.settings.first)
+        for layer in self._layers:
+            layer.step = step
+        self._cache = cache
+        return (), kwargs
+
+    def _ends(self, batch: int) -> np.ndarray:
+        """Absolute positions behind the prompts' final tokens, (B,)."""
+        ends = self._prompt_ends
+        if ends is None or batch % len(ends):
+            return np.full(batch, self.settings.prompt_length or 0)
+        return np.repeat(ends, batch // len(ends))  # beams, or several answers to a prompt
+
+    def _cached(self, cache: Any) -> dict[int, FilteredLayer]:
+        """The filtered layers of a cache; of an empty one they are put in. Raises CacheMismatch."""
+        if not isinstance(cache, DynamicCache):
+            raise CacheMismatch(f"a TokenFilter needs a DynamicCache, not {type(cache).__name__}")
+        assert self._model is not None
+        if not cache.layers:
+            cache.layers = DynamicCache(config=self._model.config).layers
+            cache.layer_class_to_replicate = None
+            while len(cache.layers) <= self._layers[-1].index:  # older transformers make them on the way
+                cache.layers.append(DynamicLayer())
+        found = {}
+        for attention in self._layers:
+            layer: Any = cache.layers[attention.index]
+            if not isinstance(layer, FilteredLayer):
+                if layer.get_seq_length():
+                    raise CacheMismatch("this cache was made without the TokenFilter; start with an empty one")
+                layer = cache.layers[attention.index] = _filtered(layer, attention.window)
+            found[attention.index] = layer
+        others = any(isinstance(layer, FilteredLayer) and i not in found for i, layer in enumerate(cache.layers))
+        mine = replace(self.settings, prompt_length=None)
+        made_by = [layer.settings for layer in found.values() if layer.settings is not None]
+        if others or any(replace(settings, prompt_length=None) != mine for settings in made_by):
+            raise CacheMismatch("this cache was made with another TokenFilter; start with an empty one")
+        if len({cast(CacheLayerMixin, layer).get_seq_length() for layer in cache.layers}) > 1:
+            raise CacheMismatch("this cache has been used without its TokenFilter; start with an empty one")
+        return found
+
+
+def _share_decisions(layers: list[FilteredAttention], every: int) -> None:
+    """Let the first of every so many layers in a row decide for all of them, if they are to skip and drop alike."""
+    leader, led = None, 0
+    for layer in layers:
+        if leader is not None and led < every and layer.rates == leader.rates:
+            layer.leader = leader
+        else:
+            leader, led = layer, 0
+        led += 1
+
+
+def _filtered(layer: Any, window: int | None) -> FilteredLayer:
+    """What stands for an empty layer of a cache."""
+    return QuantizedFilteredLayer(layer) if is_quantized(layer) else FilteredLayer(window)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    raise FilterMisuse("a TokenFilter generates in its context only")
