@@ -356,7 +356,7 @@ def test_generate_in_pieces_and_with_a_mask_it_makes_itself():
     steps = {"max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False}
     with kvprune.TokenFilter(ratio=0.25, **OPTIONS)(model) as f:
         whole = model.generate(ids, **steps)
-        assert f._prompt_ends is None
+        assert f._way._prompt_ends is None
         pieces = model.generate(ids, prefill_chunk_size=7, **steps)
         alone = model.generate(ids[1:, 9:], **steps)
     assert torch.equal(whole, pieces)
