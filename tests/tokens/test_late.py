@@ -16,6 +16,7 @@ from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.runtime.cache import GrowingCache
 from kvprune.runtime.modeling import CACHE
+from kvprune.runtime.quantized import quantized_cache
 from kvprune.tokens.admission import Admission, Schedule
 from kvprune.tokens.admitted import AdmittedLayer
 from tiny import FAMILIES, VOCABULARY, measured_bases, merged_plan, tiny_model
@@ -320,3 +321,42 @@ def test_a_step_of_decoding_does_not_wait(lengths):
         with Waits() as waits:
             torch.ones(2).nonzero()
         assert waits.found  # it can see one
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_cache(bits):
+    """In the first layer the same tokens are kept, and lose no more than so many bits do; pieces change nothing."""
+    model, ids = model_of(positions=2048, head_dim=32, layers=1), ids_of(700)
+    rule = {"block": 32, "window": 64, "sinks": 4}
+    whole, plain, _ = filtered(model, ids, **rule)
+    logits, cache, report = filtered(model, ids, cache=quantized_cache(model.config, bits), **rule)
+    pieces, _, _ = filtered(model, ids, [300, *[1] * 40, 360], cache=quantized_cache(model.config, bits), **rule)
+    torch.testing.assert_close(logits, pieces, rtol=0, atol=1e-3)
+    torch.testing.assert_close(logits, whole, rtol=0, atol=0.3)
+    assert (logits - whole).abs().max() > 1e-4
+    for found, exact in zip(cache.layers[0]._read(), (plain.layers[0].keys, plain.layers[0].values), strict=True):
+        step = (exact.amax() - exact.amin()) / (2**bits - 1)
+        assert (found - exact).abs().max() < (0.07 * exact.abs().max() if bits == 8 else step)
+        assert not torch.equal(found, exact)
+    held = sum(layer.kv_nbytes() for layer in cache.layers)
+    assert report["kv_bytes"] == held
+    assert [layer.kept_tokens().tolist() for layer in cache.layers] == [
+        layer.kept_tokens().tolist() for layer in plain.layers
+    ]
+    assert held < 0.9 * sum(layer.kv_nbytes() for layer in plain.layers)
+
+
+def test_a_quantised_cache_follows_its_beams_and_refuses_padding():
+    model, ids = model_of(positions=2048, head_dim=32), ids_of(300, batch=2)
+    rule = {"block": 32, "window": 64, "sinks": 4}
+    _, cache, _ = filtered(model, ids, cache=quantized_cache(model.config, 8), **rule)
+    _, swapped, _ = filtered(model, ids.flip(0), cache=quantized_cache(model.config, 8), **rule)
+    for layer, other in zip(cache.layers, swapped.layers, strict=True):
+        layer.reorder_cache(torch.tensor([1, 0]))
+        for a, b in zip(layer._read(), other._read(), strict=True):
+            close(a, b)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    empty = quantized_cache(model.config, 8)
+    with pytest.raises(errors.CacheMismatch, match="takes no padding"):
+        filtered(model, ids, cache=empty, mask=mask, **rule)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from kvprune.errors import BadOption, NotFinite
 from kvprune.measure import memory
@@ -71,11 +71,8 @@ def evaluate(
             raise BadOption("--kv-bits is for perplexity: tasks are answered without a cache; leave one of them out")
         quantizer(kv_bits)
     token_filter = asked_filter(keep=keep)
-    if keep is not None:
-        if names:
-            raise BadOption("--keep is for perplexity: tasks are answered without a cache; leave one of them out")
-        if kv_bits is not None:
-            raise BadOption("--keep works on caches of full size; leave --kv-bits out")
+    if keep is not None and names:
+        raise BadOption("--keep is for perplexity: tasks are answered without a cache; leave one of them out")
     sources = [resolve(s, revision, trust_remote_code) for s in (source, against) if s is not None]
     lengths = _lengths(window_lengths, sources, tokens, kv_bits)
     tokenizer = one_tokenizer(sources)
@@ -172,8 +169,9 @@ def bytes_per_token(
     filter on all of `window`."""
     if token_filter is not None:
         ids = torch.zeros(1, window, dtype=torch.long, device=model.device)
+        cache = DynamicCache(config=model.config) if kv_bits is None else quantized_cache(model.config, kv_bits)
         with token_filter(model):
-            model(ids, use_cache=True, logits_to_keep=1)
+            model(ids, logits_to_keep=1, **{CACHE: cache})
             return round(token_filter.report["kv_bytes"] / window)
     if kv_bits is None:
         ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)

@@ -23,6 +23,8 @@ def cache_bytes(cache: Cache) -> int:
 def kv_bytes(layer: Any) -> int:
     """Bytes of the keys and values of the tokens in a layer of a cache, without room that is kept free; of a quantised
     one with its scales."""
+    if hasattr(layer, "kv_nbytes"):  # of late admission
+        return int(layer.kv_nbytes())
     stores = stores_of(layer)
     if stores:
         return sum(map(quantized_bytes, stores))
@@ -34,6 +36,8 @@ def kv_bytes(layer: Any) -> int:
 
 def held_bytes(layer: Any) -> int:
     """Bytes of the tensors of a layer of a cache, room included."""
+    if hasattr(layer, "held_nbytes"):
+        return int(layer.held_nbytes())
     if stores_of(layer):
         return kv_bytes(layer)
     keys, values = getattr(layer, "key_room", None), getattr(layer, "value_room", None)

@@ -26,6 +26,7 @@ class AdmittedLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = False
     is_sliding = False
+    away = 0  # how many of the kept tokens are somewhere else than in the rooms
 
     def __init__(self, rule: Admission, index: int):
         super().__init__()
@@ -93,8 +94,8 @@ class AdmittedLayer(CacheLayerMixin):
     ) -> torch.Tensor:
         """(B, heads, T, width). A piece at a time: up to the next decision."""
         tokens, outputs, start = key.shape[2], [], 0
-        filled = self._filled(self.seen)
-        self._make_room(filled, self.schedule.most(self.seen + tokens))
+        filled = self._filled(self.seen) - self.away
+        self._make_room(filled, self._needed(self.seen + tokens))
         assert self.key_room is not None
         assert self.value_room is not None
         while start < tokens:
@@ -109,15 +110,16 @@ class AdmittedLayer(CacheLayerMixin):
             self.waiting.append(before_rope if tokens == 1 else before_rope[:, :, piece].clone())
             filled, start = place.stop, piece.stop
             self.keys, self.values = self.key_room[:, :, :filled], self.value_room[:, :, :filled]
-            mask = _causal(place, self.device) if piece.stop - piece.start > 1 else None
-            outputs.append(_attention(query[:, :, piece], self.keys, self.values, mask, scaling))
+            keys, values = self._read()
+            mask = _causal(keys.shape[2], piece.stop - piece.start, self.device) if key.shape[2] > 1 else None
+            outputs.append(_attention(query[:, :, piece], keys, values, mask, scaling))
         return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
 
     def _score_waiting(self, seen: int) -> None:
         """Score the last of `seen` tokens that have no score yet: a block at once, which costs a step less than each
         token by itself."""
         if self.waiting:
-            keys, filled = torch.cat(self.waiting, 2), self._filled(seen)
+            keys, filled = torch.cat(self.waiting, 2), self._filled(seen) - self.away
             tokens = keys.shape[2]
             positions = torch.arange(seen - tokens, seen, device=self.device).unsqueeze(0)
             self.scores[:, :, filled - tokens : filled] = self.signal.scores(keys, positions, None)
@@ -128,20 +130,38 @@ class AdmittedLayer(CacheLayerMixin):
         return self.schedule.stored(seen - 1) + 1 if seen else 0
 
     def _decide_together(self, seen: int) -> int:
-        """Drop tokens of the block that is due, in place; how many tokens are left."""
-        block, schedule = self.rule.block, self.schedule
+        """Drop tokens of the block that is due, if one is; how many tokens are left in the rooms."""
+        schedule, filled = self.schedule, self._filled(seen) - self.away
         before, kept = schedule.kept(seen - 1) if seen else 0, schedule.kept(seen)
-        filled = self._filled(seen)
-        if schedule.decided(seen) == (schedule.decided(seen - 1) if seen else 0) or kept - before == block:
+        if schedule.decided(seen) == (schedule.decided(seen - 1) if seen else 0):
             return filled
-        first = kept - before
-        chosen = self._ranked(self.scores[:, :, before : before + block], seen)[..., :first].sort(-1).values
+        block = slice(before - self.away, before - self.away + self.rule.block)
+        chosen = self._ranked(self.scores[:, :, block], seen)[..., : kept - before].sort(-1).values
+        return self._take(chosen, block, filled)
+
+    def _take(self, chosen: torch.Tensor, block: slice, filled: int) -> int:
+        """Keep the chosen tokens (B, KV heads, n) of a block in the rooms, in place; how many are left there."""
+        n = chosen.shape[2]
+        if n == block.stop - block.start:
+            return filled
         for room in (self.key_room, self.value_room, self.scores.unsqueeze(-1)):
             assert room is not None
             index = chosen.unsqueeze(-1).expand(-1, -1, -1, room.shape[-1])
-            room[:, :, before:kept] = room[:, :, before : before + block].gather(2, index)
-            room[:, :, kept : filled - block + first] = room[:, :, before + block : filled].clone()
-        return filled - block + first
+            room[:, :, block.start : block.start + n] = room[:, :, block].gather(2, index)
+            room[:, :, block.start + n : filled - block.stop + block.start + n] = room[
+                :, :, block.stop : filled
+            ].clone()
+        return filled - block.stop + block.start + n
+
+    def _read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values that are there."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    def _needed(self, number: int) -> int:
+        """How many tokens the rooms must hold, up to so many tokens of text."""
+        return self.schedule.most(number)
 
     def _ranked(self, scores: torch.Tensor, seen: int | torch.Tensor) -> torch.Tensor:
         """The tokens of a block (B, KV heads, block), best first; the text's first ones are the best. seen: how many
@@ -270,6 +290,16 @@ class AdmittedLayer(CacheLayerMixin):
         """How many of each sequence's are held, (B,)."""
         return np.array([self._filled(n) for n in self.real_tokens().tolist()])
 
+    def kv_nbytes(self) -> int:
+        """Of the keys and values of the tokens that are held."""
+        if self.key_room is None:
+            return 0
+        return int(self.kept_tokens().sum()) * 2 * self.key_room.shape[1] * self.key_room.shape[3] * self.dtype.itemsize
+
+    def held_nbytes(self) -> int:
+        """Of the tensors that hold them, room included."""
+        return 0 if self.key_room is None else 2 * self.key_room.nbytes
+
     def position_bytes(self) -> int:
         return self.scores.nbytes
 
@@ -326,10 +356,10 @@ class AdmittedLayer(CacheLayerMixin):
         self.waiting = [keys.index_select(0, chosen) for keys in self.waiting]
 
 
-def _causal(place: slice, device: torch.device) -> torch.Tensor:
-    """(T, S): new tokens, which stand at `place`, see everything up to themselves."""
-    slots = torch.arange(place.stop, device=device)
-    return slots <= slots[place].unsqueeze(-1)
+def _causal(stored: int, new: int, device: torch.device) -> torch.Tensor:
+    """(new, stored): the last tokens, which are new, see everything up to themselves."""
+    slots = torch.arange(stored, device=device)
+    return slots <= slots[stored - new :].unsqueeze(-1)
 
 
 def _attention(

@@ -19,8 +19,10 @@ from kvprune.errors import BadOption, CacheMismatch, FilterMisuse
 from kvprune.models.family import check_rope, family_of
 from kvprune.runtime.attention import packed_attention
 from kvprune.runtime.modeling import CACHE, take_cache
+from kvprune.runtime.quantized import is_quantized
 from kvprune.tokens.admission import Admission
 from kvprune.tokens.admitted import AdmittedLayer
+from kvprune.tokens.admitted_quantized import QuantizedAdmittedLayer
 from kvprune.tokens.attention import FilteredAttention
 from kvprune.tokens.binding import (
     ADMISSION,
@@ -192,6 +194,10 @@ class LateAdmission:
         kwargs[CACHE] = cache
         layers = {i: AdmittedLayer(self.settings, i) for i in self._held} if cache is None else self._cached(cache)
         real = self._real(mask, tokens, next(iter(layers.values())))
+        if real is not None and any(isinstance(layer, QuantizedAdmittedLayer) for layer in layers.values()):
+            raise CacheMismatch(
+                "keep on a quantised cache takes no padding; give texts of one length, or one at a time"
+            )
         if real is None or len(layers) == config.num_hidden_layers:
             kwargs["attention_mask"] = None  # nobody needs it, and models look into it, which makes the host wait
         for i, held in self._held.items():
@@ -230,9 +236,10 @@ class LateAdmission:
             if not isinstance(layer, AdmittedLayer):
                 if layer.get_seq_length():
                     raise CacheMismatch("this cache was made without the TokenFilter; start with an empty one")
-                if not isinstance(layer, DynamicLayer) or layer.is_sliding:
-                    raise CacheMismatch(f"TokenFilter(keep=...) cannot work on a {type(layer).__name__}; leave it out")
-                layer = cache.layers[i] = AdmittedLayer(self.settings, i)
+                if not isinstance(layer, DynamicLayer):
+                    raise CacheMismatch(f"keep cannot work on a {type(layer).__name__}; leave it out")
+                own = QuantizedAdmittedLayer(self.settings, i, layer) if is_quantized(layer) else None
+                layer = cache.layers[i] = own or AdmittedLayer(self.settings, i)
             found[i] = layer
         if any(layer.rule != self.settings for layer in found.values()):
             raise CacheMismatch("this cache was made with another TokenFilter; start with an empty one")

@@ -69,7 +69,8 @@ def bytes_of(model: Any, cache: Any) -> dict[str, int]:
             kept = int(layer.kept_tokens().sum())
             found["position_bytes"] += layer.position_bytes()
             found["anchor_bytes"] += layer.anchor_bytes()
-        own = kv_bytes(layer) if stores_of(layer) else kept * 2 * layer.keys.shape[1] * layer.keys.shape[3] * a_number
+        is_known = stores_of(layer) or isinstance(layer, AdmittedLayer)
+        own = kv_bytes(layer) if is_known else kept * 2 * layer.keys.shape[1] * layer.keys.shape[3] * a_number
         found["kv_bytes"] += own
         found["padding_bytes"] += held_bytes(layer) - own
     return found

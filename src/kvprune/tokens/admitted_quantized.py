@@ -1,0 +1,78 @@
+"""Late admission on transformers' quantised cache: what is kept is quantised, what is not decided yet is not."""
+
+import copy
+from typing import Any
+
+import torch
+
+from kvprune.runtime.quantized import quantized_bytes
+from kvprune.tokens.admission import Admission
+from kvprune.tokens.admitted import AdmittedLayer
+
+
+class QuantizedAdmittedLayer(AdmittedLayer):
+    """The rooms hold the tokens that are not decided yet; every sequence has a store of its own for those that are
+    kept, a quantised cache layer of batch 1, so that beams can be told apart. empty: such a layer without tokens, which
+    the stores are copies of. All tokens must be real."""
+
+    def __init__(self, rule: Admission, index: int, empty: Any):
+        self.empty = empty
+        super().__init__(rule, index)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.away = 0
+        self.stores: list[Any] = []
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.stores = [copy.copy(self.empty) for _ in key_states]
+
+    def _needed(self, number: int) -> int:
+        return min(number, self.rule.window + 2 * self.rule.block)
+
+    def _take(self, chosen: torch.Tensor, block: slice, filled: int) -> int:
+        assert self.key_room is not None
+        assert self.value_room is not None
+        rooms = (self.key_room, self.value_room, self.scores.unsqueeze(-1))
+        keys, values = (
+            room[:, :, block].gather(2, chosen.unsqueeze(-1).expand(-1, -1, -1, room.shape[-1])) for room in rooms[:2]
+        )
+        for b, store in enumerate(self.stores if chosen.shape[2] else ()):
+            store.update(keys[b : b + 1], values[b : b + 1])
+        left = filled - block.stop
+        for room in rooms:
+            room[:, :, :left] = room[:, :, block.stop : filled].clone()
+        self.away += chosen.shape[2]
+        return left
+
+    def _read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super()._read()
+        if not self.away:
+            return keys, values
+        nothing = keys[:1, :, :0], values[:1, :, :0]
+        kept = [copy.copy(store).update(*nothing) for store in self.stores]  # at full size, while a call lasts
+        own_keys, own_values = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        return torch.cat((own_keys, keys), 2), torch.cat((own_values, values), 2)
+
+    def kv_nbytes(self) -> int:
+        assert self.keys is not None
+        assert self.values is not None
+        return sum(map(quantized_bytes, self.stores)) + self.keys.nbytes + self.values.nbytes
+
+    def held_nbytes(self) -> int:
+        return sum(map(quantized_bytes, self.stores)) + super().held_nbytes()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.is_initialized:
+            self.stores = [copy.copy(self.stores[b]) for b in indices.tolist()]  # they replace, and never write into
+            super().batch_select_indices(indices)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedAdmittedLayer":
+        """Quantised tensors are shared, everything else is copied."""
+        new = copy.copy(self)
+        new.stores = [copy.copy(store) for store in self.stores]
+        for name, value in vars(self).items():
+            if name not in ("stores", "empty"):
+                setattr(new, name, copy.deepcopy(value, memo))
+        return new
