@@ -4,9 +4,10 @@
 
 MODEL is the dense one; every FOLDER, pruned or not, is a model called NAME: `half=work/closed-form-0.5`. A name that
 begins with "dense+" was trained on WikiText-2 and is compared with the model called "dense+", which was too. Each is
-read as it is, on caches of 8, 4 and 2 bits (transformers' own), under a token filter of 25 %, and both. Judged on the
-first 8,192 tokens of the test splits of WikiText-2 and PTB. KV bytes are those of a real cache of 64 tokens less than a
-window, where a quantised one holds 64 at full size, its mean while decoding: longer contexts need a smaller share.
+read as it is, on caches of 8, 4 and 2 bits (transformers' own), under a token filter that skips 25 % or keeps half,
+and both. Judged on the first 8,192 tokens of the test splits of WikiText-2 and PTB. KV bytes are those of a real cache
+of 64 tokens less than a window, where a quantised one holds 64 at full size, its mean while decoding: longer contexts
+need a smaller share.
 Finished cells are kept in OUT.json; OUT.md and OUT.png are drawn from it.
 """
 
@@ -28,17 +29,19 @@ from kvprune.text.windows import judged_windows
 
 TEXTS, TOKENS = ("wikitext2", "ptb"), 8192
 BITS = (None, 8, 4, 2)
-SKIPS = (None, 0.25)
+SKIPS, KEEP = (None, 0.25), 0.5
 DENSE, PLUS = "dense", "dense+"
 
 
-def ways() -> list[tuple[str, int | None, float | None]]:
-    """(what is done at run time, bits, share that skips)."""
-    found = []
+def ways() -> list[tuple[str, int | None, dict[str, float]]]:
+    """(what is done at run time, bits, what a TokenFilter is given, if anything)."""
+    found: list[tuple[str, int | None, dict[str, float]]] = []
     for bits in BITS:
+        plain = f"{bits} bits" if bits else ""
         for skip in SKIPS:
-            parts = (f"{bits} bits" if bits else "", f"{skip:.0%} of tokens skip" if skip else "")
-            found.append((", ".join(filter(None, parts)) or "as it is", bits, skip))
+            parts = (plain, f"{skip:.0%} of tokens skip" if skip else "")
+            found.append((", ".join(filter(None, parts)) or "as it is", bits, {"ratio": skip} if skip else {}))
+        found.append((", ".join(filter(None, (plain, f"{KEEP:.0%} of tokens kept"))), bits, {"keep": KEEP}))
     return found
 
 
@@ -54,8 +57,9 @@ def held(model, ids: torch.Tensor, bits: int | None, token_filter) -> int:
     return cache_bytes(cache)
 
 
-def measure(model, texts, bits: int | None, skip: float | None, layers: list[int]) -> dict[str, Any]:
-    token_filter = None if skip is None else kvprune.TokenFilter(skip, layers=layers)
+def measure(model, texts, bits: int | None, given: dict[str, Any], layers: list[int]) -> dict[str, Any]:
+    given = {**given, "layers": layers} if "ratio" in given else given
+    token_filter = kvprune.TokenFilter(**given) if given else None
     found: dict[str, Any] = {}
     for name, windows in texts:
         with torch.no_grad(), nullcontext() if token_filter is None else token_filter(model):
@@ -71,9 +75,9 @@ def run(cells: Cells, models: dict[str, str], window: int) -> None:
     layers = cells.cells["layers"]["layers"]
     for name, source in models.items():
         model = kvprune.load(source)
-        for way, bits, skip in ways():
+        for way, bits, given in ways():
             needed = name in (DENSE, PLUS) and way == "as it is"
-            cells.run(f"{name}: {way}", lambda b=bits, s=skip, m=model: measure(m, texts, b, s, layers), needed)
+            cells.run(f"{name}: {way}", lambda b=bits, g=given, m=model: measure(m, texts, b, g, layers), needed)
 
 
 def points(cells: Cells, text: str) -> list[tuple[str, str, float, float]]:

@@ -336,7 +336,7 @@ def test_a_quantised_cache(bits):
     assert (logits - whole).abs().max() > 1e-4
     for found, exact in zip(cache.layers[0]._read(), (plain.layers[0].keys, plain.layers[0].values), strict=True):
         step = (exact.amax() - exact.amin()) / (2**bits - 1)
-        assert (found - exact).abs().max() < (0.07 * exact.abs().max() if bits == 8 else step)
+        assert (found - exact).abs().max() < (0.15 * exact.abs().max() if bits == 8 else step)
         assert not torch.equal(found, exact)
     held = sum(layer.kv_nbytes() for layer in cache.layers)
     assert report["kv_bytes"] == held
