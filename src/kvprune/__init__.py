@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kvprune.runtime.refresh import refresh
     from kvprune.studies.calibration import study_calibration
     from kvprune.studies.layers import study_layers
+    from kvprune.studies.retrieval import study_retrieval
     from kvprune.studies.robustness import study_robustness
     from kvprune.studies.scaling import study_scaling
     from kvprune.tokens.filter import TokenFilter
@@ -52,6 +53,7 @@ _HOMES = {
     "read_record": "kvprune.runtime.files",
     "study_calibration": "kvprune.studies.calibration",
     "study_layers": "kvprune.studies.layers",
+    "study_retrieval": "kvprune.studies.retrieval",
     "study_robustness": "kvprune.studies.robustness",
     "study_scaling": "kvprune.studies.scaling",
 }
@@ -79,6 +81,7 @@ __all__ = [
     "report",
     "study_calibration",
     "study_layers",
+    "study_retrieval",
     "study_robustness",
     "study_scaling",
 ]

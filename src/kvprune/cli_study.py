@@ -90,6 +90,40 @@ def study_layers(
     print_table(layers_table(report))
 
 
+@study.command(name="retrieval")
+def study_retrieval(
+    source: SourceArgument,
+    out: Out,
+    against: Annotated[str | None, typer.Option(metavar="SOURCE2", help="a second source, on the same texts")] = None,
+    text: Annotated[str, typer.Option(help="text name (its test split) or file, to hide numbers in")] = "wikitext2",
+    contexts: Annotated[
+        list[int] | None, typer.Option("--context", help="tokens, repeatable  [default: 4096 and 8000]")
+    ] = None,
+    keeps: Annotated[
+        list[float] | None,
+        typer.Option("--keep", help="share of the KV bytes that is kept, repeatable  [default: 1, 0.75, 0.5 and 0.25]"),
+    ] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="on a quantised cache: 8, 4 or 2")] = None,
+    samples: Annotated[int, typer.Option(help="of each task and context")] = 10,
+    seed: int = 0,
+    resume: Resume = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Whether numbers hidden in a long text are still found, at every share of tokens kept; with a picture."""
+    report = kvprune.study_retrieval(progress=on_stderr(), **given(locals()))
+    if as_json:
+        print(json.dumps(report))
+        return
+    from kvprune.measure.table import print_table
+    from kvprune.studies.table import retrieval_table
+
+    print_table(retrieval_table(report))
+
+
 @study.command(name="robustness")
 def study_robustness(
     source: SourceArgument,

@@ -72,3 +72,19 @@ def robustness_table(report: dict[str, Any]) -> RenderableType:
             table.add_row(f"{row['from']:,}", f"{row['to']:,}", *shown)
         parts.append(table)
     return Group(*parts, f"the model's context: {report['context']:,} tokens")
+
+
+def retrieval_table(report: dict[str, Any]) -> RenderableType:
+    """A row a source, task and context; a column a share that is kept."""
+    bits = "" if report["kv_bits"] is None else f", a cache of {report['kv_bits']} bits"
+    table = Table(title=f"numbers found in {_short(report['text'])}{bits} (beside: loss of the answer, nats)")
+    for column in ("source", "task", "tokens"):
+        table.add_column(column, overflow="fold")
+    for keep in report["keeps"]:
+        table.add_column(f"{keep:.0%} kept", justify="right")
+    found = {(r["source"], r["task"], r["context"], r["keep"]): r for r in report["rows"]}
+    for index, task, n in dict.fromkeys(key[:3] for key in found):
+        cells = (found[index, task, n, keep] for keep in report["keeps"])
+        shown = (f"{cell['exact']:.0%} ({cell['loss']:.2f})" for cell in cells)
+        table.add_row(report["sources"][index], task, f"{n:,}", *shown)
+    return table
