@@ -117,6 +117,18 @@ def test_a_quantised_cache_is_what_a_real_one_holds(tmp_path, bits, dtype):
     assert way["total"] - way["kv_cache"] == weight_bytes(model)
 
 
+def test_the_share_of_tokens_that_fits():
+    asked = {"context": 8192, "batch": 4, "reserve": 0.0}
+    dense = kvprune.fit("llama-3-8b", memory=10**12, **asked)
+    assert dense["keep"] == 1
+    weights, kv = dense["dense"]["weights"], dense["dense"]["kv_cache"]
+    for keep in (0.95, 0.5, 0.05):
+        for memory, expected in ((weights + keep * kv, keep), (weights + (keep - 0.01) * kv, keep - 0.05)):
+            found = kvprune.fit("llama-3-8b", memory=round(memory), **asked)["keep"]
+            assert found == pytest.approx(expected, abs=1e-9)
+    assert kvprune.fit("llama-3-8b", memory=weights - 1, **asked)["keep"] == 0
+
+
 def test_what_is_recommended_follows_the_memory():
     """Half a byte, and scales: 0.53125 bytes of 2 for 128 channels of bfloat16 in 4 bits."""
     asked = {"context": 2048, "batch": 8, "reserve": 0.0}

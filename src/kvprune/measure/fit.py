@@ -28,6 +28,7 @@ from kvprune.options import size_in_bytes
 from kvprune.runtime.dtype import find_dtype, name_of
 from kvprune.runtime.quantized import BACKENDS, bytes_per_number, recent_tokens
 
+KEEP_STEP = 1 / 20
 TWO_BITS = 0.35  # of the width, recovered, beside 4 bits: more loses more than 2 bits alone
 
 
@@ -53,7 +54,9 @@ def fit(
     layout, merge, align, min_width: of heads and widths, as in `prune`. Returns {"source", "dtype", "memory_bytes",
     "reserve_bytes", "context", "batch", "kv_bytes_per_token" (dense), "dense" and "pruned" ({"weights", "kv_cache",
     "total", "fits"}; pruned is None where no ratio is enough), "ratio" (0 where dense fits, None where none is
-    enough), "largest_ratio", "merge" (how many KV heads become one), "weights_read_bytes" (by a step of decoding), and
+    enough), "keep" (the largest share of the tokens, in steps of KEEP_STEP, that a TokenFilter can keep of the dense
+    model's so that it fits; 0 where none does, and 1 for a model with sliding windows, which are not filtered),
+    "largest_ratio", "merge" (how many KV heads become one), "weights_read_bytes" (by a step of decoding), and
     "largest_batch", "largest_context" (the last three {"dense", "pruned"}; with the other as asked, no longer than the
     model takes); merge and pruned at the ratio, or the largest}. Raises a KVPruneError.
     """
@@ -100,6 +103,7 @@ def fit(
         "weights_read_bytes": both(lambda c: round((weights.kept(c) - weights.unread) * kind.itemsize)),
         "largest_batch": both(lambda c: int(sizes.left(c) / (held_tokens(config, context) * per_layer))),
         "largest_context": both(lambda c: longest_in(sizes.left(c))),
+        "keep": 1.0 if slides(config) else _share_kept(sizes, kv),
         "quantized": with_bits,
         "recommended": _recommended(None if cut is None else cut.ratio, with_bits),
     }
@@ -262,6 +266,12 @@ def _quantized(sizes: _Sizes, dtype: torch.dtype, bits: int, kv: float, context:
     del found["weights"]
     cut = _DENSE if found["fits"] else sizes.needed(worst)
     return {"kv_bits": bits, **found, "ratio": None if cut is None else cut.ratio}
+
+
+def _share_kept(sizes: _Sizes, kv: float) -> float:
+    """kv: bytes of the dense cache with all tokens."""
+    left = sizes.left(_DENSE)
+    return min(math.floor(left / kv / KEEP_STEP + 1e-9) * KEEP_STEP, 1.0)
 
 
 def _recommended(ratio: float | None, quantized: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -116,6 +116,8 @@ def _with_bits(report: dict[str, Any]) -> list[str]:
         ratio = way["ratio"]
         says = "fits as it is" if ratio == 0 else "does not fit" if ratio is None else f"needs --ratio {ratio:.4g}"
         found.append(f"with a KV cache of {way['kv_bits']} bits it {says}")
+    if 0 < report["keep"] < 1:
+        found.append(f"with late admission it fits at --keep {report['keep']:.2g}")
     best = report["recommended"]
     if best is not None and best["kv_bits"] is not None:
         beside = "the dense model" if best["ratio"] == 0 else f"--ratio {best['ratio']:.4g}"

@@ -94,7 +94,12 @@ def study_retrieval(
         for task in TASKS
         for n in contexts
     }
-    settings = {"study": "retrieval", "sources": [s.name for s in sources], "text": str(text), "kv_bits": kv_bits}
+    settings: dict[str, Any] = {
+        "study": "retrieval",
+        "sources": [s.name for s in sources],
+        "text": str(text),
+        "kv_bits": kv_bits,
+    }
     settings |= {"contexts": list(contexts), "keeps": list(keeps), "samples": samples, "seed": seed, "dtype": dtype}
     journal = StudyJournal(Path(out), {**settings, "sha256": digest([hay]), "versions": versions()}, resume)
     journal.start()
