@@ -1,14 +1,15 @@
 """The README's commands run as they stand there, on a tiny model in place of the hub id."""
 
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
+
+import pytest
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-LAYERS = re.compile(
-    r"28, ?25, ?26, ?29, ?27, ?15, ?12, ?7, ?21, ?6\b"
-)  # layer numbers of that model; the tiny one has four
 SMALLER = {
     "prune": "--calibration-tokens 512 --repair-tokens 4096 --eval-tokens 512 --window 64 --align 2 --min-width 4",
     "recover": "--tokens 2048 --window 64 --steps 2 --batch 2 --rank 8 --held-out 256 --eval-tokens 512 "
@@ -16,7 +17,7 @@ SMALLER = {
     "eval": "--tokens 512",
     "bench": "--batch 1,2 --context 8,16 --new-tokens 2 --rounds 1",
     "fit": "--context 64",
-    "study": "--tokens 512 --window 128",
+    "study": "--context 900 --samples 1",
 }
 
 
@@ -24,7 +25,17 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
 
-def test_console_commands(command, checkpoint, texts, tmp_path, monkeypatch):
+@pytest.fixture
+def roomy(checkpoint, tmp_path):
+    """The tiny checkpoint with a context that filters and haystacks fit into."""
+    folder = tmp_path / "roomy"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
+    return folder
+
+
+def test_console_commands(command, roomy, texts, tmp_path, monkeypatch):
     commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ kvprune")]
     assert {shlex.split(c)[1] for c in commands} >= {
         "prune",
@@ -38,17 +49,16 @@ def test_console_commands(command, checkpoint, texts, tmp_path, monkeypatch):
     }
     monkeypatch.chdir(tmp_path)
     for line in commands:
-        words = shlex.split(LAYERS.sub("2,1", line.replace(HUB_ID, str(checkpoint))))
+        words = shlex.split(line.replace(HUB_ID, str(roomy)))
         words += SMALLER.get(words[1], "").split()
         code, _, err = command(*words[1:])
         assert code == 0, f"{line}\n{err}"
 
 
-def test_python_example(checkpoint, texts, tmp_path, monkeypatch):
+def test_python_example(roomy, texts, tmp_path, monkeypatch):
     code = "\n".join(blocks("python"))
     quick = "calibration_tokens=512, repair_tokens=4096, eval_tokens=512, windows=(64,), align=2, min_width=4"
-    code = code.replace(HUB_ID, str(checkpoint)).replace("ratio=0.5", f"ratio=0.5, {quick}")
-    code = LAYERS.sub("2, 1", code)
+    code = code.replace(HUB_ID, str(roomy)).replace("ratio=0.5", f"ratio=0.5, {quick}")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
 
