@@ -21,8 +21,9 @@ import kvprune
 def run(cells: Cells, models: dict[str, str], layers: list[int] | None, settings: dict[str, Any]) -> None:
     for name, source in models.items():
         against = None if name == DENSE else source
-        for way, bits, skip in ways():
-            asked = {**settings, "kv_bits": bits, "skip": skip, "skip_layers": layers if skip else None}
+        for way, bits, given in ways():
+            skip, keep = given.get("ratio"), given.get("keep")
+            asked = {**settings, "kv_bits": bits, "keep": keep, "skip": skip, "skip_layers": layers if skip else None}
             cells.run(f"{name}: {way}", lambda a=against, o=asked: kvprune.bench(models[DENSE], a, **o)["cells"][0])
 
 

@@ -9,11 +9,14 @@ from kvprune.runtime.quantized import quantized_bytes
 from kvprune.tokens.admission import Admission
 from kvprune.tokens.admitted import AdmittedLayer
 
+# Kept tokens that go to a store at once: fp8 scales all tokens by the first ones, and few of them say little.
+TOGETHER = 64
+
 
 class QuantizedAdmittedLayer(AdmittedLayer):
-    """The rooms hold the tokens that are not decided yet; every sequence has a store of its own for those that are
-    kept, a quantised cache layer of batch 1, so that beams can be told apart. empty: such a layer without tokens, which
-    the stores are copies of. All tokens must be real."""
+    """The rooms hold the tokens that are not decided yet, and up to TOGETHER of those that are kept; every sequence has
+    a store of its own for the rest, a quantised cache layer of batch 1, so that beams can be told apart. empty: such a
+    layer without tokens, which the stores are copies of. All tokens must be real."""
 
     def __init__(self, rule: Admission, index: int, empty: Any):
         self.empty = empty
@@ -29,22 +32,21 @@ class QuantizedAdmittedLayer(AdmittedLayer):
         self.stores = [copy.copy(self.empty) for _ in key_states]
 
     def _needed(self, number: int) -> int:
-        return min(number, self.rule.window + 2 * self.rule.block)
+        return min(number, self.rule.window + 2 * self.rule.block + TOGETHER)
 
     def _take(self, chosen: torch.Tensor, block: slice, filled: int) -> int:
+        left = super()._take(chosen, block, filled)
+        kept = block.start + chosen.shape[2]
+        if kept < TOGETHER:
+            return left
         assert self.key_room is not None
         assert self.value_room is not None
-        rooms = (self.key_room, self.value_room, self.scores.unsqueeze(-1))
-        keys, values = (
-            room[:, :, block].gather(2, chosen.unsqueeze(-1).expand(-1, -1, -1, room.shape[-1])) for room in rooms[:2]
-        )
-        for b, store in enumerate(self.stores if chosen.shape[2] else ()):
-            store.update(keys[b : b + 1], values[b : b + 1])
-        left = filled - block.stop
-        for room in rooms:
-            room[:, :, :left] = room[:, :, block.stop : filled].clone()
-        self.away += chosen.shape[2]
-        return left
+        for b, store in enumerate(self.stores):
+            store.update(self.key_room[b : b + 1, :, :kept], self.value_room[b : b + 1, :, :kept])
+        for room in (self.key_room, self.value_room, self.scores):
+            room[:, :, : left - kept] = room[:, :, kept:left].clone()
+        self.away += kept
+        return left - kept
 
     def _read(self) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = super()._read()
