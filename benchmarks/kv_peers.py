@@ -31,7 +31,7 @@ PRESSES = {  # name -> the press, given the share that goes
     "SnapKV": lambda k, gone: k.SnapKVPress(gone),
     "KeyDiff": lambda k, gone: k.BlockPress(k.KeyDiffPress(gone), block_size=64),
     "ExpectedAttention": lambda k, gone: k.ExpectedAttentionPress(gone),
-    "CriticalKV(Expected)": lambda k, gone: k.CriticalKVPress(k.ExpectedAttentionPress(gone)),
+    "CriticalKV(Expected)": lambda k, gone: k.CriticalKVPress(k.ExpectedAttentionPress(gone, use_vnorm=False)),
     "Compactor": lambda k, gone: k.CompactorPress(gone),
 }
 T95 = {11: 2.201, 12: 2.179, 15: 2.131, 23: 2.069}  # Student's, by degrees of freedom
