@@ -144,10 +144,11 @@ def test_what_is_recommended_follows_the_memory():
     long = {"context": 8192, "batch": 64, "reserve": 0.0}
     dense = kvprune.fit("llama-3-8b", memory=1, **long)["dense"]
     weights, kv = dense["weights"], dense["kv_cache"]
-    for share, expected in ((0.22, 4), (0.165, 2), (0.13, 4)):  # two bits take 0.161, four 0.283
-        found = kvprune.fit("llama-3-8b", memory=int(weights + share * kv), **long)
-        assert found["recommended"]["kv_bits"] == expected, share
-        assert (found["recommended"]["ratio"] == 0) == (expected == 2)
+    for merge, two in (("auto", 4), (1, 2)):  # merged heads lose less, and two bits more than half of their width
+        for share, expected in ((0.22, 4), (0.165, two), (0.13, 4)):  # two bits take 0.161, four 0.283
+            found = kvprune.fit("llama-3-8b", memory=int(weights + share * kv), merge=merge, **long)
+            assert found["recommended"]["kv_bits"] == expected, share
+            assert (found["recommended"]["ratio"] == 0) == (expected == 2)
     assert kvprune.fit("mistral-7b", memory="1GiB", **asked)["quantized"]  # no sliding window in its second version
 
 

@@ -29,7 +29,8 @@ from kvprune.runtime.dtype import find_dtype, name_of
 from kvprune.runtime.quantized import BACKENDS, bytes_per_number, recent_tokens
 
 KEEP_STEP = 1 / 20
-TWO_BITS = 0.35  # of the width, recovered, beside 4 bits: more loses more than 2 bits alone
+# Of the width, recovered, beside 4 bits: more loses more than 2 bits alone. Where heads stay apart, and merged ones.
+TWO_BITS, TWO_BITS_MERGED = 0.35, 0.55
 
 
 def fit(
@@ -265,7 +266,8 @@ def _quantized(sizes: _Sizes, dtype: torch.dtype, bits: int, kv: float, context:
     found = sizes.parts(held(grid.shape.head_dim), _DENSE)
     del found["weights"]
     cut = _DENSE if found["fits"] else sizes.needed(worst)
-    return {"kv_bits": bits, **found, "ratio": None if cut is None else cut.ratio}
+    ratio, merge = (None, 1) if cut is None else (cut.ratio, cut.merge)
+    return {"kv_bits": bits, **found, "ratio": ratio, "merge": merge}
 
 
 def _share_kept(sizes: _Sizes, kv: float) -> float:
@@ -276,13 +278,15 @@ def _share_kept(sizes: _Sizes, kv: float) -> float:
 
 def _recommended(ratio: float | None, quantized: list[dict[str, Any]]) -> dict[str, Any] | None:
     """What loses least of what fits: nothing, fewer bits down to 4, width beside 4 bits, 2 bits where that would take
-    more than TWO_BITS of the width, then width again [ours, docs/results.md]."""
+    too much of the width, then width again [ours, docs/results.md]."""
     options: list[dict[str, Any]] = [{"kv_bits": None, "ratio": ratio}]
     options += [{"kv_bits": q["kv_bits"], "ratio": q["ratio"]} for q in quantized if q["kv_bits"] >= 4]
     reachable = [option for option in options if option["ratio"] is not None]
     best = min(reachable, key=lambda option: option["ratio"], default=None)  # the first of equals has most bits
     two_fit = any(q["kv_bits"] == 2 and q["fits"] for q in quantized)
-    return {"kv_bits": 2, "ratio": 0.0} if two_fit and (best is None or best["ratio"] > TWO_BITS) else best
+    is_merged = any(q["kv_bits"] == 4 and q["merge"] > 1 for q in quantized)
+    most = TWO_BITS_MERGED if is_merged else TWO_BITS
+    return {"kv_bits": 2, "ratio": 0.0} if two_fit and (best is None or best["ratio"] > most) else best
 
 
 def _check(context: int, batch: int, reserve: float, align: int, min_width: int) -> None:
