@@ -14,6 +14,7 @@ from kvprune.measure import shapes, speed
 from kvprune.measure.memory import cache_bytes
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.twin import twin_config
+from kvprune.tokens.admission import Admission, Schedule
 from tiny import COARSE, tiny_model, tiny_tokenizer
 
 QUICK = {"new_tokens": 4, "rounds": 2, "device": "cpu"}
@@ -95,6 +96,21 @@ def test_under_a_filter(checkpoint):
         model(ids)
     assert held["pruned"]["kv_cache"] == pytest.approx(f.report["kv_bytes"], abs=2)
     assert cell["decode_limit"] > 1
+
+
+def test_keeping_half_of_the_tokens(tmp_path):
+    """What is held behind the prompt is what the rule says, and a step reads all of it and every weight."""
+    tiny_model("llama", kv_heads=2, groups=2, layers=2, positions=512).save_pretrained(tmp_path)
+    report = kvprune.bench(tmp_path, keep=0.5, context=[400], batch=[2], **QUICK)
+    assert report["environment"]["keep"] == 0.5
+    (cell,) = report["cells"]
+    a_token = 2 * 2 * 2 * 16 * 4  # K and V, layers, KV heads, channels, bytes
+    kept = Schedule(Admission(0.5)).stored(400)
+    assert cell["memory_bytes"]["pruned"]["kv_cache"] == 2 * kept * a_token
+    assert cell["memory_bytes"]["dense"]["kv_cache"] == 2 * 400 * a_token
+    read = cell["decode_bytes_read"]
+    assert read["pruned"]["weights"] == read["dense"]["weights"]
+    assert read["pruned"]["kv_cache"] / read["dense"]["kv_cache"] == pytest.approx(kept / 400, abs=0.01)
 
 
 def test_what_a_filtered_step_reads(checkpoint):

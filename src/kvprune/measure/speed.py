@@ -103,7 +103,7 @@ class Side:
     def _rates(self) -> dict[int, float]:
         """The share of tokens that skips, of the layers in which some do."""
         f = self.token_filter
-        return {} if f is None else f.settings.rates(f.settings.ratio, len(self.cache.layers))
+        return {} if f is None else f.rates(len(self.cache.layers))
 
 
 @dataclass(frozen=True)
