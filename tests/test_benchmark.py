@@ -203,8 +203,7 @@ def test_what_a_filtered_step_reads_of_merged_heads():
     side = speed.Side(shapes.random_model(config, torch.device("cpu"), torch.float32))
     side.prefill(torch.zeros(2, 10, dtype=torch.long))
     everything, kv = side.weight_bytes_read(), side.kv_bytes_read()
-    settings = SimpleNamespace(ratio=0.25, rates=lambda ratio, layers: {1: 0.5})
-    side.token_filter = SimpleNamespace(settings=settings)
+    side.token_filter = SimpleNamespace(rates=lambda layers: {1: 0.5})
     seldom = 2 * 4 * 16 * 48 + 2 * 2 * 16 * 24
     assert side.weight_bytes_read() == everything - 0.25 * seldom * 4
     assert side.kv_bytes_read() == 0.75 * kv
