@@ -61,7 +61,7 @@ test-models: .venv/done $(PRUNED)/config.json
 # Caches of 4 and 2 bits, whose kernels a C++ compiler makes on the spot; without one that is left out, in words.
 test-bits: .venv/done
 	if command -v c++ > /dev/null; then \
-		.venv/bin/python $(PIP) -c constraints/newest.txt -e '.[bits]' ninja && PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/runtime/test_quantized.py; \
+		.venv/bin/python $(PIP) -c constraints/newest.txt -e '.[bits]' ninja && PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/runtime/test_quantized.py tests/tokens/test_late.py; \
 	else echo "no C++ compiler: caches of 4 and 2 bits are not tested"; fi
 
 # A new user: an empty environment, `pip install .`, and the README's example in a folder outside the repository.

@@ -14,6 +14,7 @@ import kvprune
 from kvprune import errors
 from kvprune.channels.surgery import cut
 from kvprune.models.view import ModelView
+from kvprune.runtime import quantized
 from kvprune.runtime.cache import GrowingCache
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import quantized_cache
@@ -22,6 +23,7 @@ from kvprune.tokens.admitted import AdmittedLayer
 from tiny import FAMILIES, VOCABULARY, measured_bases, merged_plan, tiny_model
 
 RULE = {"block": 4, "window": 8, "sinks": 2}
+BITS = [bits for bits in (8, 4) if quantized._available(bits)]  # that something here quantises to
 SLIDING = ("mistral", "qwen2-sliding")
 WHOLE = [family for family in FAMILIES if family not in SLIDING]
 
@@ -323,7 +325,7 @@ def test_a_step_of_decoding_does_not_wait(lengths):
         assert waits.found  # it can see one
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", BITS)
 def test_a_quantised_cache(bits):
     """In the first layer the same tokens are kept, and lose no more than so many bits do; pieces change nothing."""
     model, ids = model_of(positions=2048, head_dim=32, layers=1), ids_of(700)
@@ -348,17 +350,18 @@ def test_a_quantised_cache(bits):
     assert held < 0.9 * sum(layer.kv_nbytes() for layer in plain.layers)
 
 
-def test_a_quantised_cache_follows_its_beams_and_refuses_padding():
+@pytest.mark.parametrize("bits", BITS)
+def test_a_quantised_cache_follows_its_beams_and_refuses_padding(bits):
     model, ids = model_of(positions=2048, head_dim=32), ids_of(300, batch=2)
     rule = {"block": 32, "window": 64, "sinks": 4}
-    _, cache, _ = filtered(model, ids, cache=quantized_cache(model.config, 8), **rule)
-    _, swapped, _ = filtered(model, ids.flip(0), cache=quantized_cache(model.config, 8), **rule)
+    _, cache, _ = filtered(model, ids, cache=quantized_cache(model.config, bits), **rule)
+    _, swapped, _ = filtered(model, ids.flip(0), cache=quantized_cache(model.config, bits), **rule)
     for layer, other in zip(cache.layers, swapped.layers, strict=True):
         layer.reorder_cache(torch.tensor([1, 0]))
         for a, b in zip(layer._read(), other._read(), strict=True):
             close(a, b)
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
-    empty = quantized_cache(model.config, 8)
+    empty = quantized_cache(model.config, bits)
     with pytest.raises(errors.CacheMismatch, match="takes no padding"):
         filtered(model, ids, cache=empty, mask=mask, **rule)
