@@ -6,6 +6,7 @@ channels are large at every token (KIVI, arXiv 2402.02750). The last RECENT toke
 quantised together.
 """
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -125,6 +126,16 @@ def is_quantized(layer: Any) -> bool:
 def stores_of(layer: Any) -> list[Any]:
     """The quantised layers in which a layer of a cache keeps its tokens: itself, one a sequence, or none."""
     return [layer] if is_quantized(layer) else getattr(layer, "stores", [])
+
+
+def copied_but_stores(layer: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy of a layer that has stores; their quantised tensors, which are never written into, are shared."""
+    new = copy.copy(layer)
+    new.stores = [copy.copy(store) for store in layer.stores]
+    for name, value in vars(layer).items():
+        if name not in ("stores", "empty"):
+            setattr(new, name, copy.deepcopy(value, memo))
+    return new
 
 
 def quantized_bytes(layer: Any) -> int:

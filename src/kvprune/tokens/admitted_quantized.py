@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from kvprune.runtime.quantized import quantized_bytes
+from kvprune.runtime.quantized import copied_but_stores, quantized_bytes
 from kvprune.tokens.admission import Admission
 from kvprune.tokens.admitted import AdmittedLayer
 
@@ -71,10 +71,4 @@ class QuantizedAdmittedLayer(AdmittedLayer):
             super().batch_select_indices(indices)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedAdmittedLayer":
-        """Quantised tensors are shared, everything else is copied."""
-        new = copy.copy(self)
-        new.stores = [copy.copy(store) for store in self.stores]
-        for name, value in vars(self).items():
-            if name not in ("stores", "empty"):
-                setattr(new, name, copy.deepcopy(value, memo))
-        return new
+        return copied_but_stores(self, memo)

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvprune.models.family import Family
 from kvprune.runtime.modeling import rotate_half
 from kvprune.tokens.anchors import cosine, moving_average
+from kvprune.tokens.binding import window_of
 from kvprune.tokens.cache import FilteredLayer
 from kvprune.tokens.fusion import FUSIONS
 from kvprune.tokens.settings import Settings
@@ -99,8 +100,7 @@ class FilteredAttention:
         self.counts = Counts()
         self.decisions: list[np.ndarray] | None = None  # (B, T) bool a call, where they are recorded
         self.step: Step | None = None
-        config = self.module.config
-        self.window: int | None = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+        self.window = window_of(module, self.module.config)
 
     def forward(self, hidden_states: torch.Tensor, position_embeddings: Any = None, *args, **kwargs):
         """hidden_states (B, T, hidden) -> (B, T, hidden), None."""

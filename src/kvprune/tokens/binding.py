@@ -1,14 +1,17 @@
 """What every way to filter tokens asks of a model and of a call, and how a model's parts are stood in for."""
 
-from collections.abc import Callable
-from typing import Any
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
-from kvprune.errors import FilterMisuse
+from kvprune.errors import CacheMismatch, FilterMisuse
 from kvprune.runtime.attention import NAME as PACKED
+from kvprune.runtime.modeling import CACHE, take_cache
 
 ADMISSION = "kvprune_admission"  # the attention function of late admission
 ATTENTION = ("eager", "sdpa", PACKED)
@@ -57,6 +60,65 @@ def setting_of(model: Any, name: str, given: dict[str, Any], config: Any) -> Any
         return given[name]
     places = ({} if config is None else vars(config), vars(model.generation_config))
     return next((place[name] for place in places if place.get(name) is not None), None)
+
+
+def check_generate(model: Any, given: dict[str, Any], config: Any) -> None:
+    """Raise CacheMismatch or FilterMisuse for a way to generate that a filter cannot serve."""
+    kind = setting_of(model, "cache_implementation", given, config)
+    if kind not in CACHES:
+        raise CacheMismatch(
+            f"generate was asked for a {kind!r} cache, but a TokenFilter keeps its own: leave cache_implementation "
+            "out, or set it to None in model.generation_config"
+        )
+    for name in DRAFTS:
+        if setting_of(model, name, given, config):
+            raise FilterMisuse(f"{name}: a TokenFilter cannot take back the tokens of a draft; leave it out")
+
+
+def begun_call(
+    model: PreTrainedModel, base: nn.Module, args: tuple, kwargs: dict[str, Any], more: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """All arguments of a call of the base model by name, once they are checked, and with the cache that it works on."""
+    kwargs = {**dict(zip(inspect.signature(base.forward).parameters, args, strict=False)), **kwargs}
+    check_call(model, kwargs, more)
+    cache, use_cache = take_cache(kwargs), kwargs.get("use_cache")
+    if cache is None and (model.config.use_cache if use_cache is None else use_cache):
+        cache = DynamicCache(config=model.config)
+    return {**kwargs, CACHE: cache}
+
+
+def own_layers(
+    model: PreTrainedModel, cache: Any, indices: Collection[int], kind: Any, make: Callable[[int, Any], Any]
+) -> dict[int, Any]:
+    """The layers of a cache that a filter works on, which are of a `kind`; in place of an empty one make(index, layer)
+    is put in. Raises CacheMismatch."""
+    if not isinstance(cache, DynamicCache):
+        raise CacheMismatch(f"a TokenFilter needs a DynamicCache, not {type(cache).__name__}")
+    if not cache.layers:
+        cache.layers = DynamicCache(config=model.config).layers
+        cache.layer_class_to_replicate = None
+        while len(cache.layers) <= max(indices):  # older transformers make them on the way
+            cache.layers.append(DynamicLayer())
+    found = {}
+    for i in indices:
+        layer: Any = cache.layers[i]
+        if not isinstance(layer, kind):
+            if layer.get_seq_length():
+                raise CacheMismatch("this cache was made without the TokenFilter; start with an empty one")
+            layer = cache.layers[i] = make(i, layer)
+        found[i] = layer
+    return found
+
+
+def check_even(cache: Any) -> None:
+    """Raise CacheMismatch where layers have seen different numbers of tokens."""
+    if len({layer.get_seq_length() for layer in cache.layers}) > 1:
+        raise CacheMismatch("this cache has been used without its TokenFilter; start with an empty one")
+
+
+def window_of(module: nn.Module, config: Any) -> int | None:
+    """The sliding window of an attention module, tokens."""
+    return cast(int | None, getattr(module, "sliding_window", getattr(config, "sliding_window", None)))
 
 
 def forward_of(module: nn.Module) -> str:

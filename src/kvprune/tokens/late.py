@@ -4,21 +4,20 @@ The model's own modules run as they are. What is put in between is the attention
 what K's projection gives, which is the keys before RoPE.
 """
 
-import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from kvprune.errors import BadOption, CacheMismatch, FilterMisuse
 from kvprune.models.family import check_rope, family_of
 from kvprune.runtime.attention import packed_attention
-from kvprune.runtime.modeling import CACHE, take_cache
+from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import is_quantized
 from kvprune.tokens.admission import Admission
 from kvprune.tokens.admitted import AdmittedLayer
@@ -26,14 +25,15 @@ from kvprune.tokens.admitted_quantized import QuantizedAdmittedLayer
 from kvprune.tokens.attention import FilteredAttention
 from kvprune.tokens.binding import (
     ADMISSION,
-    CACHES,
-    DRAFTS,
+    begun_call,
     check_attention,
-    check_call,
+    check_even,
+    check_generate,
     check_model,
     forward_of,
+    own_layers,
     replaced,
-    setting_of,
+    window_of,
 )
 from kvprune.tokens.report import bytes_of
 
@@ -103,7 +103,7 @@ class LateAdmission:
         modules = [getattr(block, family.attention) for block in family.blocks(model)]
         if any(isinstance(getattr(vars(m).get(forward_of(m)), "__self__", None), FilteredAttention) for m in modules):
             raise FilterMisuse("the model has a TokenFilter already; leave its context first")
-        self._modules = {i: m for i, m in enumerate(modules) if _window(m, config) is None}
+        self._modules = {i: m for i, m in enumerate(modules) if window_of(m, config) is None}
         if not self._modules:
             raise FilterMisuse("every layer of this model has a sliding window, which is short already; leave keep out")
         longest = config.max_position_embeddings
@@ -164,41 +164,22 @@ class LateAdmission:
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, unless it cannot work."""
-        self._check_generate(kwargs, args[1] if len(args) > 1 else kwargs.get("generation_config"))
+        check_generate(self._model, kwargs, args[1] if len(args) > 1 else kwargs.get("generation_config"))
         return self._own_generate(*args, **kwargs)
-
-    def _check_generate(self, given: dict[str, Any], config: Any) -> None:
-        """Raise CacheMismatch or FilterMisuse for a way to generate that a filter cannot serve."""
-        kind = setting_of(self._model, "cache_implementation", given, config)
-        if kind not in CACHES:
-            raise CacheMismatch(
-                f"generate was asked for a {kind!r} cache, but a TokenFilter keeps its own: leave cache_implementation "
-                "out, or set it to None in model.generation_config"
-            )
-        for name in DRAFTS:
-            if setting_of(self._model, name, given, config):
-                raise FilterMisuse(f"{name}: a TokenFilter cannot take back the tokens of a draft; leave it out")
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before every forward of the base model: checks, the cache, and which tokens are real."""
         assert self._model is not None
-        config = self._model.config
-        kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
-        check_call(self._model, kwargs, (ADMISSION,))
+        kwargs = begun_call(self._model, module, args, kwargs, (ADMISSION,))
         ids = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-        tokens = ids.shape[1]
-        mask, cache, use_cache = kwargs.get("attention_mask"), take_cache(kwargs), kwargs.get("use_cache")
-        wanted = config.use_cache if use_cache is None else use_cache
-        if cache is None and wanted:
-            cache = DynamicCache(config=config)
-        kwargs[CACHE] = cache
+        mask, cache = kwargs.get("attention_mask"), kwargs[CACHE]
         layers = {i: AdmittedLayer(self.settings, i) for i in self._held} if cache is None else self._cached(cache)
-        real = self._real(mask, tokens, next(iter(layers.values())))
+        real = self._real(mask, ids.shape[1], next(iter(layers.values())))
         if real is not None and any(isinstance(layer, QuantizedAdmittedLayer) for layer in layers.values()):
             raise CacheMismatch(
                 "keep on a quantised cache takes no padding; give texts of one length, or one at a time"
             )
-        if real is None or len(layers) == config.num_hidden_layers:
+        if real is None or len(layers) == self._model.config.num_hidden_layers:
             kwargs["attention_mask"] = None  # nobody needs it, and models look into it, which makes the host wait
         for i, held in self._held.items():
             held.layer, held.real, held.before_rope = layers[i], real, None
@@ -222,31 +203,17 @@ class LateAdmission:
 
     def _cached(self, cache: Any) -> dict[int, AdmittedLayer]:
         """The layers of a cache that this filter works on; of an empty one they are put in. Raises CacheMismatch."""
-        if not isinstance(cache, DynamicCache):
-            raise CacheMismatch(f"a TokenFilter needs a DynamicCache, not {type(cache).__name__}")
-        if not cache.layers:
-            assert self._model is not None
-            cache.layers = DynamicCache(config=self._model.config).layers
-            cache.layer_class_to_replicate = None
-            while len(cache.layers) <= max(self._held):  # older transformers make them on the way
-                cache.layers.append(DynamicLayer())
-        found: dict[int, AdmittedLayer] = {}
-        for i in self._held:
-            layer: Any = cache.layers[i]
-            if not isinstance(layer, AdmittedLayer):
-                if layer.get_seq_length():
-                    raise CacheMismatch("this cache was made without the TokenFilter; start with an empty one")
-                if not isinstance(layer, DynamicLayer):
-                    raise CacheMismatch(f"keep cannot work on a {type(layer).__name__}; leave it out")
-                own = QuantizedAdmittedLayer(self.settings, i, layer) if is_quantized(layer) else None
-                layer = cache.layers[i] = own or AdmittedLayer(self.settings, i)
-            found[i] = layer
+        assert self._model is not None
+        found = own_layers(self._model, cache, self._held, AdmittedLayer, self._admitted)
         if any(layer.rule != self.settings for layer in found.values()):
             raise CacheMismatch("this cache was made with another TokenFilter; start with an empty one")
-        if len({cast(CacheLayerMixin, layer).get_seq_length() for layer in cache.layers}) > 1:
-            raise CacheMismatch("this cache has been used without its TokenFilter; start with an empty one")
+        check_even(cache)
         return found
 
-
-def _window(module: nn.Module, config: Any) -> int | None:
-    return cast(int | None, getattr(module, "sliding_window", getattr(config, "sliding_window", None)))
+    def _admitted(self, index: int, layer: Any) -> AdmittedLayer:
+        """What stands for an empty layer of a cache."""
+        if not isinstance(layer, DynamicLayer):
+            raise CacheMismatch(f"keep cannot work on a {type(layer).__name__}; leave it out")
+        if is_quantized(layer):
+            return QuantizedAdmittedLayer(self.settings, index, layer)
+        return AdmittedLayer(self.settings, index)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvprune.runtime.quantized import copied_but_stores
 from kvprune.tokens.cache import FilteredLayer
 
 
@@ -65,10 +66,4 @@ class QuantizedFilteredLayer(FilteredLayer):
             super().batch_select_indices(indices)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedFilteredLayer":
-        """Quantised tensors are shared, everything else is copied."""
-        new = copy.copy(self)
-        new.stores = [copy.copy(store) for store in self.stores]
-        for name, value in vars(self).items():
-            if name not in ("stores", "empty"):
-                setattr(new, name, copy.deepcopy(value, memo))
-        return new
+        return copied_but_stores(self, memo)

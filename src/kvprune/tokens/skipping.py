@@ -1,6 +1,5 @@
 """A context in which a model skips the attention of tokens that look like what it has just seen."""
 
-import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -9,8 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers import PreTrainedModel
 
 from kvprune.errors import CacheMismatch, FilterMisuse
 from kvprune.models.family import check_rope, family_of
@@ -18,12 +16,13 @@ from kvprune.runtime.modeling import CACHE, take_cache
 from kvprune.runtime.quantized import is_quantized
 from kvprune.tokens.attention import FilteredAttention, Step
 from kvprune.tokens.binding import (
-    CACHES,
-    DRAFTS,
+    begun_call,
     check_attention,
-    check_call,
+    check_even,
+    check_generate,
     check_model,
     forward_of,
+    own_layers,
     replaced,
     setting_of,
 )
@@ -129,7 +128,7 @@ class Skipping:
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         embeds, mask, cache = kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), take_cache(dict(kwargs))
         config = args[1] if len(args) > 1 else kwargs.get("generation_config")
-        self._check_generate(kwargs, config)
+        check_generate(self._model, kwargs, config)
         if self.settings.prompt_length is None:
             if mask is None and ids is not None:
                 mask = self._padding(ids, kwargs, config)
@@ -149,30 +148,13 @@ class Skipping:
         ends = end if isinstance(end, list) else [end]
         return torch.ones_like(ids) if pad is None or pad in ends else ids.ne(pad).long()
 
-    def _check_generate(self, given: dict[str, Any], config: Any) -> None:
-        """Raise CacheMismatch or FilterMisuse for a way to generate that a filter cannot serve."""
-        kind = setting_of(self._model, "cache_implementation", given, config)
-        if kind not in CACHES:
-            raise CacheMismatch(
-                f"generate was asked for a {kind!r} cache, but a TokenFilter keeps its own: leave cache_implementation "
-                "out, or set it to None in model.generation_config"
-            )
-        for name in DRAFTS:
-            if setting_of(self._model, name, given, config):
-                raise FilterMisuse(f"{name}: a TokenFilter cannot take back the tokens of a draft; leave it out")
-
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before every forward of the base model: checks, the cache, and what all layers need to know of the call."""
         assert self._model is not None
-        config = self._model.config
-        kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
-        check_call(self._model, kwargs)
+        kwargs = begun_call(self._model, module, args, kwargs)
         ids = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         batch, tokens = ids.shape[:2]
-        mask, cache, use_cache = kwargs.get("attention_mask"), take_cache(kwargs), kwargs.get("use_cache")
-        if cache is None and (config.use_cache if use_cache is None else use_cache):
-            cache = DynamicCache(config=config)
-        kwargs[CACHE] = cache
+        mask, cache = kwargs.get("attention_mask"), kwargs[CACHE]
         layers = self._cached(cache) if cache is not None else {i.index: FilteredLayer(i.window) for i in self._layers}
         real = np.ones((batch, tokens), dtype=bool)
         if mask is not None:
@@ -192,29 +174,15 @@ class Skipping:
 
     def _cached(self, cache: Any) -> dict[int, FilteredLayer]:
         """The filtered layers of a cache; of an empty one they are put in. Raises CacheMismatch."""
-        if not isinstance(cache, DynamicCache):
-            raise CacheMismatch(f"a TokenFilter needs a DynamicCache, not {type(cache).__name__}")
         assert self._model is not None
-        if not cache.layers:
-            cache.layers = DynamicCache(config=self._model.config).layers
-            cache.layer_class_to_replicate = None
-            while len(cache.layers) <= self._layers[-1].index:  # older transformers make them on the way
-                cache.layers.append(DynamicLayer())
-        found = {}
-        for attention in self._layers:
-            layer: Any = cache.layers[attention.index]
-            if not isinstance(layer, FilteredLayer):
-                if layer.get_seq_length():
-                    raise CacheMismatch("this cache was made without the TokenFilter; start with an empty one")
-                layer = cache.layers[attention.index] = _filtered(layer, attention.window)
-            found[attention.index] = layer
+        windows = {attention.index: attention.window for attention in self._layers}
+        found = own_layers(self._model, cache, windows, FilteredLayer, lambda i, layer: _filtered(layer, windows[i]))
         others = any(isinstance(layer, FilteredLayer) and i not in found for i, layer in enumerate(cache.layers))
         mine = replace(self.settings, prompt_length=None)
         made_by = [layer.settings for layer in found.values() if layer.settings is not None]
         if others or any(replace(settings, prompt_length=None) != mine for settings in made_by):
             raise CacheMismatch("this cache was made with another TokenFilter; start with an empty one")
-        if len({cast(CacheLayerMixin, layer).get_seq_length() for layer in cache.layers}) > 1:
-            raise CacheMismatch("this cache has been used without its TokenFilter; start with an empty one")
+        check_even(cache)
         return found
 
 
