@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from reference import cos, mixed, rotate
 
+MEMORY = 0.8 ** (1 / 64)  # of the mean key, per token
+
 
 @dataclass
 class Found:
@@ -58,7 +60,7 @@ def run(model, ids, *, keep, block, window, sinks):
                 before = sums[index][head]
                 score = -cos(k[head], before) if before is not None else 0.0
                 unit = k[head] / k[head].norm()
-                sums[index][head] = unit if before is None else before + unit
+                sums[index][head] = unit if before is None else MEMORY * before + unit
                 cache[head].append((t, score, rotate(k[head], *rows[head]), v[head]))
             q = mixed(att.q_proj(x), getattr(att, "q_mix", None), heads)
             parts = []

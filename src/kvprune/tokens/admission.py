@@ -18,7 +18,8 @@ from kvprune.tokens.signals import SIGNALS
 class Admission:
     """keep: share of the KV bytes that is kept, over 0 and at most 1. block: tokens that are decided together. window:
     tokens behind a block when it is decided, a multiple of block. sinks: first tokens, which stay. signal: what scores
-    a token, a name of SIGNALS; seed: of "random". Raises BadOption."""
+    a token, a name of SIGNALS; seed: of "random". length: tokens of text to make room for at once, so that every step
+    of decoding has the same shapes; None: the cache grows. Raises BadOption."""
 
     keep: float
     block: int = 64
@@ -26,18 +27,24 @@ class Admission:
     sinks: int = 4
     signal: str = "key-distance"
     seed: int = 0
+    length: int | None = None
 
     def __post_init__(self) -> None:
         if not _is_number(self.keep) or not 0 < self.keep <= 1:
             raise BadOption(f"keep must be a share of the KV bytes, above 0 and at most 1, not {self.keep!r}")
         for name, least in {"block": 1, "window": 1, "sinks": 0, "seed": 0}.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not _is_whole(value) or value < least:
                 raise BadOption(f"{name} must be a whole number, at least {least}, not {value!r}")
         if self.window % self.block:
             raise BadOption(f"window must be a multiple of block ({self.block}), not {self.window}")
         if self.sinks > self.block:
             raise BadOption(f"sinks must be at most a block ({self.block}), not {self.sinks}")
+        if self.length is not None and (not _is_whole(self.length) or self.length < self.block + self.window):
+            raise BadOption(
+                f"length must be a whole number of tokens, at least block and window ({self.block + self.window}), not "
+                f"{self.length!r}"
+            )
         if self.signal not in SIGNALS:
             raise BadOption(f"unknown signal {self.signal!r}; choose {', '.join(SIGNALS)}")
 
@@ -79,6 +86,10 @@ class Schedule:
             end = len(self._most) * block
             self._most.append(max(self._most[-1], self.stored(end - 1) + 1))
         return max(self._most[number // block], self.stored(number))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:

@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvprune.errors import CacheMismatch
 from kvprune.tokens.admission import Admission, Schedule
-from kvprune.tokens.signals import SIGNALS, Signal
+from kvprune.tokens.signals import SIGNALS, Before, Signal
 
 SPARE = 24  # a cache that must grow does by a part in so many
 
@@ -28,9 +28,10 @@ class AdmittedLayer(CacheLayerMixin):
     is_sliding = False
     away = 0  # how many of the kept tokens are somewhere else than in the rooms
 
-    def __init__(self, rule: Admission, index: int):
+    def __init__(self, rule: Admission, index: int, turns: torch.Tensor | None = None):
+        """turns: of the signal; see Signal."""
         super().__init__()
-        self.rule, self.index = rule, index
+        self.rule, self.index, self.turns = rule, index, turns
         self._forget()
 
     def _forget(self) -> None:
@@ -42,9 +43,9 @@ class AdmittedLayer(CacheLayerMixin):
         self.counts: torch.Tensor | None = None  # (B,): real tokens so far; None: all are
         self.schedule = Schedule(self.rule)
         self.table: torch.Tensor | None = None  # of the schedule, where the model is
-        self.signal: Signal = SIGNALS[self.rule.signal](self.rule.seed, self.index)
+        self.signal: Signal = SIGNALS[self.rule.signal](self.rule.seed, self.index, self.turns)
         self.scores: torch.Tensor = torch.empty(0)  # (B, KV heads, room)
-        self.waiting: list[torch.Tensor] = []  # keys before RoPE of the last tokens, which have no score yet
+        self.waiting: list[Before] = []  # the last tokens, which have no score yet
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -58,14 +59,14 @@ class AdmittedLayer(CacheLayerMixin):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        before_rope: torch.Tensor,
+        before: Before,
         real: torch.Tensor | None,
         scaling: float | None,
     ) -> torch.Tensor:
         """Take new tokens in, and let each attend to what is in the cache when it comes.
 
-        query (B, heads, T, width); key, value, and keys before RoPE (B, KV heads, T, width); real (B, T) bool, None
-        where all are -> (B, T, heads, width).
+        query (B, heads, T, width); key, value (B, KV heads, T, width); real (B, T) bool, None where all are -> (B, T,
+        heads, width).
         """
         if not self.is_initialized:
             self.lazy_initialization(key, value)
@@ -74,10 +75,11 @@ class AdmittedLayer(CacheLayerMixin):
             self.counts = torch.full((len(key),), self.seen, device=key.device)
         tokens = key.shape[2]
         if self.counts is None:
-            outputs = self._attend_together(query, key, value, before_rope, scaling)
+            outputs = self._attend_together(query, key, value, before, scaling)
         else:
-            real = torch.ones_like(before_rope[:, 0, :, 0], dtype=torch.bool) if real is None else real
-            scores = self.signal.scores(before_rope, self.counts.unsqueeze(1) + real.cumsum(1) - 1, real)
+            every = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if real is None else real
+            scores = self.signal.scores(before, self.counts.unsqueeze(1) + every.cumsum(1) - 1, real)
+            real = every
             outputs = self._attend_apart(query, key, value, scores, real, scaling)
         self.seen += tokens
         return outputs.transpose(1, 2)
@@ -89,7 +91,7 @@ class AdmittedLayer(CacheLayerMixin):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        before_rope: torch.Tensor,
+        before: Before,
         scaling: float | None,
     ) -> torch.Tensor:
         """(B, heads, T, width). A piece at a time: up to the next decision."""
@@ -106,8 +108,7 @@ class AdmittedLayer(CacheLayerMixin):
             piece = slice(start, min(start + self.rule.block - seen % self.rule.block, tokens))
             place = slice(filled, filled + piece.stop - start)
             self.key_room[:, :, place], self.value_room[:, :, place] = key[:, :, piece], value[:, :, piece]
-            # A part of a long text would hold all of it
-            self.waiting.append(before_rope if tokens == 1 else before_rope[:, :, piece].clone())
+            self.waiting.append(before if tokens == 1 else before.part(piece))
             filled, start = place.stop, piece.stop
             self.keys, self.values = self.key_room[:, :, :filled], self.value_room[:, :, :filled]
             keys, values = self._read()
@@ -119,10 +120,10 @@ class AdmittedLayer(CacheLayerMixin):
         """Score the last of `seen` tokens that have no score yet: a block at once, which costs a step less than each
         token by itself."""
         if self.waiting:
-            keys, filled = torch.cat(self.waiting, 2), self._filled(seen) - self.away
-            tokens = keys.shape[2]
+            block, filled = Before.joined(self.waiting), self._filled(seen) - self.away
+            tokens = block.keys.shape[2]
             positions = torch.arange(seen - tokens, seen, device=self.device).unsqueeze(0)
-            self.scores[:, :, filled - tokens : filled] = self.signal.scores(keys, positions, None)
+            self.scores[:, :, filled - tokens : filled] = self.signal.scores(block, positions, None)
             self.waiting = []
 
     def _filled(self, seen: int) -> int:
@@ -223,7 +224,7 @@ class AdmittedLayer(CacheLayerMixin):
         behind = self.counts - 1  # of the last call's tokens; the decision that is due at `counts` is not made
         number = behind.clamp_min(0) // block
         kept, stored = table[0][number], torch.where(self.counts > 0, table[1][number] + behind % block + 1, 0)
-        width = self.schedule.most(columns) + block  # what the piece adds is there before anything is dropped
+        width = self._reach(columns)
         self._make_room(self.scores.shape[2], width + block + self.rule.window + 1)
 
         due = -(-self.counts // block) * block  # where this piece may decide
@@ -249,6 +250,10 @@ class AdmittedLayer(CacheLayerMixin):
         self.counts = self.counts + real.sum(1)
         self.keys, self.values = self.key_room[:, :, :width], self.value_room[:, :, :width]
         return output
+
+    def _reach(self, columns: int) -> int:
+        """How many places may be filled: what a piece adds is there before anything is dropped."""
+        return self.schedule.most(columns) + self.rule.block
 
     def _table(self, columns: int) -> torch.Tensor:
         """(2, decisions): kept, and stored behind it, at each multiple of block up to so many tokens and a block."""
@@ -304,7 +309,7 @@ class AdmittedLayer(CacheLayerMixin):
         return self.scores.nbytes
 
     def anchor_bytes(self) -> int:
-        return self.signal.nbytes() + sum(keys.nbytes for keys in self.waiting)
+        return self.signal.nbytes() + sum(block.nbytes for block in self.waiting)
 
     # What transformers asks of a layer of a cache.
 
@@ -353,7 +358,7 @@ class AdmittedLayer(CacheLayerMixin):
         assert self.value_room is not None
         self.keys, self.values = self.key_room[:, :, :filled], self.value_room[:, :, :filled]
         self.signal.select(chosen)
-        self.waiting = [keys.index_select(0, chosen) for keys in self.waiting]
+        self.waiting = [block.of(chosen) for block in self.waiting]
 
 
 def _causal(stored: int, new: int, device: torch.device) -> torch.Tensor:

@@ -18,9 +18,9 @@ class QuantizedAdmittedLayer(AdmittedLayer):
     a store of its own for the rest, a quantised cache layer of batch 1, so that beams can be told apart. empty: such a
     layer without tokens, which the stores are copies of. All tokens must be real."""
 
-    def __init__(self, rule: Admission, index: int, empty: Any):
+    def __init__(self, rule: Admission, index: int, turns: torch.Tensor | None, empty: Any):
         self.empty = empty
-        super().__init__(rule, index)
+        super().__init__(rule, index, turns)
 
     def _forget(self) -> None:
         super()._forget()

@@ -4,8 +4,9 @@ The model's own modules run as they are. What is put in between is the attention
 what K's projection gives, which is the keys before RoPE.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,13 +16,14 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from kvprune.errors import BadOption, CacheMismatch, FilterMisuse
-from kvprune.models.family import check_rope, family_of
+from kvprune.models.family import Family, check_rope, family_of
 from kvprune.runtime.attention import packed_attention
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import is_quantized
 from kvprune.tokens.admission import Admission
 from kvprune.tokens.admitted import AdmittedLayer
 from kvprune.tokens.admitted_quantized import QuantizedAdmittedLayer
+from kvprune.tokens.admitted_static import StaticAdmittedLayer
 from kvprune.tokens.attention import FilteredAttention
 from kvprune.tokens.binding import (
     ADMISSION,
@@ -36,22 +38,39 @@ from kvprune.tokens.binding import (
     window_of,
 )
 from kvprune.tokens.report import bytes_of
+from kvprune.tokens.signals import SIGNALS, Before
 
 HELD = "kvprune_held"  # of an attention module, while a call lasts
 
 
 class Held:
-    """What one attention module has to work with: its layer of the cache, keys before RoPE, and what is real."""
+    """What one attention module has to work with: its layer of the cache, keys and queries before RoPE, and what is
+    real. keys, queries: the modules that give them; queries: None where no one asks."""
 
-    def __init__(self, projection: nn.Module):
-        self.projection = projection  # of the keys
+    def __init__(self, keys: nn.Module, queries: nn.Module | None):
+        self.modules = {"keys": keys} if queries is None else {"keys": keys, "queries": queries}
         self.layer: AdmittedLayer | None = None
-        self.before_rope: torch.Tensor | None = None  # (B, T, KV heads * width)
+        self.seen: dict[str, torch.Tensor] = {}  # (B, T, heads * width)
         self.real: torch.Tensor | None = None
 
-    def see(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        """A forward hook of K's projection."""
-        self.before_rope = output
+    def watch(self) -> Iterator[Callable[[], None]]:
+        """Look at what the modules give; yields what ends it."""
+        for name, module in self.modules.items():
+            yield module.register_forward_hook(partial(self._see, name)).remove
+
+    def _see(self, name: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        self.seen[name] = output
+
+    def take(self, kv_heads: int, heads: int, scaling: float) -> tuple[Before, torch.Tensor | None]:
+        """What has been seen in this call, and what is real."""
+        keys, queries = self.seen["keys"], self.seen.get("queries")
+        real = self.real
+        self.forget()
+        of_heads = None if queries is None else queries.unflatten(-1, (heads, -1)).transpose(1, 2)
+        return Before(keys.unflatten(-1, (kv_heads, -1)).transpose(1, 2), of_heads, scaling), real
+
+    def forget(self) -> None:
+        self.seen, self.real = {}, None
 
 
 def admitting_attention(
@@ -65,14 +84,12 @@ def admitting_attention(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """As transformers' attention functions. A layer that is left alone goes to "sdpa"."""
-    held: Held | None = vars(module).get(HELD)
+    held: Held | None = getattr(module, HELD, None)
     if held is None:
         return packed_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     assert held.layer is not None
-    assert held.before_rope is not None
-    before = held.before_rope.unflatten(-1, (key.shape[1], -1)).transpose(1, 2)
-    held.before_rope = None
-    return held.layer.attend(query, key, value, before, held.real, scaling), None
+    before, real = held.take(key.shape[1], query.shape[1], query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return held.layer.attend(query, key, value, before, real, scaling), None
 
 
 class LateAdmission:
@@ -83,6 +100,7 @@ class LateAdmission:
         self._model: PreTrainedModel | None = None
         self._held: dict[int, Held] = {}
         self._modules: dict[int, nn.Module] = {}
+        self._turns: dict[int, torch.Tensor] = {}
         self._cache: Any = None
         self._found: dict[str, Any] = {}
         self._active = False
@@ -112,7 +130,11 @@ class LateAdmission:
                 f"block ({rule.block}) and window ({rule.window}) leave nothing to decide in a context of {longest} "
                 "tokens; take smaller ones"
             )
-        self._held = {i: Held(getattr(m, family.k)) for i, m in self._modules.items()}
+        wanted = SIGNALS[rule.signal].wants_queries
+        self._held = {
+            i: Held(getattr(m, family.k), _queries_of(m, family) if wanted else None) for i, m in self._modules.items()
+        }
+        self._turns = {i: _turns_of(model, m) for i, m in self._modules.items()} if wanted else {}
         self._model, self._cache = model, None
         self._found = self._measured()
         return self
@@ -127,7 +149,8 @@ class LateAdmission:
         with ExitStack() as stack:
             for i, module in self._modules.items():
                 stack.callback(replaced(module, HELD, self._held[i]))
-                stack.callback(self._held[i].projection.register_forward_hook(self._held[i].see).remove)
+                for undo in self._held[i].watch():
+                    stack.callback(undo)
                 if getattr(module, "dense_heads", None) is not None:  # the cache is read at its own width
                     stack.callback(replaced(module, "dense_heads", None))
             stack.callback(model.set_attn_implementation, model.config._attn_implementation)
@@ -144,7 +167,8 @@ class LateAdmission:
         self._undo.close()
         self._found, self._cache = self._measured(), None
         for held in self._held.values():
-            held.layer = held.before_rope = held.real = None
+            held.layer = None
+            held.forget()
 
     @property
     def report(self) -> dict[str, Any]:
@@ -170,10 +194,12 @@ class LateAdmission:
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before every forward of the base model: checks, the cache, and which tokens are real."""
         assert self._model is not None
+        if torch.compiler.is_compiling():
+            return self._begin_compiled(args, kwargs)
         kwargs = begun_call(self._model, module, args, kwargs, (ADMISSION,))
         ids = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         mask, cache = kwargs.get("attention_mask"), kwargs[CACHE]
-        layers = {i: AdmittedLayer(self.settings, i) for i in self._held} if cache is None else self._cached(cache)
+        layers = {i: self._admitted(i) for i in self._held} if cache is None else self._cached(cache)
         real = self._real(mask, ids.shape[1], next(iter(layers.values())))
         if real is not None and any(isinstance(layer, QuantizedAdmittedLayer) for layer in layers.values()):
             raise CacheMismatch(
@@ -182,9 +208,21 @@ class LateAdmission:
         if real is None or len(layers) == self._model.config.num_hidden_layers:
             kwargs["attention_mask"] = None  # nobody needs it, and models look into it, which makes the host wait
         for i, held in self._held.items():
-            held.layer, held.real, held.before_rope = layers[i], real, None
+            held.layer, held.real = layers[i], real
         self._cache = cache
         return (), kwargs
+
+    def _begin_compiled(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The same of a step that is compiled, of a cache that has had its prompt. All of its tokens are real."""
+        cache: Any = kwargs.get(CACHE)
+        for i, held in self._held.items():
+            layer = None if cache is None else cache.layers[i]
+            if not isinstance(layer, StaticAdmittedLayer):
+                raise FilterMisuse("a compiled step needs a cache with length=, which has had its prompt uncompiled")
+            held.layer, held.real = layer, None
+        if len(self._held) == len(cache.layers):
+            kwargs = {**kwargs, "attention_mask": None}
+        return args, kwargs
 
     def _real(self, mask: torch.Tensor | None, tokens: int, layer: AdmittedLayer) -> torch.Tensor | None:
         """(B, T) bool: which of the new tokens are no padding, or None where all are and have been.
@@ -210,10 +248,31 @@ class LateAdmission:
         check_even(cache)
         return found
 
-    def _admitted(self, index: int, layer: Any) -> AdmittedLayer:
-        """What stands for an empty layer of a cache."""
-        if not isinstance(layer, DynamicLayer):
+    def _admitted(self, index: int, layer: Any = None) -> AdmittedLayer:
+        """What stands for an empty layer of a cache, or for none."""
+        if layer is not None and not isinstance(layer, DynamicLayer):
             raise CacheMismatch(f"keep cannot work on a {type(layer).__name__}; leave it out")
+        has_length = self.settings.length is not None
         if is_quantized(layer):
-            return QuantizedAdmittedLayer(self.settings, index, layer)
-        return AdmittedLayer(self.settings, index)
+            if has_length:
+                raise CacheMismatch("length: a quantised cache has no room of its own; leave length out")
+            return QuantizedAdmittedLayer(self.settings, index, self._turns.get(index), layer)
+        return (StaticAdmittedLayer if has_length else AdmittedLayer)(self.settings, index, self._turns.get(index))
+
+
+def _queries_of(attention: nn.Module, family: Family) -> nn.Module:
+    """What gives the queries before RoPE: of merged heads, the matrices behind the projection."""
+    mix = getattr(attention, "q_mix", None)
+    return getattr(attention, family.q) if mix is None else mix
+
+
+def _turns_of(model: PreTrainedModel, attention: nn.Module) -> torch.Tensor:
+    """By how much RoPE turns each pair from one token to the next, (KV heads or 1, width / 2)."""
+    rotary = cast(nn.Module, model.base_model.get_submodule("rotary_emb"))
+    turns = cast(torch.Tensor, rotary.inv_freq).float().cpu().unsqueeze(0)
+    index = getattr(attention, "rope_index", None)
+    if index is None:
+        return turns
+    first = index[:, : index.shape[1] // 2].cpu()
+    turns = torch.cat((turns, turns, torch.zeros(1, 1)), 1)  # a dense channel's, or none
+    return turns[0, first]
