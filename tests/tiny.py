@@ -172,9 +172,9 @@ def measured_bases(model, merge, *, slow=False, text=None) -> list[Basis]:
     """Bases across groups of `merge` KV heads, from what the attention does on random text; slow: mix slow pairs, or
     these pairs, whether they are slow or not."""
     view = ModelView(model)
-    channels = slow_channels(view) if slow is True else view.units[slow or []].flatten()
+    channels = [slow_channels(a) if slow is True else view.units[slow or []].flatten() for a in view.attention]
     moments = attention_moments(view, batches() if text is None else text, channels, merge, lambda layers: None)
-    return [basis_of(m, a.weights(), channels)[0] for m, a in zip(moments, view.attention, strict=True)]
+    return [basis_of(m, a.weights(), c)[0] for m, a, c in zip(moments, view.attention, channels, strict=True)]
 
 
 def random_bases(model, merge, seed=0) -> list[Basis]:

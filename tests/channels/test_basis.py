@@ -12,6 +12,7 @@ from kvprune.channels.masking import masked
 from kvprune.channels.moments import AttentionMoments
 from kvprune.channels.statistics import measure_attention
 from kvprune.models.attention import AttentionWeights
+from kvprune.models.tap import tapped
 from kvprune.models.view import ModelView
 from tiny import STILL, VOCABULARY, batches, measured_bases, tiny_model
 
@@ -351,7 +352,8 @@ def test_values_of_low_rank_and_large_key_biases(merge):
         for down, up in ((maps.keys, maps.queries), (maps.values, maps.outputs)):
             assert torch.isfinite(down).all()
             assert down.abs().max() * up.abs().max() < 1e8
-    with masked(ModelView(model).attention[0], whole, bases[0]):
+    view = ModelView(model)
+    with tapped(view), masked(view.attention[0], whole, bases[0]):
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-2, atol=1e-2)
 
 
@@ -362,4 +364,4 @@ def test_slow_pairs_hardly_turn_over_the_whole_context(positions):
     view = ModelView(tiny_model("llama", rope_parameters=theta, positions=positions))
     expected = [[pair, pair + 8] for pair in range(7, -1, -1) if positions * 1e12 ** (-pair / 8) <= 0.5]
     assert 0 < len(expected) < 8
-    assert slow_channels(view).view(-1, 2).tolist() == expected
+    assert slow_channels(view.attention[0]).view(-1, 2).tolist() == expected

@@ -10,6 +10,7 @@ from hypothesis import given
 import kvprune
 from kvprune.channels.grouping import best_groups, likeness
 from kvprune.models.attention import rope_pairs
+from kvprune.models.tap import Seen
 from tiny import COARSE, VOCABULARY, tiny_model, tiny_tokenizer
 
 
@@ -75,8 +76,8 @@ def test_where_nothing_is_alike_the_order_stays():
 
 
 def what_projections_put_out(heads, head_dim, copies, seed=0):
-    """K and V of random heads, of which the second of each of `copies` is the first, its values turned by any rotation
-    and each pair of its keys by an angle of its own."""
+    """Calls with keys and values of random heads. The second of each of `copies` is the first, its values turned
+    by any rotation and each pair of its keys by an angle of its own."""
     generator = torch.Generator().manual_seed(seed)
     half = head_dim // 2
     mix = torch.randn(2, heads, head_dim, head_dim, generator=generator)
@@ -89,12 +90,15 @@ def what_projections_put_out(heads, head_dim, copies, seed=0):
         first, second = k[:, :, a, :half], k[:, :, a, half:]
         k[:, :, b, :half] = first * angle.cos() - second * angle.sin()
         k[:, :, b, half:] = second * angle.cos() + first * angle.sin()
-    return [{"k": part.flatten(2), "v": other.flatten(2)} for part, other in zip(k.split(2), v.split(2), strict=True)]
+    return [
+        Seen(part, part.transpose(1, 2), other.transpose(1, 2), None, 1.0, None, None, None)
+        for part, other in zip(k.split(2), v.split(2), strict=True)
+    ]
 
 
 def test_copies_are_most_alike():
     outputs = what_projections_put_out(5, 8, [(0, 3), (4, 1)])
-    alike = likeness(outputs, rope_pairs(8, "half"))
+    alike = likeness(outputs, rope_pairs(8))
     torch.testing.assert_close(alike, alike.T)
     torch.testing.assert_close(alike.diagonal(), torch.full((5,), 2.0, dtype=torch.float64))
     for a, b in itertools.combinations(range(5), 2):
@@ -106,8 +110,11 @@ def test_copies_are_most_alike():
 
 def test_likeness_by_plain_loops():
     outputs = what_projections_put_out(3, 6, [])
-    alike = likeness(outputs, rope_pairs(6, "half"))
-    k, v = (torch.cat([o[name].flatten(0, 1) for o in outputs]).double().unflatten(1, (3, 6)) for name in "kv")
+    alike = likeness(outputs, rope_pairs(6))
+    k, v = (
+        torch.cat([getattr(o, name).transpose(1, 2).flatten(0, 1) for o in outputs]).double()
+        for name in ("key", "value")
+    )
     k, v = k - k.mean(0), v - v.mean(0)
     for a, b in itertools.product(range(3), repeat=2):
         shared = own_a = own_b = 0.0
@@ -128,9 +135,8 @@ def test_likeness_by_plain_loops():
 def test_a_head_that_puts_nothing_out_is_like_no_other():
     outputs = what_projections_put_out(4, 8, [(0, 2)])
     for part in outputs:
-        for tensor in part.values():
-            tensor[..., 8:16] = 0
-    alike = likeness(outputs, rope_pairs(8, "half"))
+        part.key[:, 1] = part.value[:, 1] = 0
+    alike = likeness(outputs, rope_pairs(8))
     assert torch.isfinite(alike).all()
     assert alike[1].max() < 1e-6
     assert best_groups(alike, 2).tolist() == [[0, 2], [1, 3]]

@@ -100,7 +100,7 @@ def check(family, merge, groups, monkeypatch):
     assert (model.model.rotary_emb.attention_scaling != 1) == (family in ("yarn", "longrope"))
     order = ORDERS[merge]
     monkeypatch.setattr(moments_module, "group_heads", lambda *_: torch.tensor(order))
-    found = list(attention_moments(ModelView(model), texts(), SLOW, merge, lambda layers: None))
+    found = list(attention_moments(ModelView(model), texts(), [SLOW] * 2, merge, lambda layers: None))
     assert len(found) == 2
     for layer, moments in enumerate(found):
         assert moments.heads.tolist() == order

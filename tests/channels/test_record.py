@@ -60,7 +60,7 @@ def test_bytes_are_those_of_what_was_written(tmp_path, texts, merge, ratio, tied
 def test_what_the_statistics_take(merge, slow):
     view = ModelView(tiny_model("llama", kv_heads=4, groups=2))
     chosen = view.units[: slow // 2].flatten()
-    for moments in attention_moments(view, batches(), chosen, merge, lambda n: None):
+    for moments in attention_moments(view, batches(), [chosen] * 2, merge, lambda n: None):
         held = sum(getattr(moments, field.name).nbytes for field in fields(moments))
         assert record.moments_bytes(view.shape, merge, slow) == held
 
@@ -69,7 +69,7 @@ def test_what_the_statistics_take(merge, slow):
 def test_what_the_bases_take(merge):
     view = ModelView(tiny_model("llama", kv_heads=2, groups=2))
     _, bases = measure_attention(view, batches(), IMPORTANCE["variance"], merge, lambda n: None)
-    slow = len(slow_channels(view))
+    slow = len(slow_channels(view.attention[0]))
     for basis in bases:
         own = sum(getattr(basis, name).nbytes for name in ("rope", "keys", "values"))
         assert record.basis_bytes(view.shape, merge) == own

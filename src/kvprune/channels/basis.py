@@ -16,8 +16,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from kvprune.channels.moments import AttentionMoments
-from kvprune.models.attention import AttentionWeights
-from kvprune.models.view import ModelView
+from kvprune.models.attention import Attention, AttentionWeights
 
 FLOOR = 1e-6  # of the mean variance: what a direction that never occurs is taken to have
 SLOW = 0.5  # radians over the model's whole context: the most that a pair may turn to be mixed with others [ours]
@@ -161,13 +160,14 @@ def identity(kv_heads: int, head_dim: int) -> Basis:
     return Basis(every, torch.arange(head_dim).expand(kv_heads, -1), same, same, torch.empty(0, dtype=torch.int64))
 
 
-def slow_channels(view: ModelView) -> torch.Tensor:
-    """The channels of the pairs that turn by SLOW at most over the model's whole context, pair by pair, slowest first;
-    (n,). Pairs that turn more within it cost much at its far end: see docs/results.md."""
-    turns = view.frequencies * view.lm.config.max_position_embeddings  # (pairs,)
-    order = turns.argsort()
+def slow_channels(attention: Attention) -> torch.Tensor:
+    """The channels of the pairs that turn by SLOW at most over all that the layer looks back on, pair by pair, slowest
+    first; (n,). Without RoPE these are all. Pairs that turn more within it cost much at its far end: see
+    docs/results.md."""
+    turns = attention.frequencies * attention.context  # (pairs,)
+    order = turns.argsort(stable=True)
     chosen = order[turns[order] <= SLOW]
-    return view.units[chosen].flatten()
+    return torch.stack((chosen, chosen + len(turns)), 1).flatten()
 
 
 def basis_of(moments: AttentionMoments, weights: AttentionWeights, slow: torch.Tensor) -> tuple[Basis, torch.Tensor]:

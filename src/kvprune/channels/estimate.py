@@ -18,6 +18,7 @@ from kvprune.channels.sensitivity import Probe
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.finite import not_finite
 from kvprune.models.stream import frozen
+from kvprune.models.tap import tapped
 from kvprune.models.view import ModelView
 
 
@@ -40,13 +41,14 @@ def estimate_sensitivity(
     """
     totals = torch.zeros(len(probes), dtype=torch.float64)
     numbered = sorted(enumerate(probes), key=lambda item: item[1].block)
-    for batch in batches:
-        calls = [_backward(view, window) for window in batch.split(1)]
-        for block, group in groupby(numbered, key=lambda item: item[1].block):
-            found = [of_window[block] for of_window in calls]
-            for number, change in _changes(view, block, list(group), found):
-                totals[number] += change
-        advance(1)
+    with tapped(view):
+        for batch in batches:
+            calls = [_backward(view, window) for window in batch.split(1)]
+            for block, group in groupby(numbered, key=lambda item: item[1].block):
+                found = [of_window[block] for of_window in calls]
+                for number, change in _changes(view, block, list(group), found):
+                    totals[number] += change
+            advance(1)
     scored = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
     if not torch.isfinite(totals).all():
         raise not_finite("the gradients on the calibration text", view.lm)

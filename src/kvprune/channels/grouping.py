@@ -4,40 +4,49 @@ from collections.abc import Sequence
 
 import torch
 
+from kvprune.models.tap import Seen
+
 TINY = 1e-100  # a variance that is taken for none
 
 
-def group_heads(outputs: Sequence[dict[str, torch.Tensor]], units: torch.Tensor, merge: int) -> torch.Tensor:
-    """The KV heads in groups of `merge`, (groups, merge). outputs, units: see likeness."""
-    return best_groups(likeness(outputs, units), merge)
+def group_heads(seen: Sequence[Seen], units: torch.Tensor, merge: int) -> torch.Tensor:
+    """The KV heads in groups of `merge`, (groups, merge). seen, units: see likeness."""
+    return best_groups(likeness(seen, units), merge)
 
 
-def likeness(outputs: Sequence[dict[str, torch.Tensor]], units: torch.Tensor) -> torch.Tensor:
+def likeness(seen: Sequence[Seen], units: torch.Tensor) -> torch.Tensor:
     """(heads, heads), 0 to 2: how much two heads' keys, and their values, have in common; 2 with itself.
 
-    outputs: what K and V put out, (B, T, heads * D) each. units: RoPE's pairs of channels, (D / 2, 2).
+    seen: calls of one layer's attention. units: RoPE's pairs of channels, (D / 2, 2).
     Values: the squared correlation of all channels with all. Keys, before RoPE: of a pair with the same pair of the
     other head, since only those can be mixed, and as complex numbers, so that a turn of one against the other does not
     count.
     """
-    head_dim = units.numel()
-    heads = outputs[0]["k"].shape[-1] // head_dim
+    heads = seen[0].key.shape[1]
     found = torch.zeros(heads, heads, dtype=torch.float64)
-    total = sum(o["k"].shape[0] * o["k"].shape[1] for o in outputs)
-    for name in "kv":
-        mean = sum(o[name].flatten(0, 1).double().sum(0) for o in outputs) / total
+    total = sum(s.key.shape[0] * s.key.shape[2] for s in seen)
+    for name in ("key", "value"):
+        of_name = [_by_token(s, name) for s in seen]
+        mean = sum(x.sum(0) for x in of_name) / total
         covariance: torch.Tensor | float = 0.0
-        for o in outputs:
-            x = (o[name].flatten(0, 1).double() - mean).view(-1, heads, head_dim)
-            if name == "k":
+        for x in of_name:
+            x = x - mean
+            if name == "key":
                 pairs = torch.complex(x[..., units[:, 0]], x[..., units[:, 1]])
                 covariance = covariance + torch.einsum("thp,tgp->phg", pairs, pairs.conj())
             else:
                 flat = x.flatten(1)
                 covariance = covariance + flat.T @ flat
         assert isinstance(covariance, torch.Tensor)
-        found += (_of_keys(covariance) if name == "k" else _of_values(covariance, heads)).cpu()
+        found += (_of_keys(covariance) if name == "key" else _of_values(covariance, heads)).cpu()
     return found
+
+
+def _by_token(seen: Seen, name: str) -> torch.Tensor:
+    """Keys before RoPE, or values, (B * T, heads, D) float64."""
+    x = getattr(seen, name)
+    x = seen.before_rope(x.float()) if name == "key" else x
+    return x.transpose(1, 2).flatten(0, 1).double()
 
 
 def _of_keys(covariance: torch.Tensor) -> torch.Tensor:

@@ -1,40 +1,43 @@
-"""A layer as if channels were gone, for probing: the dense weights of K and V, projected for a while."""
+"""A layer as if channels were gone, for probing: its keys and values go to the kept coordinates and back."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from kvprune.channels.basis import Basis, Kept
 from kvprune.models.attention import Attention
+from kvprune.models.tap import Seen, watched
 
 
 @contextmanager
-@torch.no_grad()
 def masked(attention: Attention, kept: Kept, basis: Basis) -> Iterator[None]:
-    """Lose what a plan would cut, and restore it bit for bit, also after an error.
-
-    K and its bias are what comes back from the kept coordinates; so are V's weights. V keeps its bias, which is a
-    constant at the output that surgery keeps too. `kept` may be empty: the attention then adds only that.
-    """
-    w = attention.weights()
-    changed = [tensor for tensor in (w.k, w.v, w.k_bias) if tensor is not None]
-    saved = [tensor.clone() for tensor in changed]
+    """Attend, under `tapped`, with what comes back from the kept coordinates, as the pruned model does, in which mixed
+    slow pairs do not turn. V's bias is no part of it where it is a constant at the output, which surgery keeps too.
+    `kept` may be empty: the attention then adds only that."""
     of_keys, of_values = basis.cut(kept).projections()
-    heads = basis.heads
-    try:
-        w.k[heads] = _projected(of_keys, w.k, heads)
-        w.v[heads] = _projected(of_values, w.v, heads)
-        if w.k_bias is not None:
-            w.k_bias[heads] = _projected(of_keys, w.k_bias.unsqueeze(-1), heads).squeeze(-1)
+    heads, slow = basis.heads, basis.slow
+    bias = None if attention.has_sinks else attention.weights().v_bias
+
+    def change(seen: Seen) -> Seen:
+        query, key, value = seen.query, seen.key, seen.value
+        if len(slow) and seen.turn is not None:
+            query, key = query.clone(), key.clone()
+            query[..., slow] = seen.before_rope(seen.query, slow) * attention.stretch**2
+            key[..., slow] = seen.before_rope(seen.key, slow)
+        shared = 0 if bias is None else bias.unsqueeze(1)  # (kv_heads, 1, D)
+        value = _projected(of_values, value - shared, heads) + shared
+        return replace(seen, query=query, key=_projected(of_keys, key, heads), value=value)
+
+    with watched(attention, change):
         yield
-    finally:
-        for tensor, values in zip(changed, saved, strict=True):
-            tensor.copy_(values)
 
 
-def _projected(projection: torch.Tensor, rows: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
-    """Rows (kv_heads, D, x) of the heads (groups, m), side by side, projected: (groups, m, D, x)."""
-    group = rows[heads].flatten(1, 2)
-    found = projection.to(rows.device) @ group.double()
-    return found.to(rows.dtype).view(*heads.shape, *rows.shape[1:])
+def _projected(projection: torch.Tensor, x: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """Keys or values (B, kv_heads, T, D) of the heads (groups, m), side by side, projected (groups, m * D, m * D)."""
+    group = x[:, heads].transpose(2, 3).flatten(3)  # (B, groups, T, m * D)
+    found = group.float() @ projection.to(x.device, torch.float32).mT
+    changed = torch.empty_like(x)
+    changed[:, heads] = found.to(x.dtype).unflatten(3, (heads.shape[1], -1)).transpose(2, 3)
+    return changed

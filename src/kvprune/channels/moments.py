@@ -3,17 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, cast
 
 import torch
 
 from kvprune.channels.grouping import group_heads
 from kvprune.models.finite import not_finite
 from kvprune.models.stream import enter
+from kvprune.models.tap import Seen, tapped, watched, weights_of
 from kvprune.models.view import ModelView
-from kvprune.runtime.modeling import rotate_half
-
-Outputs = dict[str, torch.Tensor]  # what Q, K and V put out, (B, T, heads * D)
 
 
 @dataclass(frozen=True)
@@ -46,43 +43,35 @@ class AttentionMoments:
 def attention_moments(
     view: ModelView,
     batches: Sequence[torch.Tensor],
-    slow: torch.Tensor,
+    slow: Sequence[torch.Tensor],
     merge: int,
     advance: Callable[[int], None],
 ) -> Iterator[AttentionMoments]:
     """Moments of every layer in turn, from one pass over the batches (B, T), for groups of `merge` KV heads.
 
-    slow (n,): channel numbers, pair by pair. Memory: the hidden states of the text before one block, one layer's
-    moments, one window's attention weights of one group, and, where the groups must be chosen, what one layer's Q, K
-    and V put out. Raises NotFinite.
+    slow, of each layer (n,): channel numbers, pair by pair. Memory: the hidden states of the text before one block, one
+    layer's moments, one window's attention weights of one group, and, where the groups must be chosen, one layer's
+    queries, keys and values. Raises NotFinite.
     """
-    states, calls = enter(view, batches)
     tokens = sum(batch.numel() for batch in batches)
     chooses = 1 < merge < view.shape.kv_heads
-    for index, (block, attention) in enumerate(zip(view.blocks, view.attention, strict=True)):
-        waiting: list[tuple[Outputs, dict[str, Any]]] = []
-        sums = None if chooses else _Sums(view, index, slow, torch.arange(view.shape.kv_heads).view(-1, merge))
-        for number, state in enumerate(states):
-            outputs: Outputs = {}
-            hooks = [attention.watch(name, partial(outputs.__setitem__, name)) for name in "qkv"]
-            try:
-                states[number] = calls.run(block, index, state)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            told = outputs, calls.of_length[state.shape[1]][index].kwargs
+    with tapped(view):
+        states, calls = enter(view, batches)
+        for index, (block, attention) in enumerate(zip(view.blocks, view.attention, strict=True)):
+            waiting: list[Seen] = []
+            every = torch.arange(view.shape.kv_heads).view(-1, merge)
+            sums = None if chooses else _Sums(view, index, slow[index], every)
+            for number, state in enumerate(states):
+                with watched(attention, waiting.append if sums is None else sums.add):
+                    states[number] = calls.run(block, index, state)
             if sums is None:
-                waiting.append(told)
-            else:
-                sums.add(*told)
-        if sums is None:
-            sums = _Sums(view, index, slow, group_heads([o for o, _ in waiting], view.units, merge))
-            for told in waiting:
-                sums.add(*told)
-        yield sums.means(tokens, index)
-        if not all(torch.isfinite(state).all() for state in states):
-            raise not_finite(f"layer {index}: its output on the calibration text", view.lm)
-        advance(1)
+                sums = _Sums(view, index, slow[index], group_heads(waiting, view.units, merge))
+                for seen in waiting:
+                    sums.add(seen)
+            yield sums.means(tokens, index)
+            if not all(torch.isfinite(state).all() for state in states):
+                raise not_finite(f"layer {index}: its output on the calibration text", view.lm)
+            advance(1)
 
 
 class _Sums:
@@ -90,13 +79,11 @@ class _Sums:
 
     def __init__(self, view: ModelView, index: int, slow: torch.Tensor, heads: torch.Tensor):
         self.lm, s, attention = view.lm, view.shape, view.attention[index]
-        self.shape, self.heads = s, heads
-        rotary = view.lm.base_model.get_submodule("rotary_emb")
-        self.stretch = float(cast(float, getattr(rotary, "attention_scaling", 1.0)))  # of cos and sin, as YaRN has it
-        self.scaling = cast(float, attention.module.scaling)
-        self.device = attention.projection("o").weight.device
+        self.shape, self.heads, self.stretch = s, heads, attention.stretch
         weights = attention.weights()
-        self.v_bias, self.o = weights.v_bias, weights.o
+        self.device = weights.o.device
+        # What all values have in common comes out as a constant, unless weights sum to less than one
+        self.v_bias, self.o = None if attention.has_sinks else weights.v_bias, weights.o
         self.draws = torch.Generator().manual_seed(index)
         self.units, self.slow = view.units.to(self.device), slow.to(self.device)
         m, pairs, n = heads.shape[1], len(self.units), len(slow)
@@ -110,24 +97,24 @@ class _Sums:
             zeros(s.kv_heads, m * s.head_dim, m * s.head_dim),
         )
 
-    def add(self, outputs: Outputs, call: dict[str, Any]) -> None:
+    def add(self, seen: Seen) -> None:
         """A batch of windows."""
-        s, length = self.shape, outputs["q"].shape[1]
-        cos, sin = (table[0].float() for table in call["position_embeddings"])  # (T, D)
-        visible = _visible(call.get("attention_mask"), length, self.device)
-        for q, k, v in zip(*(outputs[name] for name in "qkv"), strict=True):
-            q = q.float().view(length, s.kv_heads, s.groups, s.head_dim).permute(1, 2, 0, 3) * self.scaling
-            k = k.float().view(length, s.kv_heads, s.head_dim).transpose(0, 1)
+        s = self.shape
+        for row in range(len(seen.query)):
+            q = seen.query[row].float().unflatten(0, (s.kv_heads, s.groups)) * seen.scaling
+            k, v = seen.key[row].float(), seen.value[row]
             if self.v_bias is not None:
-                v = v - self.v_bias.flatten()
-            v = v.float().view(length, s.kv_heads, s.head_dim).transpose(0, 1)
-            q_turned, k_turned = (x * cos + rotate_half(x) * sin for x in (q, k))
+                v = v - self.v_bias.unsqueeze(1)
+            v = v.float()
+            slow_q, slow_k = seen.before_rope(q, self.slow), seen.before_rope(k, self.slow)
             for number, group in enumerate(self.heads):
-                seen = _Seen.of(k[group], k_turned[group], v[group], self.slow, self.units)
+                of_group = _Seen.of(k[group], slow_k[group], v[group], self.units)
                 for member, head in enumerate(group.tolist()):
-                    scores = (q_turned[head] @ k_turned[head].T).masked_fill_(~visible, -torch.inf)
+                    own = slice(head * s.groups, (head + 1) * s.groups)
+                    weights = weights_of(seen, q[head] @ k[head].T, own)
                     effects = v[head] @ self._directions(head).T  # (T, groups)
-                    self._add_head(number * len(group) + member, scores.softmax(-1), q[head], seen, effects.T)
+                    place = number * len(group) + member
+                    self._add_head(place, weights, q[head], slow_q[head], of_group, effects.T)
 
     def _directions(self, head: int) -> torch.Tensor:
         """A random direction of the attention's output for each query head, as values see it: W_o u, (groups, D)."""
@@ -135,12 +122,20 @@ class _Sums:
         drawn = torch.randn(len(of_head), of_head.shape[-1], generator=self.draws).to(self.device)
         return torch.einsum("gdh,gh->gd", of_head, drawn)
 
-    def _add_head(self, row: int, weights: torch.Tensor, q: torch.Tensor, seen: "_Seen", effects: torch.Tensor) -> None:
-        """weights (groups, T, T), q (groups, T, D) before RoPE, and effects (groups, T): each token's value along the
-        directions; of one KV head's query heads."""
+    def _add_head(
+        self,
+        row: int,
+        weights: torch.Tensor,
+        q: torch.Tensor,
+        slow_q: torch.Tensor,
+        seen: "_Seen",
+        effects: torch.Tensor,
+    ) -> None:
+        """weights (groups, T, T), q (groups, T, D) behind RoPE, slow_q (groups, T, n) before it, and effects (groups,
+        T): each token's value along the directions; of one KV head's query heads."""
         a, b = (q[..., self.units[:, i]] for i in range(2))
-        squares = (a * a + b * b) * self.stretch**2  # (groups, T, pairs)
-        queries, sums = q[..., self.slow].flatten(0, 1).double(), self.sums
+        squares = a * a + b * b  # (groups, T, pairs)
+        queries, sums = slow_q.flatten(0, 1).double(), self.sums
         sums.queries[row] += squares.sum((0, 1), dtype=torch.float64)
         sums.slow_queries[row] += queries.T @ queries
         z = (weights @ seen.values).flatten(0, 1).double()
@@ -178,11 +173,11 @@ class _Seen:
     values: torch.Tensor
 
     @classmethod
-    def of(cls, k: torch.Tensor, k_turned: torch.Tensor, v: torch.Tensor, slow: torch.Tensor, units: torch.Tensor):
-        """k, k_turned and v (m, T, D)."""
-        turned = (k_turned - k_turned.mean(1, keepdim=True)).permute(1, 2, 0)  # (T, D, m)
+    def of(cls, k: torch.Tensor, slow: torch.Tensor, v: torch.Tensor, units: torch.Tensor):
+        """k behind RoPE and v (m, T, D), slow (m, T, n) before it."""
+        turned = (k - k.mean(1, keepdim=True)).permute(1, 2, 0)  # (T, D, m)
         pairs = torch.complex(turned[:, units[:, 0]], turned[:, units[:, 1]])
-        few = k[..., slow].transpose(0, 1).flatten(1)
+        few = slow.transpose(0, 1).flatten(1)
         few = few - few.mean(0)
         columns = torch.cat((torch.view_as_real(pairs).flatten(1), few), 1)
         return cls(pairs, few, columns, v.transpose(0, 1).flatten(1))
@@ -198,11 +193,3 @@ def _outer(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Sum over rows of weights x x^*, x (T, pairs, m) complex and weights (T, pairs) -> (pairs, m, m) complex128."""
     by_pair = x.transpose(0, 1)  # (pairs, T, m)
     return ((by_pair * weights.T.unsqueeze(-1)).mT @ by_pair.conj()).to(torch.complex128)
-
-
-def _visible(mask: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor:
-    """(T, T), True where a query may look at a key; from the mask that the model made, or causal where it made none."""
-    if mask is None:
-        return torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    mask = mask[0, 0]
-    return mask if mask.dtype == torch.bool else mask >= 0

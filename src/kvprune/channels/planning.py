@@ -166,7 +166,7 @@ class Planner:
 
     def _kept(self, score: Scores, width: int) -> Kept:
         """The coordinates of one layer that stay."""
-        units = rope_pairs(self.grid.head_dim, self.view.family.rope)
+        units = rope_pairs(self.grid.head_dim)
         return select(score, width, units, self.settings.channels == "joint")
 
     def _probes(self, scores: list[Scores], bases: list[Basis] | None, width: int) -> list[Probe]:

@@ -26,6 +26,12 @@ LAYOUTS = ("portable", "stock")
 def check(view: ModelView, layout: str) -> None:
     """Raise BadOption for a model that no stock architecture can hold once it is pruned to that layout."""
     config = view.lm.config
+    if layout not in LAYOUTS:
+        return
+    if view.family.portable_as is None:
+        raise BadOption(
+            f"layout {layout} holds attention like Llama's, not that of {config.model_type}; use --layout uniform"
+        )
     parameters = config.rope_parameters
     rope = parameters["rope_type"]
     layer_types = getattr(config, "layer_types", None) or ()
@@ -35,7 +41,7 @@ def check(view: ModelView, layout: str) -> None:
             f"layout portable cannot hold {rope} RoPE, whose frequencies change with the context; use --layout uniform "
             "or stock"
         )
-    if layout in LAYOUTS and view.family.portable_as != config.model_type and "sliding_attention" in layer_types:
+    if view.family.portable_as != config.model_type and "sliding_attention" in layer_types:
         raise BadOption(
             f"layout {layout} writes {config.model_type} as {view.family.portable_as}, which has no sliding window; "
             "use --layout uniform"
@@ -61,6 +67,7 @@ def stock_model(view: ModelView, plan: PruningPlan, basis: Basis) -> tuple[PreTr
     else:
         order = torch.arange(len(kept))
         settings["rope_parameters"] = _rope(view, basis.rope[0, kept], settings["max_position_embeddings"])
+    assert view.family.portable_as is not None
     config = CONFIG_MAPPING[view.family.portable_as](**settings)
     config._attn_implementation = view.lm.config._attn_implementation
     with torch.device("meta"):

@@ -99,7 +99,7 @@ def _of_attention(view: ModelView, plan: PruningPlan, tokens: int) -> dict[str, 
     attends = importance is not None and importance.needs == "attention"
     if not (attends or plan.is_rotated):
         return {}
-    slow = len(slow_channels(view)) if attends and plan.is_rotated else 0
+    slow = max(len(slow_channels(a)) for a in view.attention) if attends and plan.is_rotated else 0
     of_layer = moments_bytes(shape, plan.merge, slow)
     found = {"moments of one layer's attention": of_layer}
     if plan.is_rotated and view.device.type == "cpu":  # where they are kept

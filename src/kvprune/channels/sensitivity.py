@@ -12,6 +12,7 @@ from kvprune.channels.masking import masked
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.finite import not_finite
 from kvprune.models.stream import BlockRunner
+from kvprune.models.tap import tapped
 from kvprune.models.view import ModelView
 
 DENSE = -1  # the journal's probe number of a batch's dense loss
@@ -50,7 +51,8 @@ def measure_sensitivity(
         missing = [probe for probe in range(len(probes)) if (number, probe) not in journal.losses]
         advance(len(probes) - len(missing))
         if missing:
-            _probe_batch(view, number, batch, missing, probes, journal, advance)
+            with tapped(view):
+                _probe_batch(view, number, batch, missing, probes, journal, advance)
     scored = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
 
     def mean(probe: int) -> float:

@@ -1,6 +1,7 @@
 """One pass over the calibration text, for what an importance score needs of it."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from kvprune.measure.loss import next_token_loss
 from kvprune.models.attention import Attention, AttentionWeights
 from kvprune.models.finite import not_finite
 from kvprune.models.stream import frozen
+from kvprune.models.tap import Seen, tapped, watched
 from kvprune.models.view import ModelView
 
 Advance = Callable[[int], None]
@@ -55,14 +57,15 @@ def measure_attention(
     and O are rotated: merge is then 1.
     """
     own = importance.needs == "attention"
-    slow = slow_channels(view) if merge is not None and own else torch.empty(0, dtype=torch.int64)
+    none = torch.empty(0, dtype=torch.int64)
+    slow = [slow_channels(a) if merge is not None and own else none for a in view.attention]
     scores, bases = [], []
     found = attention_moments(view, batches, slow, merge or 1, advance)
-    for attention, moments in zip(view.attention, found, strict=True):
+    for attention, moments, channels in zip(view.attention, found, slow, strict=True):
         weights = attention.weights()
         score = importance.scores(weights, Statistics(attention=moments), view.units) if own and not merge else None
         if merge is not None:
-            basis, worth = basis_of(moments, weights, slow)
+            basis, worth = basis_of(moments, weights, channels)
             if own:
                 score = Scores(worth, torch.empty(len(worth), 0))
             else:
@@ -78,24 +81,22 @@ def _energies(view: ModelView, batches: Iterable[torch.Tensor], advance: Advance
     """Mean squares of what Q, K and V put out, summed in float32 within a batch and in float64 over batches."""
     s = view.shape
     sums: dict[tuple[int, str], torch.Tensor] = {}
-    hooks = []
 
-    def add(index: int, name: str, output: torch.Tensor) -> None:
-        square = output.flatten(0, -2).float().square().sum(0).cpu().double()
-        sums[index, name] = sums.get((index, name), 0) + square
+    def add(index: int, seen: Seen) -> None:
+        named = {"q": seen.before_rope(seen.query.float()), "k": seen.before_rope(seen.key.float()), "v": seen.value}
+        for name, x in named.items():
+            square = x.float().square().sum((0, 2)).cpu().double()  # (heads, D)
+            sums[index, name] = sums.get((index, name), 0) + square
 
-    for index in range(s.layers):
-        for name in "qkv":
-            hooks.append(view.attention[index].watch(name, partial(add, index, name)))
     tokens = 0
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(tapped(view))
+        for index, attention in enumerate(view.attention):
+            stack.enter_context(watched(attention, partial(add, index)))
         for batch in batches:
             view.lm.base_model(input_ids=batch.to(view.device), use_cache=False)
             tokens += batch.numel()
             advance(len(batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
     shapes = {"q": (s.kv_heads, s.groups, s.head_dim), "k": (s.kv_heads, s.head_dim), "v": (s.kv_heads, s.head_dim)}
     return [
         Statistics(energy={n: (sums[i, n] / tokens).float().view(shape) for n, shape in shapes.items()})

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -13,7 +14,7 @@ from kvprune.channels.merging import is_factored
 from kvprune.channels.plan import LayerPlan, PruningPlan
 from kvprune.channels.selection import leading
 from kvprune.errors import PlanMismatch
-from kvprune.models.attention import AttentionWeights
+from kvprune.models.attention import Attention, AttentionWeights
 from kvprune.models.view import ModelView
 from kvprune.runtime import modeling
 from kvprune.runtime.dtype import stored_dtype
@@ -40,23 +41,25 @@ def cut(view: ModelView, plan: PruningPlan, bases: Sequence[Basis] | None = None
     order = None
     if is_stock:
         pruned, order = portable.stock_model(view, plan, bases[0])
-        rotary = type(pruned.base_model.rotary_emb)(pruned.config).to(view.device)
+        rotary: Any = type(pruned.base_model.rotary_emb)(pruned.config).to(view.device)
     else:
+        config = _config(view, plan, factored)
         with torch.device("meta"):
-            pruned = AutoModelForCausalLM.from_config(_config(view, plan, factored), dtype=dense.dtype)
-        rotary = copy.deepcopy(dense.base_model.rotary_emb)  # some tables change with the context, each its own
-    scaling = 1.0 if is_stock else float(getattr(rotary, "attention_scaling", 1.0))
+            pruned = AutoModelForCausalLM.from_config(config, dtype=dense.dtype)
+        rotary = copy.deepcopy(view.rotary)  # some tables change with the context, each its own
     state = dict(dense.state_dict())
     base = dense.base_model_prefix
     for index, (attention, layer) in enumerate(zip(view.attention, plan.layers, strict=True)):
         prefix = f"{base}.{view.family.layers}.{index}.{view.family.attention}."
         state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
-        narrow = _narrow(attention.weights(), bases[index], _kept(layer), factored[index], order, scaling)
+        maps = _maps(attention, bases[index], _kept(layer), order, 1.0 if is_stock else attention.stretch)
+        narrow = _narrow(attention, bases[index], maps, factored[index])
         if is_stock:
             _make_stock(narrow, portable.query_scale(view, plan))
         state |= {prefix + name: tensor for name, tensor in narrow.items()}
     pruned.load_state_dict(state, strict=True, assign=True)
-    pruned.base_model.rotary_emb = rotary
+    if rotary is not None:
+        pruned.base_model.rotary_emb = rotary
     for name, buffer in dense.named_buffers(remove_duplicate=False):  # those that no checkpoint holds
         module, _, leaf = name.rpartition(".")
         if name not in state and pruned.get_submodule(module).get_buffer(leaf).is_meta:
@@ -74,56 +77,104 @@ def _kept(layer: LayerPlan) -> Kept:
 
 def _config(view: ModelView, plan: PruningPlan, factored: Sequence[bool]):
     """The pruned twin's config, as a checkpoint has it."""
-    config = twin_config(view.lm.config, view.shape.head_dim, plan.widths, plan.merge, factored)
+    config = twin_config(
+        view.lm.config,
+        view.shape.head_dim,
+        plan.widths,
+        plan.merge,
+        factored,
+        kv_heads=view.shape.kv_heads,
+        columns=int(view.attention[0].columns[-1]),
+        words=view.family.words(),
+        rebuilds=all(a.has_own_columns for a in view.attention),
+    )
     config.tie_word_embeddings = view.is_tied
     config.auto_map = modeling.auto_map(view.family.model_type)
     config._attn_implementation = view.lm.config._attn_implementation
     return config
 
 
-def _narrow(
-    w: AttentionWeights, basis: Basis, kept: Kept, factored: bool, order: torch.Tensor | None, scaling: float
-) -> dict[str, torch.Tensor]:
-    """Q, K, V and O of the kept coordinates, named as PrunedAttention names them. order (width,): which of the kept
-    coordinates of Q and K stands where; None: as they are. scaling: what RoPE multiplies queries and keys by as it
-    turns them."""
-    maps, dtype, device = basis.cut(kept), w.k.dtype, w.k.device
-    if scaling != 1:  # what RoPE leaves alone has it from the queries
-        still = (maps.rope == w.k.shape[1]).repeat_interleave(basis.heads.shape[1], 0).unsqueeze(1)
-        maps = replace(maps, queries=torch.where(still, maps.queries * scaling**2, maps.queries))
+def _maps(attention: Attention, basis: Basis, kept: Kept, order: torch.Tensor | None, stretch: float) -> Cut:
+    """The maps to the kept coordinates and back, on the layer's device. order (width,): which of the kept coordinates
+    of Q and K stands where; None: as they are. stretch: what RoPE multiplies queries and keys by as it turns them."""
+    maps, device = basis.cut(kept), attention.weights().k.device
+    if stretch != 1:  # what RoPE leaves alone has it from the queries
+        still = (maps.rope == attention.shape.head_dim).repeat_interleave(basis.heads.shape[1], 0).unsqueeze(1)
+        maps = replace(maps, queries=torch.where(still, maps.queries * stretch**2, maps.queries))
     if order is not None:
         maps = replace(maps, keys=maps.keys[:, order], queries=maps.queries[..., order], rope=maps.rope[:, order])
-    heads, hidden = basis.heads, w.k.shape[-1]
-    maps = Cut(*(x.to(device) for x in vars(maps).values()))
-    members = heads.flatten()  # queries follow the groups, and so does what O reads
+    return Cut(*(x.to(device) for x in vars(maps).values()))
 
-    def grouped(rows: torch.Tensor) -> torch.Tensor:
-        """(kv_heads, D, x) -> (groups, m * D, x)"""
-        return rows[heads].flatten(1, 2).double()
 
-    q, o = w.q[members].double(), w.o[members].double()  # (H, query heads of each, D, hidden)
-    q_bias = None if w.q_bias is None else w.q_bias[members].double().unsqueeze(-1)
-    state = {
-        "rope_index": maps.rope,
-        "k_proj.weight": (maps.keys @ grouped(w.k)).reshape(-1, hidden),
-        "v_proj.weight": (maps.values @ grouped(w.v)).reshape(-1, hidden),
-    }
+def _narrow(attention: Attention, basis: Basis, maps: Cut, factored: bool) -> dict[str, torch.Tensor]:
+    """Q, K, V and O of the kept coordinates, named as PrunedAttention names them."""
+    w = attention.weights()
+    heads, members, hidden, dtype = basis.heads, basis.heads.flatten(), w.k.shape[-1], w.k.dtype
+    state = {"rope_index": attention.columns.to(maps.rope.device)[maps.rope]}
+    state |= (
+        _behind_norms(attention, basis, maps) if attention.is_normed else _queries_and_keys(w, basis, maps, factored)
+    )
+    v = w.v[heads].flatten(1, 2).double()  # (groups, m * D, hidden)
+    state["v_proj.weight"] = (maps.values @ v).reshape(-1, hidden)
+    if w.v_bias is not None:
+        state["v_proj.bias"] = (maps.values @ w.v_bias[heads].flatten(1).double().unsqueeze(-1)).reshape(-1)
+    o = w.o[members].double()  # (H, query heads of each, D, hidden), in the order of the groups
     if factored:
-        state |= {"q_mix.weight": maps.queries, "o_mix.weight": maps.outputs.mT}
+        state["o_mix.weight"] = maps.outputs.mT
+    else:
+        o = maps.outputs.mT.unsqueeze(1) @ o
+    state["o_proj.weight"] = o.permute(3, 0, 1, 2).reshape(hidden, -1)
+    if w.o_bias is not None or (w.v_bias is not None and not attention.has_sinks):
+        state["o_proj.bias"] = _output_bias(w, basis, maps, attention.has_sinks)
+    found = {n: t.contiguous().clone() if n == "rope_index" else t.to(dtype).contiguous() for n, t in state.items()}
+    if attention.has_sinks:
+        sinks = attention.module.sinks.detach()  # type: ignore[union-attr, operator]
+        found["sinks"] = sinks.unflatten(0, (len(members), -1))[members].flatten().clone()
+    return found
+
+
+def _queries_and_keys(w: AttentionWeights, basis: Basis, maps: Cut, factored: bool) -> dict[str, torch.Tensor]:
+    """Q and K, written out at the kept width, or Q as wide as it was with a matrix behind it."""
+    heads, members, hidden = basis.heads, basis.heads.flatten(), w.k.shape[-1]
+    q = w.q[members].double()  # (H, query heads of each, D, hidden)
+    q_bias = None if w.q_bias is None else w.q_bias[members].double().unsqueeze(-1)
+    k = w.k[heads].flatten(1, 2).double()  # (groups, m * D, hidden)
+    state = {"k_proj.weight": (maps.keys @ k).reshape(-1, hidden)}
+    if factored:
+        state["q_mix.weight"] = maps.queries
     else:
         back = maps.queries.mT.unsqueeze(1)  # (H, 1, width, D)
-        q, o = back @ q, maps.outputs.mT.unsqueeze(1) @ o
+        q = back @ q
         q_bias = None if q_bias is None else back @ q_bias
-    state |= {"q_proj.weight": q.reshape(-1, hidden), "o_proj.weight": o.permute(3, 0, 1, 2).reshape(hidden, -1)}
+    state["q_proj.weight"] = q.reshape(-1, hidden)
     if q_bias is not None:
         state["q_proj.bias"] = q_bias.reshape(-1)
     if w.k_bias is not None:
-        state["k_proj.bias"] = (maps.keys @ grouped(w.k_bias.unsqueeze(-1))).reshape(-1)
-    if w.v_bias is not None:
-        state["v_proj.bias"] = (maps.values @ grouped(w.v_bias.unsqueeze(-1))).reshape(-1)
-    if w.o_bias is not None or w.v_bias is not None:
-        state["o_proj.bias"] = _output_bias(w, basis, maps)
-    return {n: t.contiguous().clone() if n == "rope_index" else t.to(dtype).contiguous() for n, t in state.items()}
+        state["k_proj.bias"] = (maps.keys @ w.k_bias[heads].flatten(1).double().unsqueeze(-1)).reshape(-1)
+    return state
+
+
+def _behind_norms(attention: Attention, basis: Basis, maps: Cut) -> dict[str, torch.Tensor]:
+    """Q and K as they were, head by head in the order of the groups, with their norms, and the matrices behind them. A
+    norm is taken over all of a head, so cutting what goes into it would change what is kept [ours; cf. docs]."""
+    s, members, state = attention.shape, basis.heads.flatten(), {}
+    there = attention.order.argsort().to(maps.keys.device)  # from the order of Attention to the family's
+    for name in "qk":
+        for part, rows in zip(("weight", "bias"), attention.rows(name), strict=False):
+            state[f"{name}_proj.{part}"] = _grouped(rows, s.kv_heads, members).flatten(0, 1)
+        norm = getattr(attention.family, f"{name}_norm")
+        for part, values in attention.module.get_submodule(norm).named_parameters():
+            over_all = values.numel() > s.head_dim
+            heads = values.unflatten(0, (-1, s.head_dim)) if over_all else values
+            state[f"{norm}.{part}"] = _grouped(heads, s.kv_heads, members).flatten() if over_all else values
+    m = basis.heads.shape[1]
+    keys = maps.keys.unflatten(-1, (m, s.head_dim))[..., there].flatten(-2)  # (groups, width, m * D)
+    return state | {"k_mix.weight": keys.mT, "q_mix.weight": maps.queries[:, there]}
+
+
+def _grouped(heads: torch.Tensor, kv_heads: int, members: torch.Tensor) -> torch.Tensor:
+    """Query or KV heads (heads, ...) in the order of their KV heads' groups."""
+    return heads.unflatten(0, (kv_heads, -1))[members].flatten(0, 1)
 
 
 def _make_stock(state: dict[str, torch.Tensor], query_scale: float) -> None:
@@ -134,13 +185,13 @@ def _make_stock(state: dict[str, torch.Tensor], query_scale: float) -> None:
             state[name] = state[name] * query_scale
 
 
-def _output_bias(w: AttentionWeights, basis: Basis, maps: Cut) -> torch.Tensor:
+def _output_bias(w: AttentionWeights, basis: Basis, maps: Cut, has_sinks: bool) -> torch.Tensor:
     """O's bias, plus what V's bias loses on the way to the kept coordinates and back: attention weights sum to one, so
-    it is constant."""
+    it is constant; with sinks they do not."""
     total = torch.zeros(w.o.shape[-1], dtype=torch.float64, device=w.o.device)
     if w.o_bias is not None:
         total += w.o_bias.double()
-    if w.v_bias is not None:
+    if w.v_bias is not None and not has_sinks:
         bias = w.v_bias[basis.heads].flatten(1).double().unsqueeze(-1)  # (groups, m * D, 1)
         lost = (bias - maps.projections()[1] @ bias).view(-1, w.v_bias.shape[1])  # (H, D)
         total += torch.einsum("kd,kgdh->h", lost, w.o[basis.heads.flatten()].double())

@@ -131,37 +131,43 @@ class _Weights:
     shape: AttentionShape
     biases: frozenset[str]
     is_portable: bool
+    is_normed: bool
 
     @classmethod
     def of(cls, config: PreTrainedConfig, is_portable: bool) -> "_Weights":
         """Counted on a model without memory."""
         with torch.device("meta"):
-            view = ModelView(AutoModelForCausalLM.from_config(config))
+            lm = AutoModelForCausalLM.from_config(config)
+        view = ModelView(lm)
         embedding = cast(torch.Tensor, cast(nn.Module, view.lm.get_input_embeddings()).weight)
-        biases = frozenset(name for name in "qkvo" if view.attention[0].projection(name).bias is not None)
+        biases = frozenset(name for name in "qkvo" if view.attention[0].has_bias(name))
         unread = 0 if view.is_tied else embedding.numel()
-        return cls(parameters(view.lm), unread, view.shape, biases, is_portable)
+        return cls(parameters(view.lm), unread, view.shape, biases, is_portable, view.attention[0].is_normed)
 
     def kept(self, cut: _Cut) -> float:
         """Numbers of the pruned model, all layers at the mean width: widths around it never make more."""
         if cut is _DENSE:
             return self.all
         shape = self.shape
-        dense = self._attention(shape.kv_heads, shape.head_dim, False)
+        dense = self._attention(shape.kv_heads, shape.head_dim, None)
         factored = not self.is_portable and is_factored(shape, cut.width)
         pruned = self._attention(shape.kv_heads // cut.merge, cut.width, factored)
         if "v" in self.biases and "o" not in self.biases:  # what V's bias loses is a constant behind O
             pruned += shape.hidden
         return self.all + shape.layers * (pruned - dense)
 
-    def _attention(self, kv_heads: int, width: float, factored: bool) -> float:
-        """Numbers of one layer's Q, K, V and O, without O's bias, which no cut changes."""
+    def _attention(self, kv_heads: int, width: float, factored: bool | None) -> float:
+        """Numbers of one layer's Q, K, V and O, without O's bias and norms, which no cut changes; factored None: as it
+        was. Behind a norm Q and K are as wide as they were, with matrices of their own."""
         shape = self.shape
         columns = {name: shape.hidden + (name in self.biases) for name in "qkv"}
-        of_cache = kv_heads * width * (columns["k"] + columns["v"])
-        rows = shape.kv_heads * shape.groups * (shape.head_dim if factored else width)
-        mixes = 2 * shape.kv_heads * shape.head_dim * width if factored else 0
-        return of_cache + rows * (columns["q"] + shape.hidden) + mixes
+        query_heads, channels = shape.kv_heads * shape.groups, shape.kv_heads * shape.head_dim
+        behind_norms = self.is_normed and factored is not None
+        q = query_heads * (shape.head_dim if factored or behind_norms else width) * columns["q"]
+        k = (channels if behind_norms else kv_heads * width) * columns["k"]
+        o = query_heads * (shape.head_dim if factored else width) * shape.hidden
+        mixes = (2 if behind_norms else bool(factored)) + bool(factored)  # of Q, of K and of O
+        return q + k + kv_heads * width * columns["v"] + o + mixes * channels * width
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from typing import cast
 
 import torch
-from torch import nn
 from torch.nn import functional as F
+
+from kvprune.models.logits import Head
 
 # Logits that exist at a time: 24 MiB in float32. Larger pieces leave a CPU's cache and make malloc ask the
 # operating system for fresh pages every time.
@@ -12,17 +13,17 @@ PIECE = 6 * 2**20
 
 
 def next_token_loss(
-    head: nn.Module, hidden: torch.Tensor, input_ids: torch.Tensor, *, gradient: bool = False
+    head: Head, hidden: torch.Tensor, input_ids: torch.Tensor, *, gradient: bool = False
 ) -> tuple[float, int, torch.Tensor | None]:
     """Summed negative log-likelihood (nats) of every next token, and how many tokens were scored.
 
-    head: the output embedding, (n, hidden) -> (n, vocabulary); hidden (B, T, hidden) behind the final
+    head: (n, hidden) -> (n, vocabulary); hidden (B, T, hidden) behind the final
     norm; input_ids (B, T). Every token but a window's first is scored. With `gradient`, the third value is
     d(loss sum) / d(hidden), (B, T, hidden).
     """
     states = hidden[:, :-1].flatten(0, 1)
     labels = input_ids[:, 1:].flatten().to(states.device)
-    vocabulary, width = cast(torch.Tensor, head.weight).shape
+    vocabulary, width = head.weight.shape
     total = torch.zeros((), dtype=torch.float64)
     grads = []
     tokens = max(PIECE // vocabulary, 16)
@@ -38,7 +39,7 @@ def next_token_loss(
 
 @torch.no_grad()
 def cross_entropy(
-    head: nn.Module, states: torch.Tensor, labels: torch.Tensor, gradient: bool
+    head: Head, states: torch.Tensor, labels: torch.Tensor, gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Summed cross-entropy of one piece (float64), and its gradient in the states if asked for.
 
@@ -48,6 +49,7 @@ def cross_entropy(
     keeps two more copies.
     """
     logits = head(states).float()
+    slope = head.slope(logits) if gradient else 1.0
     chosen = logits.gather(1, labels.unsqueeze(1))
     largest = logits.amax(1, keepdim=True)
     sums = logits.sub_(largest).exp_().sum(1, keepdim=True)
@@ -56,4 +58,4 @@ def cross_entropy(
         return loss, None
     probabilities = logits.div_(sums)
     probabilities.scatter_add_(1, labels.unsqueeze(1), torch.full_like(chosen, -1.0))
-    return loss, probabilities.to(states.dtype) @ cast(torch.Tensor, head.weight)
+    return loss, head.back(probabilities, slope)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from kvprune.errors import UnsupportedArchitecture
 from kvprune.measure.loss import next_token_loss
-from kvprune.models.family import supported
 from kvprune.models.finite import not_finite
+from kvprune.models.logits import Head
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import decoding_pieces, quantized_cache
 
@@ -42,15 +41,12 @@ def perplexity(
     what cannot be quantised, and UnsupportedArchitecture for a model that does more behind its output embedding than
     the supported ones.
     """
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(model.config, name, None) not in (None, 1, 1.0):
-            raise UnsupportedArchitecture(f"this model's {name} behind the head is not known here; {supported()}")
     step = max(BATCH_TOKENS // windows.shape[1], 1)
     total, count = 0.0, 0
     for batch in windows.split(step):
         ids = batch.to(model.get_input_embeddings().weight.device)
         hidden = _hidden(model, ids, kv_bits)
-        loss, scored, _ = next_token_loss(model.get_output_embeddings(), hidden, ids)
+        loss, scored, _ = next_token_loss(Head.of(model), hidden, ids)
         total, count = total + loss, count + scored
         if advance:
             advance(len(batch))

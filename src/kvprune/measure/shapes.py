@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from kvprune.channels.merging import AUTO, asked_merge, is_factored, merge_of
 from kvprune.errors import BadOption, UnreachableRatio
 from kvprune.models.attention import AttentionShape
-from kvprune.models.family import dense_head_dim
+from kvprune.models.family import dense_head_dim, dense_kv_heads
 from kvprune.models.source import load_config, resolve
 from kvprune.runtime.twin import twin_config
 
@@ -71,7 +71,7 @@ def dense_config(
 def pruned_config(dense: PreTrainedConfig, ratio: float, align: int = 8, merge: int | str = AUTO) -> PreTrainedConfig:
     """A pruned twin as `prune --layout uniform` makes it, with one width for all layers: 1 - ratio of the channels of
     the KV heads that become one. merge: how many these are, a number or auto. Raises UnreachableRatio and BadOption."""
-    head_dim, kv_heads = dense_head_dim(dense), dense.num_key_value_heads
+    head_dim, kv_heads = dense_head_dim(dense), dense_kv_heads(dense)
     if not 0 < ratio < 1:
         raise BadOption(f"--ratio {ratio:g} must lie between 0 and 1")
     merge = merge_of(asked_merge(merge), kv_heads, head_dim, ratio)
@@ -84,7 +84,8 @@ def pruned_config(dense: PreTrainedConfig, ratio: float, align: int = 8, merge: 
         )
     layers, groups = dense.num_hidden_layers, dense.num_attention_heads // kv_heads
     shape = AttentionShape(layers, dense.hidden_size, kv_heads, groups, head_dim)
-    return twin_config(dense, head_dim, [width] * layers, merge, [is_factored(shape, width)] * layers)
+    factored = [is_factored(shape, width)] * layers
+    return twin_config(dense, head_dim, [width] * layers, merge, factored, kv_heads=kv_heads)
 
 
 def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

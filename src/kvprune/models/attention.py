@@ -1,6 +1,8 @@
 """One layer's attention, seen the same way for every family: (kv_head, group, channel, hidden).
 
-The tensors are live views of the model's parameters: writing to them changes the model.
+The channels of queries and keys stand in one order whatever the family does: first those that RoPE turns as the first
+of a pair, then those it leaves alone, then the second ones in the same order, so that a pair is (c, c + head_dim / 2).
+Of channels that RoPE leaves alone two make a pair that turns by nothing.
 """
 
 from collections.abc import Callable
@@ -8,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from kvprune.errors import UnsupportedArchitecture
 from kvprune.models.family import Family
 
 
@@ -28,7 +32,7 @@ class AttentionWeights:
     """Q (kv_heads, groups, D, hidden), K and V (kv_heads, D, hidden), O (kv_heads, groups, D, hidden).
 
     Biases: q (kv_heads, groups, D), k and v (kv_heads, D), o (hidden,); None where there is none.
-    The same class holds gradients, with the same shapes.
+    The same class holds gradients, with the same shapes. Not to be written to.
     """
 
     q: torch.Tensor
@@ -46,48 +50,114 @@ def _itself(parameter: torch.Tensor) -> torch.Tensor:
 
 
 class Attention:
-    """The view of one layer's attention module."""
+    """The view of one layer's attention module.
 
-    def __init__(self, module: nn.Module, family: Family, shape: AttentionShape):
-        self.module = module
-        self.family = family
-        self.shape = shape
+    order (D,): which of the family's channels stands at each place. columns (D + 1,): the column of the family's table
+    of cos and sin for the channel at each place, the last for no turn. frequencies (D / 2,): radians a token, 0 for
+    none. stretch: what RoPE multiplies by as it turns. context: the farthest that a query looks back, tokens.
+    """
 
-    def projection(self, name: str) -> nn.Linear:
+    def __init__(
+        self,
+        module: nn.Module,
+        family: Family,
+        shape: AttentionShape,
+        inv_freq: torch.Tensor | None,
+        stretch: float,
+        context: int,
+    ):
+        self.module, self.family, self.shape, self.context = module, family, shape, context
+        turning = inv_freq if inv_freq is not None and family.turns(module) else torch.empty(0)
+        self.stretch = stretch if len(turning) else 1.0
+        if shape.head_dim % 2 or 2 * len(turning) > shape.head_dim:
+            raise UnsupportedArchitecture(f"heads of {shape.head_dim} channels, of which RoPE turns {2 * len(turning)}")
+        still = shape.head_dim // 2 - len(turning)
+        known = torch.zeros(len(turning)) if turning.is_meta else turning.cpu()
+        self.frequencies = torch.cat((known.double(), torch.zeros(still, dtype=torch.float64)))
+        self.order, self.columns = _layout(shape.head_dim, len(turning), family, inv_freq)
+
+    @property
+    def is_normed(self) -> bool:
+        """Whether a norm stands behind Q and K, whose projections then stay as they are, in the family's order."""
+        return bool(self.family.norm_of)
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether the family's channels stand as they do here."""
+        return bool((self.order == torch.arange(len(self.order))).all())
+
+    @property
+    def has_own_columns(self) -> bool:
+        """Whether each channel has a column of its own in the table, in the family's order."""
+        return self.is_in_order and bool((self.columns == torch.arange(len(self.columns))).all())
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether attention weights sum to less than one."""
+        return getattr(self.module, "sinks", None) is not None
+
+    def projection(self, name: str) -> nn.Module:
         """The module that holds projection "q", "k", "v" or "o"."""
-        return getattr(self.module, getattr(self.family, name))
+        fused = self.family.qkv if name != "o" else ""
+        return getattr(self.module, fused or getattr(self.family, name))
 
     def parameters(self) -> list[nn.Parameter]:
-        """Weights and biases of Q, K, V and O."""
-        return [p for name in "qkvo" for p in self.projection(name).parameters()]
+        """Weights and biases of Q, K, V and O, each once."""
+        return list(dict.fromkeys(p for name in "qkvo" for p in self.projection(name).parameters()))
 
-    def watch(self, name: str, callback: Callable[[torch.Tensor], None]):
-        """Call back with what projection `name` puts out, (B, T, heads * D), at every forward; returns the hook."""
-        return self.projection(name).register_forward_hook(lambda _module, _args, output: callback(output))
+    def has_bias(self, name: str) -> bool:
+        return getattr(self.projection(name), "bias", None) is not None
+
+    def rows(self, name: str, of: Callable[[torch.Tensor], torch.Tensor] = _itself) -> tuple[torch.Tensor, ...]:
+        """The matrix of "q", "k" or "v" in the family's order of channels, (heads, D, hidden), and its bias (heads, D)
+        if it has one."""
+        s, module = self.shape, self.projection(name)
+        heads = {"q": s.kv_heads * s.groups, "k": s.kv_heads, "v": s.kv_heads}
+        weight = of(module.weight)  # type: ignore[arg-type]
+        found = [weight.T if isinstance(module, Conv1D) else weight]
+        found += [of(module.bias)] if self.has_bias(name) else []  # type: ignore[arg-type]
+        if self.family.qkv and self.family.split == "rows":
+            sizes = [heads[n] * s.head_dim for n in "qkv"]
+            found = [x.split(sizes)["qkv".index(name)] for x in found]
+        elif self.family.qkv:  # of each head Q, K and V
+            found = [x.unflatten(0, (heads["q"], 3, s.head_dim))[:, "qkv".index(name)].flatten(0, 1) for x in found]
+        return tuple(x.unflatten(0, (heads[name], s.head_dim)) for x in found)
 
     def weights(self, of: Callable[[torch.Tensor], torch.Tensor] = _itself) -> AttentionWeights:
-        """The weights as views; `of` may map each parameter to another tensor of its shape (its gradient)."""
-        s = self.shape
-
-        def heads(name: str, *sizes: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-            linear = self.projection(name)
-            bias = None if linear.bias is None else of(linear.bias).view(*sizes)
-            return of(linear.weight).view(*sizes, s.hidden), bias
-
-        q, q_bias = heads("q", s.kv_heads, s.groups, s.head_dim)
-        k, k_bias = heads("k", s.kv_heads, s.head_dim)
-        v, v_bias = heads("v", s.kv_heads, s.head_dim)
+        """The weights, and each parameter's `of` in its place (its gradient)."""
+        s, order = self.shape, self.order
+        (q, *q_bias), (k, *k_bias), (v, *v_bias) = (self.rows(name, of) for name in "qkv")
         out = self.projection("o")
-        o = of(out.weight).view(s.hidden, s.kv_heads, s.groups, s.head_dim).permute(1, 2, 3, 0)
-        o_bias = None if out.bias is None else of(out.bias)
-        return AttentionWeights(q, k, v, o, q_bias, k_bias, v_bias, o_bias)
+        weight = of(out.weight)  # type: ignore[arg-type]
+        o = (weight.T if isinstance(out, Conv1D) else weight).unflatten(1, (s.kv_heads, s.groups, s.head_dim))
+        return AttentionWeights(
+            q=q[:, order].unflatten(0, (s.kv_heads, s.groups)),
+            k=k[:, order],
+            v=v,
+            o=o.permute(1, 2, 3, 0),
+            q_bias=q_bias[0][:, order].unflatten(0, (s.kv_heads, s.groups)) if q_bias else None,
+            k_bias=k_bias[0][:, order] if k_bias else None,
+            v_bias=v_bias[0] if v_bias else None,
+            o_bias=of(out.bias) if self.has_bias("o") else None,  # type: ignore[arg-type]
+        )
 
 
-def rope_pairs(head_dim: int, rope: str) -> torch.Tensor:
-    """The channels that must leave Q and K together, (units, channels per unit).
+def _layout(
+    head_dim: int, pairs: int, family: Family, inv_freq: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """order and columns of an `Attention` in which RoPE turns so many pairs."""
+    turned = torch.arange(2 * pairs)
+    first, second = (turned[::2], turned[1::2]) if family.rope == "interleaved" else turned.view(2, -1)
+    still = torch.arange(2 * pairs, head_dim).view(2, -1)
+    order = torch.cat((first, still[0], second, still[1]))
+    numbers = torch.arange(pairs)
+    columns = {"half": (numbers, numbers + pairs), "interleaved": (2 * numbers, 2 * numbers + 1)}
+    left, right = columns.get(family.table, (numbers, numbers))
+    width = 0 if inv_freq is None else len(inv_freq) * (1 if family.table == "narrow" else 2)
+    none = torch.full((head_dim // 2 - pairs,), width)
+    return order, torch.cat((left, none, right, none, torch.tensor([width])))
 
-    "half": pairs (c, c + head_dim / 2). A family without RoPE would have units of one channel.
-    """
-    if rope != "half":
-        raise NotImplementedError(f"rope layout {rope!r}")
+
+def rope_pairs(head_dim: int) -> torch.Tensor:
+    """The channels that must leave Q and K together, (units, channels per unit): pairs (c, c + head_dim / 2)."""
     return torch.arange(head_dim).view(2, head_dim // 2).T.contiguous()

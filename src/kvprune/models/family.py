@@ -1,16 +1,19 @@
 """The families: where each architecture keeps what kvprune reads and cuts.
 
-A family is a descriptor of a few lines. Everything else in the library sees the same attention,
-whatever the family (see attention.py), and has no branch on model_type. Adding one: docs/adding-an-architecture.md.
+A family is a descriptor of a line or a few. Everything else in the library sees the same attention, whatever the family
+(see attention.py), and has no branch on model_type. What can be read off a dense module (biases, softmax scale, window,
+sinks, cap) is not in it. Adding one: docs/adding-an-architecture.md.
 """
 
+import difflib
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvprune.errors import UnsupportedArchitecture
+from kvprune.runtime import FAMILIES as TWINS
 from kvprune.runtime import PREFIX
 
 
@@ -19,10 +22,22 @@ class Family:
     """Paths below the base model, and the shape of the projections.
 
     layers, norm: the decoder blocks and the norm behind them, from the base model.
-    attention: the attention module, from a block; q, k, v, o: its projections (`nn.Linear`, apart).
-    mlp, down: the MLP, from a block, and its last matrix, whose output joins the residual stream.
-    rope: how RoPE pairs the channels: "half" is (c, c + head_dim / 2), as in Llama.
-    portable_as: the stock model_type of this family in the layouts portable and stock (a bias on V wants one on O).
+    attention: the attention module, from a block; q, k, v, o: its projections; qkv: the one that holds Q, K and V, if
+    they are not apart, and split how: "rows" (all of Q, all of K, all of V) or "heads" (of each head Q, K and V).
+    mlp, down: the MLP, from a block, and its last matrix, whose output is the MLP's and joins the residual stream; mlp
+    "": down is the block's own; down "": there is no one such matrix (a mixture of experts).
+    rope: how RoPE pairs the channels of a head, of which the first `partial_rotary_factor` turn: "half" is (c, c +
+    turned / 2), "interleaved" (2c, 2c + 1), "none" no RoPE. table: which columns of cos and sin are the pair's: "half"
+    and "interleaved" likewise, "once" the column c for both, "narrow" too, of a table of half the width. rotates: the
+    attribute of the attention that tells the layers with RoPE from those without ("is_sliding": all have it where the
+    model has no window).
+    norm_of: what the norm on q and k (q_norm, k_norm) takes together: "head", "all" heads, or "" for no norm.
+    behind_attention, behind_mlp: norms of the block between what they put out and the residual stream; times: the
+    config's name for what both are multiplied by there.
+    logits: what the config's number of that name does to logits: ("divide" | "times" | "cap", name).
+    unless: names in the config that must be false or absent, since what they turn on is not built.
+    portable_as: the stock model_type of this family in the layouts portable and stock (a bias on V wants one on O);
+    None: none holds it.
     """
 
     model_type: str
@@ -33,32 +48,149 @@ class Family:
     k: str = "k_proj"
     v: str = "v_proj"
     o: str = "o_proj"
+    qkv: str = ""
+    split: str = "rows"
     mlp: str = "mlp"
     down: str = "down_proj"
     rope: str = "half"
-    portable_as: str = "llama"
+    table: str = "half"
+    rotates: str = ""
+    norm_of: str = ""
+    q_norm: str = "q_norm"
+    k_norm: str = "k_norm"
+    behind_attention: str = ""
+    behind_mlp: str = ""
+    times: str = ""
+    logits: tuple[str, str] | None = None
+    unless: tuple[str, ...] = ()
+    portable_as: str | None = None
 
     def blocks(self, lm: PreTrainedModel) -> nn.ModuleList:
         """The decoder blocks of a model, dense or pruned."""
         return cast(nn.ModuleList, lm.base_model.get_submodule(self.layers))
 
+    def turns(self, attention: nn.Module) -> bool:
+        """Whether RoPE turns the queries and keys of this layer."""
+        if self.rope == "none" or not self.rotates:
+            return self.rope != "none"
+        no_window = self.rotates == "is_sliding" and getattr(attention, "sliding_window", None) is None
+        return no_window or bool(getattr(attention, self.rotates))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the attention is Llama's, by names, RoPE and arithmetic."""
+        return (self.qkv, self.rope, self.table, self.rotates, self.norm_of) == ("", "half", "half", "", "")
+
+    def words(self) -> dict[str, Any]:
+        """By which the pruned twin finds its way in the dense modules; see runtime/modeling.py."""
+        names = ("layers", "attention", "q", "k", "v", "o", "qkv", "norm_of", "q_norm", "k_norm")
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(DEFAULT, name)}
+
+
+DEFAULT = Family("")
+POST_NORMS: dict[str, Any] = {
+    "behind_attention": "post_attention_layernorm",
+    "behind_mlp": "post_feedforward_layernorm",
+}
+EXPERTS: dict[str, Any] = {"down": ""}  # the router and the experts stay as they are
+CAP = ("cap", "final_logit_softcapping")
+TIMES = ("times", "logit_scale")
+INTERLEAVED: dict[str, Any] = {"rope": "interleaved", "table": "interleaved"}
+ONCE: dict[str, Any] = {"rope": "interleaved", "table": "once"}
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama"),
+        Family("llama", portable_as="llama"),
         Family("mistral", portable_as="mistral"),
-        Family("qwen2"),  # biases on Q, K and V
+        Family("qwen2", portable_as="llama"),
+        Family("ministral"),
+        Family("arcee"),
+        Family("seed_oss"),
+        Family("starcoder2", down="c_proj"),
+        Family("nemotron"),
+        Family("phi", norm="final_layernorm", o="dense", down="fc2", unless=("qk_layernorm",)),
+        Family("stablelm", unless=("qk_layernorm",)),
+        Family("phi3", qkv="qkv_proj"),
+        Family("granite", times="residual_multiplier", logits=("divide", "logits_scaling")),
+        Family("hyperclovax", times="residual_multiplier", logits=("times", "logits_scaling")),
+        Family("mixtral", **EXPERTS),
+        Family("qwen2_moe", **EXPERTS),
+        Family("qwen3", norm_of="head"),
+        Family("qwen3_moe", norm_of="head", **EXPERTS),
+        Family("gemma"),
+        Family("gemma2", logits=CAP, **POST_NORMS),
+        Family("gemma3_text", norm_of="head", logits=CAP, **POST_NORMS),
+        Family("olmo2", norm_of="all", **POST_NORMS),
+        Family("olmo3", norm_of="all", **POST_NORMS),
+        Family("olmoe", norm_of="all", **EXPERTS),
+        Family("smollm3", rotates="use_rope"),
+        Family("exaone4", norm_of="head", rotates="is_sliding", **POST_NORMS),
+        Family("cohere", logits=TIMES, unless=("use_qk_norm",), **INTERLEAVED),
+        Family("cohere2", rotates="sliding_window", logits=TIMES, **INTERLEAVED),
+        Family("glm", **ONCE),
+        Family("glm4", behind_attention="post_self_attn_layernorm", behind_mlp="post_mlp_layernorm", **ONCE),
+        Family("ernie4_5", **ONCE),
+        Family("helium", **ONCE),
+        Family("gpt_oss", table="narrow", **EXPERTS),
+        Family("apertus", norm_of="head"),
+        Family("gpt2", layers="h", norm="ln_f", attention="attn", qkv="c_attn", o="c_proj", down="c_proj", rope="none"),
+        Family(
+            "opt",
+            layers="decoder.layers",
+            norm="decoder.final_layer_norm",
+            o="out_proj",
+            mlp="",
+            down="fc2",
+            rope="none",
+        ),
+        Family(
+            "gpt_neox",
+            norm="final_layer_norm",
+            attention="attention",
+            qkv="query_key_value",
+            split="heads",
+            o="dense",
+            down="dense_4h_to_h",
+        ),
     )
+    if family.model_type in TWINS
+}
+
+WHY_NOT = {  # model_type -> why it is out of scope
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "deepseek_v32", "minicpm3", "glm4_moe_lite", "longcat_flash"),
+        "it caches one latent for all heads (MLA), and no heads' channels",
+    ),
+    **dict.fromkeys(("bloom", "mpt", "falcon", "gptj", "codegen", "gpt_neo"), "its attention has no interface"),
+    **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"), "it has no KV cache"),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "jamba", "bamba", "lfm2"), "not all of its layers have attention"),
+    **dict.fromkeys(
+        ("gemma3", "gemma4", "llava", "qwen2_vl", "mistral3"),
+        "it is a wrapper with a vision tower; save its text model apart and prune that",
+    ),
 }
 
 
 def family_of(model_type: str) -> Family:
-    """The descriptor for a dense or pruned `model_type`; UnsupportedArchitecture names the supported ones."""
+    """The descriptor for a dense or pruned `model_type`; UnsupportedArchitecture says why not, or what is nearest."""
     dense = model_type.removeprefix(PREFIX)
     if dense not in FAMILIES:
-        raise UnsupportedArchitecture(f"architecture {dense!r} is not supported; {supported()}")
+        near = difflib.get_close_matches(dense, FAMILIES, 1, 0.5)
+        why = WHY_NOT.get(dense) or (f"the nearest that is: {near[0]}; {supported()}" if near else supported())
+        raise UnsupportedArchitecture(f"architecture {dense!r} is not supported; {why}")
     return FAMILIES[dense]
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Raise UnsupportedArchitecture for an option of a supported family that is not built."""
+    family = family_of(config.model_type)
+    for name in family.unless:
+        if getattr(config, name, None):
+            raise UnsupportedArchitecture(f"{config.model_type} with {name} is not supported")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if family.is_plain and rope.get("partial_rotary_factor", 1.0) != 1.0 and family.portable_as is not None:
+        raise UnsupportedArchitecture("partial rotary embeddings are not supported for this family")
 
 
 def dense_head_dim(config: PreTrainedConfig) -> int:
@@ -71,13 +203,8 @@ def dense_head_dim(config: PreTrainedConfig) -> int:
 
 def dense_kv_heads(config: PreTrainedConfig) -> int:
     """KV heads of the dense model, from its own config or that of its pruned twin, whose heads may be merged."""
-    return getattr(config, "dense_kv_heads", None) or config.num_key_value_heads
-
-
-def check_rope(config: PreTrainedConfig) -> None:
-    """Raise UnsupportedArchitecture unless RoPE turns all channels of a head."""
-    if (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
-        raise UnsupportedArchitecture("partial rotary embeddings are not supported for this family")
+    names = ("dense_kv_heads", "num_key_value_heads", "num_attention_heads")
+    return next(getattr(config, name) for name in names if getattr(config, name, None))
 
 
 def supported() -> str:

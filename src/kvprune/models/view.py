@@ -1,6 +1,6 @@
 """A causal LM as kvprune sees it: blocks, attention views, and the head behind them."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from kvprune.errors import BadOption
 from kvprune.models.attention import Attention, AttentionShape, rope_pairs
-from kvprune.models.family import check_rope, dense_head_dim, family_of
+from kvprune.models.family import check_config, dense_head_dim, dense_kv_heads, family_of
+from kvprune.models.logits import Head
 from kvprune.runtime import PREFIX
 
 
@@ -20,8 +21,9 @@ class ModelView:
         if lm.config.model_type.startswith(PREFIX):
             raise BadOption("the model is pruned already; start from the dense model it came from")
         self.family = family_of(lm.config.model_type)
+        check_config(lm.config)
         config = lm.config
-        kv_heads = config.num_key_value_heads
+        kv_heads = dense_kv_heads(config)
         self.shape = AttentionShape(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
@@ -29,11 +31,32 @@ class ModelView:
             groups=config.num_attention_heads // kv_heads,
             head_dim=dense_head_dim(config),
         )
-        check_rope(config)
-        base = lm.base_model
         self.blocks = self.family.blocks(lm)
-        self.norm = base.get_submodule(self.family.norm)
-        self.attention = [Attention(getattr(b, self.family.attention), self.family, self.shape) for b in self.blocks]
+        self.norm = lm.base_model.get_submodule(self.family.norm)
+        self.attention = [self._attention(number, block) for number, block in enumerate(self.blocks)]
+
+    def _attention(self, number: int, block: nn.Module) -> Attention:
+        config: Any = self.lm.config
+        module = cast(nn.Module, getattr(block, self.family.attention))
+        inv_freq, stretch = self._rope(number)
+        context = config.max_position_embeddings
+        window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+        return Attention(module, self.family, self.shape, inv_freq, stretch, min(window or context, context))
+
+    def _rope(self, number: int) -> tuple[torch.Tensor | None, float]:
+        """The frequencies of block `number`, (pairs,), and what RoPE multiplies by; some models have one table for each
+        type of layer."""
+        rotary = self.rotary
+        if rotary is None:
+            return None, 1.0
+        types = getattr(self.lm.config, "layer_types", None)
+        own = f"{types[number]}_" if types and hasattr(rotary, f"{types[number]}_inv_freq") else ""
+        return getattr(rotary, f"{own}inv_freq"), float(getattr(rotary, f"{own}attention_scaling", 1.0))
+
+    @property
+    def rotary(self) -> nn.Module | None:
+        """What makes the table of cos and sin."""
+        return cast(nn.Module | None, getattr(self.lm.base_model, "rotary_emb", None))
 
     @property
     def device(self) -> torch.device:
@@ -43,13 +66,12 @@ class ModelView:
     @property
     def units(self) -> torch.Tensor:
         """The channels that must leave Q and K together, (units, channels per unit)."""
-        return rope_pairs(self.shape.head_dim, self.family.rope)
+        return rope_pairs(self.shape.head_dim)
 
     @property
     def frequencies(self) -> torch.Tensor:
-        """By how much RoPE turns each pair from one token to the next, radians, (pairs,)."""
-        rotary = cast(nn.Module, self.lm.base_model.get_submodule("rotary_emb"))
-        return cast(torch.Tensor, rotary.inv_freq).double().cpu()
+        """By how much RoPE turns each pair from one token to the next in the first layer, radians, (pairs,)."""
+        return self.attention[0].frequencies
 
     @property
     def is_tied(self) -> bool:
@@ -58,6 +80,6 @@ class ModelView:
         return self.head.weight is cast(nn.Module, self.lm.get_input_embeddings()).weight
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> Head:
         """(..., hidden) behind the final norm -> logits (..., vocabulary)."""
-        return self.lm.get_output_embeddings()
+        return Head.of(self.lm)

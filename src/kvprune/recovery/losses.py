@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
-from torch import nn
 from torch.autograd.function import once_differentiable
 
 from kvprune.measure.loss import PIECE, cross_entropy
+from kvprune.models.logits import Head
 from kvprune.recovery.data import Data
 
 
@@ -22,7 +22,7 @@ class Outputs:
     """What a model made of a batch: final hidden states (B, T, hidden) behind the norm, the head that turns them
     into logits, and (B, T, hidden) per layer behind O if attention outputs were asked for."""
 
-    head: nn.Module
+    head: Head
     hidden: torch.Tensor
     attention: list[torch.Tensor]
 
@@ -111,9 +111,9 @@ def next_token_sum(student: Outputs, batch: Data) -> torch.Tensor:
 
 @torch.no_grad()
 def distil(
-    head: nn.Module,
+    head: Head,
     states: torch.Tensor,
-    teacher_head: nn.Module,
+    teacher_head: Head,
     teacher_states: torch.Tensor,
     temperature: float,
     gradient: bool,
@@ -122,14 +122,16 @@ def distil(
 
     With q = softmax(student logits / T) and p the teacher's, d(loss) / d(student logits) = T * (q - p).
     """
-    log_q = (_wide(head(states)) / temperature).log_softmax(1)
+    logits = _wide(head(states))
+    slope = head.slope(logits) if gradient else 1.0
+    log_q = (logits / temperature).log_softmax(1)
     log_p = (_wide(teacher_head(teacher_states)) / temperature).log_softmax(1)
     p = log_p.exp()
     loss = temperature**2 * (p * log_p.sub_(log_q)).sum().cpu().double()
     if not gradient:
         return loss, None
     difference = log_q.exp_().sub_(p).mul_(temperature)
-    return loss, difference.to(states.dtype) @ cast(torch.Tensor, head.weight)
+    return loss, head.back(difference, slope)
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
@@ -140,9 +142,9 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
 Piece = Callable[[torch.Tensor, slice, bool], tuple[torch.Tensor, torch.Tensor | None]]
 
 
-def _pieced(states: torch.Tensor, head: nn.Module, piece: Piece) -> torch.Tensor:
+def _pieced(states: torch.Tensor, head: Head, piece: Piece) -> torch.Tensor:
     """The sum of `piece` over pieces of states (n, hidden), with a gradient where the states want one."""
-    size = max(PIECE // cast(torch.Tensor, head.weight).shape[0], 16)
+    size = max(PIECE // head.weight.shape[0], 16)
     places = [slice(start, start + size) for start in range(0, len(states), size)]
     if states.requires_grad and torch.is_grad_enabled():
         return cast(torch.Tensor, _Pieces.apply(states, piece, places))

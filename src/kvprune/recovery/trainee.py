@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from kvprune.errors import BadOption
 from kvprune.models.family import family_of
+from kvprune.models.logits import Head
 from kvprune.recovery.data import Data
 from kvprune.recovery.losses import LOSSES, Outputs, next_token_sum
 from kvprune.recovery.settings import ALL_LINEAR, Settings
@@ -103,7 +104,7 @@ class Trainee(nn.Module):
     def _run(self, lm: PreTrainedModel, ids: torch.Tensor, attention: bool) -> Outputs:
         with attention_outputs(lm, attention) as collected:
             hidden = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return Outputs(lm.get_output_embeddings(), hidden, collected)
+        return Outputs(Head.of(lm), hidden, collected)
 
 
 @contextmanager

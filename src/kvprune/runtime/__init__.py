@@ -6,7 +6,15 @@ given a placeholder per family, which loads modeling.py when a pruned config is 
 
 import importlib
 
-FAMILIES = ("llama", "mistral", "qwen2")  # as in modeling.py, which cannot be imported for it
+# As in modeling.py, which cannot be imported for it; those that this transformers does not know are left out there.
+# fmt: off
+FAMILIES = (
+    "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
+    "gpt2", "gpt_neox", "gpt_oss", "granite", "helium", "hyperclovax", "llama", "ministral", "mistral", "mixtral",
+    "nemotron", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss",
+    "smollm3", "stablelm", "starcoder2",
+)
+# fmt: on
 PREFIX = "kvprune_"
 
 

@@ -5,11 +5,14 @@ This file is copied into every checkpoint that kvprune writes, so that it loads 
 `trust_remote_code=True` where kvprune is not installed. A pruned model is the dense family's own
 model in which each layer's attention has been replaced by `PrunedAttention`. Notable choices:
 
+- One attention serves every family, decided by what it holds: the projections are four plain matrices whatever the
+  family's are, a norm on queries and keys is the family's own module. `words` in the config say where the dense modules
+  are; what is not said is as in Llama.
 - The dense modules are built first, from the same config read at the dense width, and hand over
   all they know (softmax scale, sliding window, biases, rotary table). Nothing is re-derived from
   the smaller head_dim, which is how pruned models go silently wrong.
-- `rope_index` holds, per KV head, the dense numbers of the kept Q/K channels: cos and sin are
-  gathered with it, so a kept RoPE pair keeps its original frequency.
+- `rope_index` holds, per KV head, the columns of the family's table of cos and sin for the kept Q/K channels, so a kept
+  RoPE pair keeps its original frequency, whatever way the family pairs channels; the column behind the last is no turn.
 - A KV head may stand for several dense ones (merged heads): `num_key_value_heads` is what the cache holds, and
   `dense_kv_heads` what the dense model had. Q and O are then written out at the merged width, or, where that would read
   more bytes, stay at the dense width with a small matrix per dense KV head behind Q and before O (`HeadMix`).
@@ -44,11 +47,19 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-FAMILIES = ("llama", "mistral", "qwen2")  # every dense model_type that has a pruned twin here
+# Every dense model_type that has a pruned twin here, where transformers knows it.
+# fmt: off
+FAMILIES = (
+    "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
+    "gpt2", "gpt_neox", "gpt_oss", "granite", "helium", "hyperclovax", "llama", "ministral", "mistral", "mixtral",
+    "nemotron", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss",
+    "smollm3", "stablelm", "starcoder2",
+)
+# fmt: on
 PREFIX = "kvprune_"  # model_type of the twin: kvprune_llama, ...
 # Of this file. 1 (which said no number) loses the cache from transformers 5.24 on; 2 knows no merged heads; 3 has no
-# channels that RoPE leaves alone.
-VERSION = 4
+# channels that RoPE leaves alone; 4 knows Llama, Mistral and Qwen2 alone.
+VERSION = 5
 MANY = 256  # new tokens at once from which attention at the dense width saves more than leading keys and values there
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what transformers has called it, or may
 # What it is called here, in calls of a model and in what a model returns: "cache" from transformers 5.24 on.
@@ -57,6 +68,14 @@ CACHE = CACHE_NAMES[0] if CACHE_NAMES[0] in BaseModelOutputWithPast.__dataclass_
 PAGED = "" if CACHE == "cache" else "cache"
 # Other heads on the same base model, which they get from AutoModel
 HEADS = (AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering)
+
+
+# Where a family has what PrunedAttention needs, below the base model, a block and its attention; what `words` in the
+# config leave out. norm_of: what the norms on queries and keys take together, "head", "all" heads, or "" for none.
+WORDS = {
+    **{"layers": "layers", "attention": "self_attn", "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
+    **{"qkv": "", "norm_of": "", "q_norm": "q_norm", "k_norm": "k_norm"},
+}
 
 
 def take_cache(arguments: dict[str, Any]) -> Any:
@@ -118,55 +137,86 @@ class DenseHeads(nn.Module):
         self.num_key_value_groups = of.config.num_attention_heads // dense_kv_heads
 
 
+def eager_attention(
+    module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, s_aux=None, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As transformers' families write it: grouped queries, and, where a family has them, a cap on the scores and sinks,
+    one a query head, which take part in the softmax and give nothing."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : key.shape[2]]
+    if s_aux is not None:
+        scores = torch.cat((scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)), -1)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
 class PrunedAttention(nn.Module):
     """Attention with `width` channels per head (half-split RoPE, GQA).
 
     Q, K, V: hidden -> heads * width; O: heads * width -> hidden; the cache holds width numbers per
     KV head for K and for V. factored: Q and O have the dense head_dim per head, and `q_mix` and `o_mix` lead to the
-    width and back. O has a bias where V had one: a removed V channel's bias is a constant
-    at the output, and that is where it is kept.
+    width and back. Where the family has a norm on queries and keys, Q and K have it too, since the norm is taken over
+    all of a head, and `q_mix` and `k_mix` stand behind it. O has a bias where V had one: a removed V channel's bias is
+    a constant at the output, and that is where it is kept.
     """
 
     def __init__(self, dense: nn.Module, config, width: int, factored: bool = False):
         super().__init__()
+        words = self.words = WORDS | (config.words or {})
         self.config = config
         self.layer_idx = dense.layer_idx
         self.head_dim = width
         self.scaling = dense.scaling  # 1 / sqrt(dense head_dim), or whatever the family says
-        self.attention_dropout = dense.attention_dropout
-        self.is_causal = dense.is_causal
+        self.attention_dropout = _dropout_of(dense)
+        self.is_causal = getattr(dense, "is_causal", True)
         # Families with a window pass it on with every call; the mask is made by the model.
-        self.sliding_window = getattr(dense, "sliding_window", getattr(config, "sliding_window", None))
-        self.eager_attention = sys.modules[type(dense).__module__].eager_attention_forward
+        self.sliding_window = _window_of(dense, config)
+        self.softcap = getattr(dense, "attn_logit_softcapping", None)
+        self.sinks = getattr(dense, "sinks", None)
 
         hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
         self.num_key_value_groups = heads // kv_heads
-        own = config.dense_head_dim if factored else width
-        has_bias = {name: getattr(dense, name).bias is not None for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-        self.q_proj = nn.Linear(hidden, heads * own, bias=has_bias["q_proj"])
-        self.k_proj = nn.Linear(hidden, kv_heads * width, bias=has_bias["k_proj"])
-        self.v_proj = nn.Linear(hidden, kv_heads * width, bias=has_bias["v_proj"])
-        self.o_proj = nn.Linear(heads * own, hidden, bias=has_bias["o_proj"] or has_bias["v_proj"])
-        dense_kv_heads = config.dense_kv_heads or kv_heads
-        self.q_mix = HeadMix(dense_kv_heads, own, width) if factored else None
+        dense_kv_heads, channels = config.dense_kv_heads or kv_heads, config.dense_head_dim
+        is_normed = bool(words["norm_of"])
+        own = channels if factored else width
+        q_own, k_all = (channels, dense_kv_heads * channels) if is_normed else (own, kv_heads * width)
+        names = {name: words["qkv"] or words[name] for name in "qkv"} | {"o": words["o"]}
+        has_bias = {name: getattr(getattr(dense, names[name]), "bias", None) is not None for name in "qkvo"}
+        self.q_proj = nn.Linear(hidden, heads * q_own, bias=has_bias["q"])
+        self.k_proj = nn.Linear(hidden, k_all, bias=has_bias["k"])
+        self.v_proj = nn.Linear(hidden, kv_heads * width, bias=has_bias["v"])
+        constant = has_bias["v"] and self.sinks is None  # attention weights sum to one
+        self.o_proj = nn.Linear(heads * own, hidden, bias=has_bias["o"] or constant)
+        if is_normed:
+            self.q_norm, self.k_norm = getattr(dense, words["q_norm"]), getattr(dense, words["k_norm"])
+        self.q_mix = HeadMix(dense_kv_heads, q_own, width) if factored or is_normed else None
+        self.k_mix = HeadMix(kv_heads, k_all // kv_heads, width) if is_normed else None
         self.o_mix = HeadMix(dense_kv_heads, width, own) if factored else None
-        self.dense_heads = DenseHeads(self, dense_kv_heads) if config.rebuilds and factored and width > own else None
+        rebuilt = config.rebuilds and factored and width > own
+        self.dense_heads = DenseHeads(self, dense_kv_heads) if rebuilt else None
+        self.columns = channels if config.rope_columns is None else config.rope_columns  # of cos and sin
         self.rope_index: torch.Tensor
         # Until weights come: the pairs in turn. (kv_heads, width)
-        pairs, half = torch.arange(width // 2), config.dense_head_dim // 2
+        pairs, half = torch.arange(width // 2), max(self.columns // 2, 1)
         self.register_buffer("rope_index", torch.cat((pairs % half, pairs % half + half)).repeat(kv_heads, 1))
 
     def turns(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin (B or 1, T, dense head_dim, or one more) at the kept channels' own frequencies, (B or 1,
-        kv_heads, T, width); where rope_index is behind the dense channels RoPE leaves a channel alone."""
-        if cos.shape[-1] == self.config.dense_head_dim:
+        """cos and sin (B or 1, T, columns, or one more) at the kept channels' own frequencies, (B or 1,
+        kv_heads, T, width); where rope_index is behind the columns RoPE leaves a channel alone."""
+        if cos.shape[-1] == self.columns:
             cos, sin = with_still(None, None, (cos, sin))
         return cos[..., self.rope_index].transpose(1, 2), sin[..., self.rope_index].transpose(1, 2)
 
     def _rotate(self, query, key, cos, sin):
         """RoPE at the kept channels' own frequencies.
 
-        query (B, heads, T, width), key (B, kv_heads, T, width), cos and sin (B or 1, T, dense head_dim).
+        query (B, heads, T, width), key (B, kv_heads, T, width), cos and sin (B or 1, T, columns).
         """
         kv_heads = key.shape[1]
         if kv_heads != self.rope_index.shape[0]:
@@ -174,7 +224,7 @@ class PrunedAttention(nn.Module):
                 f"layer {self.layer_idx}: {kv_heads} KV heads reached a layer pruned for "
                 f"{self.rope_index.shape[0]}; tensor parallelism across KV heads is not supported"
             )
-        own_cos, own_sin = self.turns(cos, sin)
+        own_cos, own_sin = (x.to(key.dtype) for x in self.turns(cos, sin))
         key = key * own_cos + rotate_half(key) * own_sin
         if query.shape[-1] != self.head_dim:
             # At the dense width a channel turns if the cache has any that turns with it; what it has none of is zero.
@@ -186,10 +236,26 @@ class PrunedAttention(nn.Module):
         grouped = grouped * own_cos.unsqueeze(2) + rotate_half(grouped) * own_sin.unsqueeze(2)
         return grouped.flatten(1, 2), key
 
+    def normed(self, projected: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        """Queries or keys (..., heads * dense head_dim) behind the family's norm, over each head or all of them."""
+        if self.words["norm_of"] == "all":
+            return norm(projected)
+        return norm(projected.unflatten(-1, (-1, self.config.dense_head_dim))).flatten(-2)
+
+    def dense_queries(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (..., hidden) -> queries before `q_mix`."""
+        query = self.q_proj(hidden)
+        return query if self.k_mix is None else self.normed(query, self.q_norm)
+
     def queries(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (..., hidden) -> queries before RoPE, (..., heads * width)."""
-        query = self.q_proj(hidden)
+        query = self.dense_queries(hidden)
         return query if self.q_mix is None else self.q_mix(query)
+
+    def keys(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (..., hidden) -> keys before RoPE, (..., kv_heads * width)."""
+        key = self.k_proj(hidden)
+        return key if self.k_mix is None else self.k_mix(self.normed(key, self.k_norm))
 
     def outputs(self, attended: torch.Tensor) -> torch.Tensor:
         """Mixed values (..., heads * width) -> (..., hidden)."""
@@ -228,7 +294,7 @@ class PrunedAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ):
@@ -243,23 +309,26 @@ class PrunedAttention(nn.Module):
         is_rebuilt = self._is_rebuilt(input_shape[-1], cache, kwargs)
         hidden_shape = (*input_shape, -1, self.head_dim)
         if is_rebuilt:
-            query_states = self.q_proj(hidden_states).view(*input_shape, -1, self.config.dense_head_dim).transpose(1, 2)
+            query_states = self.dense_queries(hidden_states)
+            query_states = query_states.view(*input_shape, -1, self.config.dense_head_dim).transpose(1, 2)
         else:
             query_states = self.queries(hidden_states).view(hidden_shape).transpose(1, 2)
-        key_states = self.k_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        key_states = self.keys(hidden_states).view(hidden_shape).transpose(1, 2)
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
 
-        cos, sin = position_embeddings
-        query_states, key_states = self._rotate(query_states, key_states, cos, sin)
+        if position_embeddings is not None:
+            query_states, key_states = self._rotate(query_states, key_states, *position_embeddings)
 
         if cache is not None:
             key_states, value_states = self._update(cache, key_states, value_states, kwargs)
         if is_rebuilt:
             key_states, value_states = self._rebuild(key_states, value_states)
 
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, self.eager_attention
-        )
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        if self.softcap is not None:
+            kwargs["softcap"] = self.softcap
+        if self.sinks is not None:
+            kwargs["s_aux"] = self.sinks
         attn_output, attn_weights = attention_interface(
             self.dense_heads if is_rebuilt else self,
             query_states,
@@ -273,6 +342,21 @@ class PrunedAttention(nn.Module):
         )
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
         return (self.o_proj if is_rebuilt else self.outputs)(attn_output), attn_weights
+
+
+def _dropout_of(dense: nn.Module) -> float:
+    """Of attention weights in training, under any of its names."""
+    for name in ("attention_dropout", "attn_dropout", "dropout"):
+        value = getattr(dense, name, None)
+        if value is not None:
+            return float(getattr(value, "p", value))
+    return 0.0
+
+
+def _window_of(dense: nn.Module, config: Any) -> int | None:
+    """Of sliding-window attention; some families give the number to every layer, and say apart whether it slides."""
+    window = getattr(dense, "sliding_window", getattr(config, "sliding_window", None))
+    return window if getattr(dense, "is_sliding", True) else None
 
 
 def _look_at_copy(name: Any) -> None:
@@ -296,6 +380,8 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
         # Whether factored layers may read many tokens at the dense width; before version 4 what mixed the slowest
         # pairs did not commute with RoPE.
         rebuilds: bool = False
+        rope_columns: int | None = None  # of the table of cos and sin; None: dense_head_dim
+        words: dict[str, Any] | None = None
 
         def __getattribute__(self, key):
             if key == "head_dim" and self.is_heterogeneous:  # where transformers itself would raise
@@ -330,21 +416,27 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
 
     class Model(dense_model):
         config_class = Config
-        _can_record_outputs = {**dense_model._can_record_outputs, "attentions": PrunedAttention}  # noqa: RUF012
+        _supports_attention_backend = True
+        _can_record_outputs = {**(dense_model._can_record_outputs or {}), "attentions": PrunedAttention}  # noqa: RUF012
 
         def __init__(self, config):
             super().__init__(config.dense())
             # The rotary table keeps the dense config: its frequencies belong to the dense width.
-            self.rotary_emb.register_forward_hook(with_still)  # once for all layers
+            if hasattr(self, "rotary_emb"):
+                self.rotary_emb.register_forward_hook(with_still)  # once for all layers
             config._attn_implementation = self.config._attn_implementation
             self.config: Any = config
-            for layer, layer_config in zip(self.layers, config.per_layer_config, strict=True):
+            words = WORDS | (config.words or {})
+            layers: Any = self.get_submodule(words["layers"])
+            for layer, layer_config in zip(layers, config.per_layer_config, strict=True):
                 own = layer_config.head_dim, layer_config.factored
-                layer.self_attn = PrunedAttention(layer.self_attn, config, *own)
+                dense = getattr(layer, words["attention"])
+                setattr(layer, words["attention"], PrunedAttention(dense, config, *own))
             self.post_init()
 
     class ForCausalLM(dense_lm):
         config_class = Config
+        _supports_attention_backend = True
 
         def __init__(self, config):
             super().__init__(config.dense())
@@ -367,25 +459,34 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
         cls.__name__ = cls.__qualname__ = stem + name
         globals()[cls.__name__] = cls
     for auto in HEADS:
-        name = "KVPrune" + _dense_head(auto, model_type).__name__
         # Its base model comes from AutoModel, and is named as in the causal LM, whose weights it loads
+        if _dense_head(auto, model_type) is None:
+            continue
+        name = _head_name(auto, model_type)
         own = {"config_class": Config, "base_model_prefix": dense_lm.base_model_prefix, "__module__": __name__}
         globals()[name] = type(name, (_dense_head(auto, model_type),), own)
     return Config, Model, ForCausalLM
 
 
 def _dense_head(auto: Any, model_type: str) -> Any:
-    """The family's own class for one of HEADS."""
-    return auto._model_mapping[CONFIG_MAPPING[model_type]]
+    """The family's own class for one of HEADS; None where it has none."""
+    return auto._model_mapping.get(CONFIG_MAPPING[model_type], None)
 
 
-TWINS = {model_type: _twin(model_type) for model_type in FAMILIES}  # (config, base model, causal LM)
+def _head_name(auto: Any, model_type: str) -> str:
+    return "KVPrune" + getattr(_dense_head(auto, model_type), "__name__", "")
+
+
+TWINS = {
+    model_type: _twin(model_type) for model_type in FAMILIES if model_type in CONFIG_MAPPING
+}  # (config, base model, causal LM)
 
 
 def register() -> None:
     """Make the Auto classes know the pruned twins, in place of those of another copy of this file."""
     for model_type, (config, model, lm) in TWINS.items():
-        heads = [(auto, globals()["KVPrune" + _dense_head(auto, model_type).__name__]) for auto in HEADS]
+        heads = [(auto, globals().get(_head_name(auto, model_type))) for auto in HEADS]
+        heads = [(auto, cls) for auto, cls in heads if cls is not None]
         AutoConfig.register(config.model_type, config, exist_ok=True)
         for auto, cls in ((AutoModel, model), (AutoModelForCausalLM, lm), *heads):
             auto.register(config, cls, exist_ok=True)

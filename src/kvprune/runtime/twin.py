@@ -9,22 +9,37 @@ from kvprune.runtime import modeling
 
 
 def twin_config(
-    dense: PreTrainedConfig, head_dim: int, widths: Sequence[int], merge: int = 1, factored: Sequence[bool] = ()
+    dense: PreTrainedConfig,
+    head_dim: int,
+    widths: Sequence[int],
+    merge: int = 1,
+    factored: Sequence[bool] = (),
+    *,
+    kv_heads: int,
+    columns: int | None = None,
+    words: dict[str, Any] | None = None,
+    rebuilds: bool = True,
 ) -> Any:
     """The dense config with a head_dim per layer, of the family's pruned class; head_dim: the dense one.
 
-    merge: how many dense KV heads one of the pruned model stands for; factored: see PrunedAttention, by layer."""
+    merge: how many of the dense KV heads one of the pruned model stands for; factored: see PrunedAttention, by layer.
+    columns: of the table of cos and sin, None for head_dim; words: see modeling.py; rebuilds: whether the order of the
+    channels is that of the table, so that many tokens may be read at the dense width."""
     settings = dense.to_dict()
     for name in ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version"):
         settings.pop(name, None)
     settings["head_dim"] = settings["dense_head_dim"] = head_dim
     if merge > 1:
-        settings["dense_kv_heads"] = settings["num_key_value_heads"]
-        settings["num_key_value_heads"] //= merge
+        settings["dense_kv_heads"] = kv_heads
+    settings["num_key_value_heads"] = kv_heads // merge  # some families have none in the dense config
+    if words:
+        settings["words"] = words
+    if columns is not None and columns != head_dim:
+        settings["rope_columns"] = columns
     config = modeling.config_class(dense.model_type)(**settings)
     layers: dict[int, dict[str, Any]] = {i: {"head_dim": width} for i, width in enumerate(widths)}
     if any(factored):
-        config.rebuilds = True
+        config.rebuilds = rebuilds
         for layer, mixes in zip(layers.values(), factored, strict=True):
             layer["factored"] = bool(mixes)
     config.per_layer_config = layers

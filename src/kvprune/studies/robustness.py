@@ -19,6 +19,7 @@ from kvprune.measure import memory
 from kvprune.measure.perplexity import LARGEST
 from kvprune.measure.plot import check as check_matplotlib
 from kvprune.models.finite import not_finite
+from kvprune.models.logits import Head
 from kvprune.models.source import Source, load_config, load_model, resolve
 from kvprune.models.tokenizer import check_ids, one_tokenizer
 from kvprune.progress import Progress
@@ -163,7 +164,7 @@ def read(
     Up to `context` they are all of those before it; from there on the last half of the context, at least.
     """
     found = torch.full((len(ids),), math.nan)
-    head, half = model.get_output_embeddings(), context // 2
+    head, half = Head.of(model), context // 2
     here = ids.to(model.device)
     for start in range(0, max(len(ids) - half, 1), half):
         cache = GrowingCache(model.config)

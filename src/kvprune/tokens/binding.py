@@ -122,6 +122,12 @@ def window_of(module: nn.Module, config: Any) -> int | None:
     return cast(int | None, getattr(module, "sliding_window", getattr(config, "sliding_window", None)))
 
 
+def is_capped(module: nn.Module) -> bool:
+    """Whether an attention module caps its scores or has sinks, which attention over an own cache knows nothing of."""
+    capped = getattr(module, "attn_logit_softcapping", None) or getattr(module, "softcap", None)
+    return capped is not None or getattr(module, "sinks", None) is not None
+
+
 def forward_of(module: nn.Module) -> str:
     """The attribute to stand in for: accelerate's hooks, which move weights, call `_old_forward`."""
     return "_old_forward" if hasattr(module, "_hf_hook") else "forward"

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from kvprune.errors import BadOption, CacheMismatch, FilterMisuse
-from kvprune.models.family import Family, check_rope, family_of
+from kvprune.models.family import Family, check_config, dense_head_dim, dense_kv_heads, family_of
 from kvprune.runtime.attention import packed_attention
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import is_quantized
@@ -33,6 +33,7 @@ from kvprune.tokens.binding import (
     check_generate,
     check_model,
     forward_of,
+    is_capped,
     own_layers,
     replaced,
     window_of,
@@ -45,9 +46,13 @@ HELD = "kvprune_held"  # of an attention module, while a call lasts
 
 class Held:
     """What one attention module has to work with: its layer of the cache, keys and queries before RoPE, and what is
-    real. keys, queries: the modules that give them; queries: None where no one asks."""
+    real. keys, queries: the modules that give them; queries: None where no one asks; part: what of the former's output
+    are keys."""
 
-    def __init__(self, keys: nn.Module, queries: nn.Module | None):
+    def __init__(
+        self, keys: nn.Module, queries: nn.Module | None, part: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ):
+        self.part = part
         self.modules = {"keys": keys} if queries is None else {"keys": keys, "queries": queries}
         self.layer: AdmittedLayer | None = None
         self.seen: dict[str, torch.Tensor] = {}  # (B, T, heads * width)
@@ -64,6 +69,7 @@ class Held:
     def take(self, kv_heads: int, heads: int, scaling: float) -> tuple[Before, torch.Tensor | None]:
         """What has been seen in this call, and what is real."""
         keys, queries = self.seen["keys"], self.seen.get("queries")
+        keys = keys if self.part is None else self.part(keys)
         real = self.real
         self.forget()
         of_heads = None if queries is None else queries.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -116,11 +122,13 @@ class LateAdmission:
         check_model(model)
         config: Any = model.config
         family, rule = family_of(config.model_type), self.settings
-        check_rope(config)
+        check_config(config)
         check_attention(config)
         modules = [getattr(block, family.attention) for block in family.blocks(model)]
         if any(isinstance(getattr(vars(m).get(forward_of(m)), "__self__", None), FilteredAttention) for m in modules):
             raise FilterMisuse("the model has a TokenFilter already; leave its context first")
+        if any(map(is_capped, modules)):
+            raise FilterMisuse(f"keep cannot work on {config.model_type}, whose attention has a cap or sinks")
         self._modules = {i: m for i, m in enumerate(modules) if window_of(m, config) is None}
         if not self._modules:
             raise FilterMisuse("every layer of this model has a sliding window, which is short already; leave keep out")
@@ -131,9 +139,9 @@ class LateAdmission:
                 "tokens; take smaller ones"
             )
         wanted = SIGNALS[rule.signal].wants_queries
-        self._held = {
-            i: Held(getattr(m, family.k), _queries_of(m, family) if wanted else None) for i, m in self._modules.items()
-        }
+        if wanted and not family.is_plain:
+            raise FilterMisuse(f"signal {rule.signal} is built for Llama's attention, not for {config.model_type}'s")
+        self._held = {i: _held_of(m, family, config, wanted) for i, m in self._modules.items()}
         self._turns = {i: _turns_of(model, m) for i, m in self._modules.items()} if wanted else {}
         self._model, self._cache = model, None
         self._found = self._measured()
@@ -260,10 +268,21 @@ class LateAdmission:
         return (StaticAdmittedLayer if has_length else AdmittedLayer)(self.settings, index, self._turns.get(index))
 
 
-def _queries_of(attention: nn.Module, family: Family) -> nn.Module:
-    """What gives the queries before RoPE: of merged heads, the matrices behind the projection."""
-    mix = getattr(attention, "q_mix", None)
-    return getattr(attention, family.q) if mix is None else mix
+def _held_of(attention: nn.Module, family: Family, config: Any, wants_queries: bool) -> Held:
+    """What gives keys and queries before RoPE: the projections, the one that holds them all, or, in a pruned model, the
+    matrices behind them. A dense model's norm on keys stands behind what is looked at here."""
+    if hasattr(attention, "rope_index"):
+        keys, queries = (getattr(attention, f"{n}_mix") or getattr(attention, f"{n}_proj") for n in "kq")
+        return Held(cast(nn.Module, keys), cast(nn.Module, queries) if wants_queries else None)
+    if not family.qkv:
+        return Held(getattr(attention, family.k), getattr(attention, family.q) if wants_queries else None)
+    heads, kv_heads, channels = config.num_attention_heads, dense_kv_heads(config), dense_head_dim(config)
+    if family.split == "heads":
+        return Held(
+            getattr(attention, family.qkv), None, lambda x: x.unflatten(-1, (heads, 3, -1))[..., 1, :].flatten(-2)
+        )
+    before = heads * channels
+    return Held(getattr(attention, family.qkv), None, lambda x: x[..., before : before + kv_heads * channels])
 
 
 def _turns_of(model: PreTrainedModel, attention: nn.Module) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvprune.errors import CacheMismatch, FilterMisuse
-from kvprune.models.family import check_rope, family_of
+from kvprune.models.family import check_config, family_of
 from kvprune.runtime.modeling import CACHE, take_cache
 from kvprune.runtime.quantized import is_quantized
 from kvprune.tokens.attention import FilteredAttention, Step
@@ -22,6 +22,7 @@ from kvprune.tokens.binding import (
     check_generate,
     check_model,
     forward_of,
+    is_capped,
     own_layers,
     replaced,
     setting_of,
@@ -54,7 +55,9 @@ class Skipping:
         check_model(model)
         config = model.config
         family = family_of(config.model_type)
-        check_rope(config)
+        check_config(config)
+        if not family.is_plain or any(is_capped(getattr(block, family.attention)) for block in family.blocks(model)):
+            raise FilterMisuse(f"skipping is built for Llama's attention, not for {config.model_type}'s; use keep")
         check_attention(config)
         modules = [getattr(block, family.attention) for block in family.blocks(model)]
         if any(isinstance(getattr(vars(m).get(forward_of(m)), "__self__", None), FilteredAttention) for m in modules):

@@ -1,14 +1,15 @@
 """Least squares of the layers' last matrices, so that the residual stream stays the dense model's."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from kvprune.channels.journal import Journal
 from kvprune.errors import TextTooShort
@@ -113,16 +114,27 @@ def refit(
     report: list[Refitted] = []
     for index, (dense_block, block) in enumerate(zip(view.blocks, blocks, strict=True)):
         layer = _Layer(view, index, dense_block, block, (calls, own_calls), len(fitted), stored_dtype(pruned))
-        behind_attention = layer.dense(dense)
+        targets = layer.dense(dense)
         kept = journal.load_refit(index)
         if kept is None:
-            found = layer.fit(ours, behind_attention, dense)
+            found = layer.fit(ours, targets)
             journal.save_refit(index, layer.tensors(), [asdict(row) for row in found])
         else:
             found = layer.restore(*kept, ours)
         report += found
         advance(1)
     return report
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a layer's matrices are fitted to, one tensor (B, T, hidden) a batch. attention: the dense residual stream
+    behind the attention, or what its attention puts out where a norm stands between; behind: the stream behind the
+    block; down: what the MLP's last matrix puts out, where a norm stands between; else empty."""
+
+    attention: list[torch.Tensor]
+    down: list[torch.Tensor]
+    behind: list[torch.Tensor]
 
 
 class _Layer:
@@ -138,64 +150,91 @@ class _Layer:
         fitted: int,
         stored: torch.dtype,
     ):
-        family, self.lm = view.family, view.lm
+        self.family, self.lm = view.family, view.lm
         self.index, self.dense_block, self.block, self.fitted = index, dense, block, fitted
         self.dense_calls, self.calls = calls
         self.stored = stored
-        self.dense_attention = getattr(dense, family.attention)
-        self.attention, self.mlp = getattr(block, family.attention), getattr(block, family.mlp)
-        self.o, self.down = getattr(self.attention, family.o), getattr(self.mlp, family.down)
-        for name, parameter in list(self.down.named_parameters()):  # shared with the dense model, which must stay
-            setattr(self.down, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
+        self.times = float(getattr(view.lm.config, self.family.times, 1.0)) if self.family.times else 1.0
+        self.dense_attention = getattr(dense, self.family.attention)
+        self.attention = getattr(block, self.family.attention)
+        self.o = self.attention.get_submodule("o_proj" if hasattr(self.attention, "rope_index") else self.family.o)
+        self.mlp = getattr(block, self.family.mlp) if self.family.mlp else None
+        self.down = self._down(block)
+        if self.down is not None:
+            for name, parameter in list(self.down.named_parameters()):  # shared with the dense model, which must stay
+                setattr(self.down, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
 
-    def dense(self, states: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Take the dense residual stream behind the block, in place; returns what it was behind the attention."""
-        behind_attention: list[torch.Tensor] = []
-        outputs: list[torch.Tensor] = []
-        hook = self.dense_attention.register_forward_hook(lambda _m, _a, output: outputs.append(output[0]))
+    def _down(self, block: nn.Module) -> nn.Module | None:
+        """The MLP's last matrix; None where there is no one such matrix."""
+        path = f"{self.family.mlp}.{self.family.down}".strip(".")
+        return block.get_submodule(path) if self.family.down else None
+
+    def dense(self, states: list[torch.Tensor]) -> "Targets":
+        """Take the dense residual stream behind the block, in place; returns what the matrices are fitted to."""
+        found = Targets([], [], states)
+        outputs: dict[str, torch.Tensor] = {}
+        watched = {"attention": self.dense_attention}
+        if self.family.behind_mlp and self.down is not None:
+            down = self._down(self.dense_block)
+            assert down is not None
+            watched["down"] = down
+        hooks = [
+            module.register_forward_hook(
+                lambda _m, _a, output, name=name: outputs.__setitem__(
+                    name, output[0] if isinstance(output, tuple) else output
+                )
+            )
+            for name, module in watched.items()
+        ]
         try:
             for number, state in enumerate(states):
                 states[number] = self.dense_calls.run(self.dense_block, self.index, state)
-                behind_attention.append(state + outputs.pop())
+                attention = outputs.pop("attention")
+                found.attention.append(attention if self.family.behind_attention else state + self.times * attention)
+                if "down" in watched:
+                    found.down.append(outputs.pop("down"))
         finally:
-            hook.remove()
-        return behind_attention
+            for hook in hooks:
+                hook.remove()
+        return found
 
-    def fit(
-        self, states: list[torch.Tensor], behind_attention: list[torch.Tensor], behind: list[torch.Tensor]
-    ) -> list[Refitted]:
+    def fit(self, states: list[torch.Tensor], targets: "Targets") -> list[Refitted]:
         """Fit O and the MLP's last matrix to the dense stream, and take `states` behind the block, in place.
 
         Attention and MLP run once: what reaches their last matrices is kept, and the block is called again with what
-        the new matrices make of it. behind_attention is used up.
+        the new matrices make of it. What is fitted to is used up.
         """
         attended = [input_of(self.o, partial(self._run, state)) for state in states]
-        found = [self._fit_o(states, attended, behind_attention)]
-        behind_attention.clear()
+        found = [self._fit_o(states, attended, targets.attention)]
+        targets.attention.clear()
         inner: list[torch.Tensor] = []
-        found.append(self._fit_down(states, attended, behind, inner))
-        for number, (z, h) in enumerate(zip(attended, inner, strict=True)):
-            with _answering(self.attention, (self.o(z), None)), _answering(self.mlp, self.down(h)):
+        if self.down is not None:
+            found.append(self._fit_down(states, attended, targets, inner))
+        for number, z in enumerate(attended):
+            with ExitStack() as stack:
+                stack.enter_context(_answering(self.attention, (self.o(z), None)))
+                if self.mlp is not None and self.down is not None:
+                    stack.enter_context(_answering(self.mlp, self.down(inner[number])))
                 states[number] = self._run(states[number])
         return found
 
     def _fit_o(self, states: list[torch.Tensor], attended: list[torch.Tensor], targets: list[torch.Tensor]) -> Refitted:
-        """Fit O, so that behind the attention `states` become the targets."""
+        """Fit O, so that behind the attention `states` become the targets; or, where a norm stands between, so that it
+        puts out the targets themselves."""
         moments = Moments(), Moments()
         for number, (state, z, target) in enumerate(zip(states, attended, targets, strict=True)):
-            missing = target.float() - state.float()
+            missing = target.float()
+            if not self.family.behind_attention:
+                missing = (missing - state.float()) / self.times
             moments[number >= self.fitted].add(_with_one(z, self.o), missing, _inverse_size(target))
         return self._fit("o", self.o, *moments)
 
     def _fit_down(
-        self,
-        states: list[torch.Tensor],
-        attended: list[torch.Tensor],
-        targets: list[torch.Tensor],
-        inner: list[torch.Tensor],
+        self, states: list[torch.Tensor], attended: list[torch.Tensor], targets: "Targets", inner: list[torch.Tensor]
     ) -> Refitted:
-        """Fit the MLP's last matrix, so that behind the block `states` become the targets. What reaches it is added to
-        `inner`."""
+        """Fit the MLP's last matrix, so that behind the block `states` become the targets; or, where a norm stands
+        between, so that it puts out the targets themselves. What reaches it is added to `inner`."""
+        assert self.down is not None
         moments = Moments(), Moments()
         added: list[torch.Tensor] = []
 
@@ -205,11 +244,15 @@ class _Layer:
 
         hook = self.down.register_forward_hook(keep)
         try:
-            for number, (state, z, target) in enumerate(zip(states, attended, targets, strict=True)):
+            for number, (state, z, behind) in enumerate(zip(states, attended, targets.behind, strict=True)):
                 with _answering(self.attention, (self.o(z), None)):
                     output = self._run(state)
-                # What the MLP should have added is what it added and what is still missing behind the block.
-                missing = target.float() - output.float() + added.pop().float()
+                if targets.down:
+                    missing = target = targets.down[number]
+                    added.clear()
+                else:  # What the MLP should have added is what it added and what is still missing behind the block.
+                    target = behind
+                    missing = (behind.float() - output.float()) / self.times + added.pop().float()
                 moments[number >= self.fitted].add(_with_one(inner[-1], self.down), missing, _inverse_size(target))
         finally:
             hook.remove()
@@ -221,7 +264,7 @@ class _Layer:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights that are fitted here, "o.weight", ..."""
-        modules = {"o": self.o, "down": self.down}
+        modules = {"o": self.o} | ({} if self.down is None else {"down": self.down})
         return {f"{name}.{part}": p for name, module in modules.items() for part, p in module.named_parameters()}
 
     def restore(
@@ -235,7 +278,7 @@ class _Layer:
             states[number] = self._run(state)
         return [Refitted(**row) for row in report]
 
-    def _fit(self, name: str, module: nn.Linear, fitted: Moments, held: Moments) -> Refitted:
+    def _fit(self, name: str, module: nn.Module, fitted: Moments, held: Moments) -> Refitted:
         if not (fitted.is_finite() and held.is_finite()):
             raise not_finite(f"layer {self.index}: what {name} is fitted to", self.lm)
         old = _as_matrix(module)
@@ -280,18 +323,22 @@ def _inverse_size(stream: torch.Tensor) -> torch.Tensor:
     return stream.float().square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
 
 
-def _with_one(x: torch.Tensor, module: nn.Linear) -> torch.Tensor:
+def _with_one(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
     """(..., n) with a one appended where the matrix has a bias, which is then its last column."""
     return x if module.bias is None else torch.cat((x, torch.ones_like(x[..., :1])), dim=-1)
 
 
-def _as_matrix(module: nn.Linear) -> torch.Tensor:
-    weight = module.weight.double()
-    return weight if module.bias is None else torch.cat((weight, module.bias.double().unsqueeze(1)), dim=1)
+def _as_matrix(module: nn.Module) -> torch.Tensor:
+    """(out, in), and the bias as one more column; float64."""
+    weight = cast(torch.Tensor, module.weight).double()
+    weight = weight.T if isinstance(module, Conv1D) else weight
+    bias = cast(torch.Tensor | None, module.bias)
+    return weight if bias is None else torch.cat((weight, bias.double().unsqueeze(1)), dim=1)
 
 
-def _write(module: nn.Linear, matrix: torch.Tensor) -> None:
-    n = module.weight.shape[1]
-    module.weight.copy_(matrix[:, :n])
-    if module.bias is not None:
-        module.bias.copy_(matrix[:, n])
+def _write(module: nn.Module, matrix: torch.Tensor) -> None:
+    weight, bias = cast(torch.Tensor, module.weight), cast(torch.Tensor | None, module.bias)
+    n = weight.shape[0 if isinstance(module, Conv1D) else 1]
+    weight.copy_(matrix[:, :n].T if isinstance(module, Conv1D) else matrix[:, :n])
+    if bias is not None:
+        bias.copy_(matrix[:, n])
