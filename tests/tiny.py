@@ -195,6 +195,7 @@ def random_bases(model, merge, seed=0) -> list[Basis]:
             keys=covariances(s.kv_heads, s.head_dim // 2, merge, dtype=torch.complex128),
             slow_queries=torch.zeros(s.kv_heads, 0, 0, dtype=torch.float64),
             slow_keys=torch.zeros(s.kv_heads, 0, 0, dtype=torch.float64),
+            slow_means=torch.zeros(s.kv_heads, 0, dtype=torch.float64),
             outputs=covariances(s.kv_heads, merge * s.head_dim),
         )
         found.append(basis_of(moments, attention.weights(), nothing)[0])

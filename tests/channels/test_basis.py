@@ -38,7 +38,8 @@ def random_moments(m, groups=1, *, alike=False, slow=NONE, seed=0):
         first = torch.arange(groups).repeat_interleave(m) * m
         keys, slow_keys, outputs = keys[first] * queries[..., None, None], slow_keys[first], outputs[first]
     order = torch.randperm(heads, generator=generator).view(groups, m)
-    return AttentionMoments(order, queries, keys, covariances(generator, heads, n), slow_keys, outputs)
+    means = torch.zeros(heads, n, dtype=torch.float64)
+    return AttentionMoments(order, queries, keys, covariances(generator, heads, n), slow_keys, means, outputs)
 
 
 def based(moments, slow=NONE, seed=0):

@@ -41,12 +41,13 @@ def turned(x, cos, sin):
 
 
 def by_plain_loops(model, layer, groups, order):
-    """queries, keys, slow_queries, slow_keys and outputs of one layer, in the order of the groups."""
+    """queries, keys, slow_queries, slow_keys, slow_means and outputs of one layer, in the order of the groups."""
     merge = len(order[0])
     queries = torch.zeros(KV, HALF, dtype=torch.float64)
     keys = torch.zeros(KV, HALF, merge, merge, dtype=torch.complex128)
     slow_queries = torch.zeros(KV, 4, 4, dtype=torch.float64)
     slow_keys = torch.zeros(KV, 4 * merge, 4 * merge, dtype=torch.float64)
+    slow_means = torch.zeros(KV, 4, dtype=torch.float64)
     outputs = torch.zeros(KV, merge * D, merge * D, dtype=torch.float64)
     attention = model.model.layers[layer].self_attn
     draws = torch.Generator().manual_seed(layer)
@@ -56,6 +57,7 @@ def by_plain_loops(model, layer, groups, order):
         for row, (group, head) in enumerate((heads, head) for heads in order for head in heads):
             behind_rope = torch.stack([turned(k[n, group], cos[n], sin[n]) for n in range(len(k))])  # (T, m, pairs)
             before_rope = torch.stack([torch.cat([k[n, other, SLOW] for other in group]) for n in range(len(k))])
+            slow_means[row] += sum(k[n, head, SLOW] for n in range(len(k)))
             values = torch.stack([torch.cat([v[n, other] for other in group]) for n in range(len(k))])
             directions = torch.randn(groups, model.config.hidden_size, generator=draws).double()
             for query_head in range(head * groups, (head + 1) * groups):
@@ -77,8 +79,9 @@ def by_plain_loops(model, layer, groups, order):
                     outputs[row] += torch.outer(z, z)
     stretch = model.model.rotary_emb.attention_scaling
     slow_queries *= stretch**4  # a direction counts in the unit of the pairs, which are behind RoPE
-    found = queries / tokens, keys / tokens, slow_queries / tokens, slow_keys / (tokens * groups), outputs / tokens
-    return dict(zip(("queries", "keys", "slow_queries", "slow_keys", "outputs"), found, strict=True))
+    per_token = {"queries": queries, "keys": keys, "slow_queries": slow_queries, "slow_means": slow_means}
+    found = {name: total / tokens for name, total in (per_token | {"outputs": outputs}).items()}
+    return found | {"slow_keys": slow_keys / (tokens * groups)}
 
 
 @pytest.mark.parametrize("groups", [1, 3])

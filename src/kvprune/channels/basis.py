@@ -89,6 +89,14 @@ class Basis:
         outputs = _way_back(self.moments.outputs, values.repeat_interleave(m, 0), m)
         return Cut(keys, self._queries(kept.qk, keys), values, outputs, rope)
 
+    def slow_means(self) -> torch.Tensor:
+        """The mean key of each KV head, in its own order, (kv_heads, 1, s), of the slow channels before RoPE; zeros
+        where the coordinates are the channels."""
+        means = torch.zeros(self.heads.numel(), len(self.slow), dtype=torch.float64)
+        if self.moments is not None:
+            means[self.heads.flatten()] = self.moments.slow_means
+        return means.unsqueeze(1)
+
     @property
     def turning(self) -> int:
         """How many of the pairs of coordinates come from one pair of channels each; slow ones stand behind them."""

@@ -17,15 +17,17 @@ def masked(attention: Attention, kept: Kept, basis: Basis) -> Iterator[None]:
     slow pairs do not turn. V's bias is no part of it where it is a constant at the output, which surgery keeps too.
     `kept` may be empty: the attention then adds only that."""
     of_keys, of_values = basis.cut(kept).projections()
-    heads, slow = basis.heads, basis.slow
-    bias = None if attention.has_sinks else attention.weights().v_bias
+    heads, slow, weights = basis.heads, basis.slow, attention.weights()
+    bias = None if attention.has_sinks else weights.v_bias
+    # What does not turn adds the same for all keys, which no softmax sees; there and back it could become huge
+    constant = basis.slow_means().to(weights.k.device, weights.k.dtype) * (not attention.is_more_than_scores)
 
     def change(seen: Seen) -> Seen:
         query, key, value = seen.query, seen.key, seen.value
-        if len(slow) and seen.turn is not None:
+        if len(slow):
             query, key = query.clone(), key.clone()
             query[..., slow] = seen.before_rope(seen.query, slow) * attention.stretch**2
-            key[..., slow] = seen.before_rope(seen.key, slow)
+            key[..., slow] = seen.before_rope(seen.key, slow) - constant
         shared = 0 if bias is None else bias.unsqueeze(1)  # (kv_heads, 1, D)
         value = _projected(of_values, value - shared, heads) + shared
         return replace(seen, query=query, key=_projected(of_keys, key, heads), value=value)

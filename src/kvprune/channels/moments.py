@@ -26,7 +26,8 @@ class AttentionMoments:
     variance for each unit that q adds to the pair's scores. a are the attention's weights, v the values, z their mean
     under a. So E |q c|^2 is the squared change of the attention's output when the pair goes; what it adds to all scores
     alike changes nothing.
-    slow_queries (H, n, n), slow_keys (H, m * n, m * n): of the n `slow` channels before RoPE, E q q^T and E c c^T.
+    slow_queries (H, n, n), slow_keys (H, m * n, m * n): of the n `slow` channels before RoPE, E q q^T and E c c^T;
+    slow_means (H, n): the mean of the head's own keys there.
     outputs (H, m * D, m * D): E z z^T of the attention outputs z, which are the group's values as the query heads mix
     them, without V's bias.
     """
@@ -36,6 +37,7 @@ class AttentionMoments:
     keys: torch.Tensor
     slow_queries: torch.Tensor
     slow_keys: torch.Tensor
+    slow_means: torch.Tensor
     outputs: torch.Tensor
 
 
@@ -94,6 +96,7 @@ class _Sums:
             zeros(s.kv_heads, pairs, m, m, dtype=torch.complex128),
             zeros(s.kv_heads, n, n),
             zeros(s.kv_heads, m * n, m * n),
+            zeros(s.kv_heads, n),
             zeros(s.kv_heads, m * s.head_dim, m * s.head_dim),
         )
 
@@ -107,6 +110,7 @@ class _Sums:
                 v = v - self.v_bias.unsqueeze(1)
             v = v.float()
             slow_q, slow_k = seen.before_rope(q, self.slow), seen.before_rope(k, self.slow)
+            self.sums.slow_means.add_(slow_k[self.heads.flatten()].sum(1))
             for number, group in enumerate(self.heads):
                 of_group = _Seen.of(k[group], slow_k[group], v[group], self.units)
                 for member, head in enumerate(group.tolist()):
@@ -154,6 +158,7 @@ class _Sums:
             sums.keys / tokens,
             sums.slow_queries * self.stretch**4 / tokens,
             sums.slow_keys / (tokens * groups),
+            sums.slow_means / tokens,
             sums.outputs / tokens,
         )
         if not all(torch.isfinite(getattr(found, field.name)).all() for field in fields(found)):

@@ -113,7 +113,7 @@ def _of_attention(view: ModelView, plan: PruningPlan, tokens: int) -> dict[str, 
 def moments_bytes(shape: AttentionShape, merge: int, slow: int) -> int:
     """Bytes of one layer's AttentionMoments; slow: how many channels of a head are mixed over pairs."""
     pairs = shape.head_dim // 2
-    queries, keys = pairs + slow**2, 2 * pairs * merge**2 + (merge * slow) ** 2  # a complex number is two
+    queries, keys = pairs + slow**2, 2 * pairs * merge**2 + (merge * slow) ** 2 + slow  # a complex number is two
     outputs = (merge * shape.head_dim) ** 2
     return 8 * shape.kv_heads * (1 + queries + keys + outputs)
 

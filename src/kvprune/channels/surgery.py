@@ -53,7 +53,7 @@ def cut(view: ModelView, plan: PruningPlan, bases: Sequence[Basis] | None = None
         prefix = f"{base}.{view.family.layers}.{index}.{view.family.attention}."
         state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
         maps = _maps(attention, bases[index], _kept(layer), order, 1.0 if is_stock else attention.stretch)
-        narrow = _narrow(attention, bases[index], maps, factored[index])
+        narrow = _narrow(attention, bases[index], maps, factored[index], is_stock)
         if is_stock:
             _make_stock(narrow, portable.query_scale(view, plan))
         state |= {prefix + name: tensor for name, tensor in narrow.items()}
@@ -106,13 +106,18 @@ def _maps(attention: Attention, basis: Basis, kept: Kept, order: torch.Tensor | 
     return Cut(*(x.to(device) for x in vars(maps).values()))
 
 
-def _narrow(attention: Attention, basis: Basis, maps: Cut, factored: bool) -> dict[str, torch.Tensor]:
+def _narrow(attention: Attention, basis: Basis, maps: Cut, factored: bool, is_stock: bool) -> dict[str, torch.Tensor]:
     """Q, K, V and O of the kept coordinates, named as PrunedAttention names them."""
     w = attention.weights()
     heads, members, hidden, dtype = basis.heads, basis.heads.flatten(), w.k.shape[-1], w.k.dtype
     state = {"rope_index": attention.columns.to(maps.rope.device)[maps.rope]}
+    # What does not turn adds the same for all keys, which no softmax sees
+    is_plain = not (is_stock or attention.is_more_than_scores)
+    is_constant = (maps.rope == attention.shape.head_dim) & is_plain
     state |= (
-        _behind_norms(attention, basis, maps) if attention.is_normed else _queries_and_keys(w, basis, maps, factored)
+        _behind_norms(attention, basis, maps)
+        if attention.is_normed
+        else _queries_and_keys(w, basis, maps, factored, is_constant)
     )
     v = w.v[heads].flatten(1, 2).double()  # (groups, m * D, hidden)
     state["v_proj.weight"] = (maps.values @ v).reshape(-1, hidden)
@@ -133,8 +138,11 @@ def _narrow(attention: Attention, basis: Basis, maps: Cut, factored: bool) -> di
     return found
 
 
-def _queries_and_keys(w: AttentionWeights, basis: Basis, maps: Cut, factored: bool) -> dict[str, torch.Tensor]:
-    """Q and K, written out at the kept width, or Q as wide as it was with a matrix behind it."""
+def _queries_and_keys(
+    w: AttentionWeights, basis: Basis, maps: Cut, factored: bool, is_constant: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Q and K, written out at the kept width, or Q as wide as it was with a matrix behind it. is_constant (groups,
+    width): coordinates whose bias adds the same to all of a query's scores, and so nothing: it takes the mean away."""
     heads, members, hidden = basis.heads, basis.heads.flatten(), w.k.shape[-1]
     q = w.q[members].double()  # (H, query heads of each, D, hidden)
     q_bias = None if w.q_bias is None else w.q_bias[members].double().unsqueeze(-1)
@@ -150,7 +158,12 @@ def _queries_and_keys(w: AttentionWeights, basis: Basis, maps: Cut, factored: bo
     if q_bias is not None:
         state["q_proj.bias"] = q_bias.reshape(-1)
     if w.k_bias is not None:
-        state["k_proj.bias"] = (maps.keys @ w.k_bias[heads].flatten(1).double().unsqueeze(-1)).reshape(-1)
+        centred = w.k_bias.double().clone()
+        centred[:, basis.slow] -= basis.slow_means().squeeze(1).to(centred)
+        plain, without_mean = (
+            (maps.keys @ bias[heads].flatten(1).unsqueeze(-1)).squeeze(-1) for bias in (w.k_bias.double(), centred)
+        )
+        state["k_proj.bias"] = torch.where(is_constant, without_mean, plain).reshape(-1)
     return state
 
 

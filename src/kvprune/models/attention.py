@@ -96,6 +96,11 @@ class Attention:
         """Whether attention weights sum to less than one."""
         return getattr(self.module, "sinks", None) is not None
 
+    @property
+    def is_more_than_scores(self) -> bool:
+        """Whether more than differences of scores decides: with sinks, and where scores are capped."""
+        return self.has_sinks or getattr(self.module, "attn_logit_softcapping", None) is not None
+
     def projection(self, name: str) -> nn.Module:
         """The module that holds projection "q", "k", "v" or "o"."""
         fused = self.family.qkv if name != "o" else ""

@@ -1,0 +1,105 @@
+"""Tiny random models of every family, and the dense reference of each: keys and values changed where attention gets
+them, in a function of this file's own."""
+
+import sys
+from contextlib import contextmanager
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+VOCABULARY, LAYERS, KV, GROUPS, D = 300, 4, 2, 2, 16
+HEADS = KV * GROUPS
+ALONE = {"num_key_value_heads": HEADS}  # no grouped queries in this family
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+SLIDING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
+
+OPTIONS = {  # model_type -> what its config says beside the sizes
+    "llama": {},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {},
+    "ministral": {"layer_types": SLIDING, "sliding_window": 6},
+    "arcee": {},
+    "seed_oss": {},
+    "starcoder2": {"use_bias": True, "sliding_window": None},
+    "nemotron": PARTIAL,
+    "phi": PARTIAL,
+    "stablelm": PARTIAL | {"use_qkv_bias": True},
+    "phi3": {"sliding_window": 6} | PARTIAL,
+    "granite": {"residual_multiplier": 0.5, "logits_scaling": 3.0, "attention_multiplier": 0.3},
+    "hyperclovax": {"residual_multiplier": 0.5, "logits_scaling": 0.3, "attention_multiplier": 0.3},
+    "mixtral": {"num_local_experts": 4, "sliding_window": None},
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 24},
+    "qwen3": {"layer_types": SLIDING, "sliding_window": 6, "use_sliding_window": True},
+    "qwen3_moe": EXPERTS,
+    "gemma": {},
+    "gemma2": {"layer_types": SLIDING, "sliding_window": 6, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {"layer_types": SLIDING, "sliding_window": 6, "query_pre_attn_scalar": 9},
+    "olmo2": {},
+    "olmo3": {"layer_types": SLIDING, "sliding_window": 6},
+    "olmoe": EXPERTS,
+    "smollm3": {"no_rope_layers": [1, 1, 0, 1]},
+    "exaone4": {"layer_types": SLIDING, "sliding_window": 6},
+    "cohere": {"logit_scale": 0.3},
+    "cohere2": {"layer_types": SLIDING, "sliding_window": 6, "logit_scale": 0.3},
+    "glm": PARTIAL,
+    "glm4": PARTIAL,
+    "ernie4_5": {"use_bias": True},
+    "helium": {},
+    "gpt_oss": {"layer_types": SLIDING, "sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "apertus": {},
+    "gpt2": ALONE,
+    "opt": ALONE | {"ffn_dim": 40, "word_embed_proj_dim": 64},
+    "gpt_neox": ALONE | PARTIAL,
+}  # fmt: skip
+
+
+def family_model(model_type, attention="eager", seed=0):
+    """A random model in eval mode, float32, with biases and norms that are not their defaults."""
+    given = {"num_key_value_heads": KV} | OPTIONS[model_type]
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=VOCABULARY,
+        hidden_size=HEADS * D,
+        intermediate_size=40,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **given,
+    )
+    if getattr(config, "head_dim", D) != D:
+        config.head_dim = D
+    config._attn_implementation = attention
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "ln_" in name:
+            torch.nn.init.normal_(parameter, mean=0.0 if "gemma" in model_type or "bias" in name else 1.0, std=0.2)
+        else:
+            torch.nn.init.normal_(parameter, std=0.4 if name.endswith(("bias", "sinks")) else 0.1)
+    return model
+
+
+@contextmanager
+def changed(model, change):
+    """The model attends with the keys and values that `change` makes of (layer, key, value), (B, heads, T, D) behind
+    RoPE; as it does otherwise."""
+    before = model.config._attn_implementation
+
+    def attention(module, query, key, value, mask, **kwargs):
+        own = sys.modules[type(module).__module__].eager_attention_forward
+        function = own if before == "eager" else ALL_ATTENTION_FUNCTIONS[before]
+        return function(module, query, *change(module.layer_idx, key, value), mask, **kwargs)
+
+    AttentionInterface.register("reference", attention)
+    AttentionMaskInterface.register("reference", ALL_MASK_ATTENTION_FUNCTIONS[before])
+    model.set_attn_implementation("reference")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,147 @@
+"""Every family: the pruned model is the dense one whose keys and values lose what the cut removes."""
+
+from functools import cache
+
+import pytest
+import torch
+from every_family import OPTIONS, VOCABULARY, D, changed, family_model
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
+
+from kvprune.channels.basis import Kept, basis_of
+from kvprune.channels.moments import attention_moments
+from kvprune.channels.surgery import cut
+from kvprune.models.family import FAMILIES
+from kvprune.models.view import ModelView
+from kvprune.runtime.modeling import CACHE
+from tiny import make_plan
+
+KNOWN = [name for name in OPTIONS if name in CONFIG_MAPPING]
+WIDTHS = (8, 12, 14, 6)
+# So much that no coordinate is without variance
+TEXT = list(torch.randint(3, VOCABULARY, (12, 40), generator=torch.Generator().manual_seed(2)).split(4))
+TOLERANCE = {"gemma2": 2e-5, "gemma3_text": 4e-5}  # norms amplify rounding
+
+
+def test_every_family_is_tested():
+    assert set(FAMILIES) == set(KNOWN)
+
+
+def without_channels(model, seed=0):
+    """(what the dense model attends with, the pruned model): random pairs of Q and K and channels of V, of each KV head
+    and layer its own."""
+    view, generator = ModelView(model), torch.Generator().manual_seed(seed)
+    kv_heads, layers = view.shape.kv_heads, []
+    for width in WIDTHS:
+        qk, vo = [], []
+        for _ in range(kv_heads):
+            pairs = torch.randperm(D // 2, generator=generator)[: width // 2].tolist()
+            qk.append(sorted(pairs + [p + D // 2 for p in pairs]))
+            vo.append(sorted(torch.randperm(D, generator=generator)[:width].tolist()))
+        layers.append((qk, vo))
+
+    def change(layer, key, value):
+        attention, (qk, vo) = view.attention[layer], layers[layer]
+        own, shared = torch.zeros(2, kv_heads, 1, D), 0
+        for head in range(kv_heads):
+            own[0, head, 0, attention.order[qk[head]]] = 1  # the family's own numbers
+            own[1, head, 0, vo[head]] = 1
+        if not attention.has_sinks and attention.has_bias("v"):
+            (_, bias) = attention.rows("v")
+            shared = bias.unsqueeze(1)
+        return key * own[0], (value - shared) * own[1] + shared
+
+    return change, cut(view, make_plan(model, layers))
+
+
+def merged(model):
+    """The same with all KV heads merged into one, and mixed as they are where RoPE leaves channels alone."""
+    view = ModelView(model)
+    kv_heads, plan, generator = view.shape.kv_heads, [], torch.Generator().manual_seed(0)
+    slow = []
+    for attention in view.attention:
+        still = torch.nonzero(attention.frequencies == 0).flatten()
+        slow.append(torch.stack((still, still + D // 2), 1).flatten())
+    moments = attention_moments(view, TEXT, slow, kv_heads, lambda n: None)
+    bases = [basis_of(m, a.weights(), s)[0] for m, a, s in zip(moments, view.attention, slow, strict=True)]
+    widths = [w * kv_heads // 2 for w in WIDTHS]
+    for basis, width in zip(bases, widths, strict=True):
+        half = basis.width // 2
+        fast = width // 2 * basis.turning // half  # any of them; of those that are mixed the leading ones
+        pairs = torch.randperm(basis.turning, generator=generator)[:fast].tolist()
+        pairs += range(basis.turning, basis.turning + width // 2 - fast)
+        plan.append(([sorted(pairs + [p + half for p in pairs])], None, basis.heads.tolist()))
+
+    def change(layer, key, value):
+        attention, basis = view.attention[layer], bases[layer]
+        width, shared = widths[layer], 0
+        maps = basis.cut(Kept(torch.tensor(plan[layer][0]), torch.arange(width)[None]))
+        if not attention.has_sinks and attention.has_bias("v"):
+            (_, bias) = attention.rows("v")
+            shared = bias.unsqueeze(1)
+        new_key, new_value = torch.zeros_like(key), torch.zeros_like(value)
+        if not attention.is_more_than_scores:
+            key = key.clone()  # what never turns adds the same to all scores, and is large there and back
+            channels = attention.order[slow[layer]]
+            key[..., channels] -= key[..., channels].mean(2, keepdim=True)
+        keys = [key[:, h][..., attention.order] for h in basis.heads[0]]
+        values = [(value - shared)[:, h] for h in basis.heads[0]]
+        for number, head in enumerate(basis.heads[0]):
+            back = (maps.queries[number] @ maps.keys[0]).float(), (maps.outputs[number] @ maps.values[0]).float()
+            new_key[:, head] = (torch.cat(keys, -1) @ back[0].T)[..., attention.order.argsort()]
+            new_value[:, head] = torch.cat(values, -1) @ back[1].T
+        return new_key, new_value + shared
+
+    return change, cut(view, make_plan(model, plan, merge=kv_heads), bases)
+
+
+WAYS = {"channels": without_channels, "merged": merged}
+
+
+@cache
+def made(name, way, attention):
+    dense = family_model(name, attention)
+    return dense, *WAYS[way](dense)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", KNOWN)
+@torch.no_grad()
+def test_prefill_decode_and_left_padding(name, way, attention):
+    if attention == "sdpa" and not family_model(name)._supports_sdpa:
+        pytest.skip("this family has no sdpa")
+    dense, change, pruned = made(name, way, attention)
+    tolerance = TOLERANCE.get(name, 1e-5)
+
+    def close(a, b):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+    ids = torch.randint(3, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = {"attention_mask": mask, "position_ids": positions}
+    before = dense(ids).logits
+    with changed(dense, change):
+        expected, behind_padding = dense(ids).logits, dense(ids, **padded).logits
+    assert (before - expected).abs().max() > 1e-2
+    close(pruned(ids).logits, expected)
+    close(pruned(ids, **padded).logits[mask.bool()], behind_padding[mask.bool()])
+    cache = DynamicCache(config=pruned.config)
+    steps = [pruned(ids[:, :9], **{CACHE: cache}, use_cache=True).logits]
+    steps += [pruned(ids[:, t : t + 1], **{CACHE: cache}, use_cache=True).logits for t in range(9, 17)]
+    close(torch.cat(steps, 1), expected)
+    for layer, own in zip(cache.layers, pruned.config.per_layer_config, strict=True):
+        assert layer.keys.shape[1::2] == (pruned.config.num_key_value_heads, own.head_dim)
+    assert torch.equal(dense(ids).logits, before)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@torch.no_grad()
+def test_saved_and_loaded_again(name, tmp_path):
+    _, _, pruned = made(name, "merged", "eager")
+    pruned.save_pretrained(tmp_path)
+    ids = torch.randint(3, VOCABULARY, (1, 12))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    torch.testing.assert_close(loaded(ids).logits, pruned(ids).logits, rtol=0, atol=1e-5)
+    assert loaded.config.per_layer_config[1].head_dim == pruned.config.per_layer_config[1].head_dim
