@@ -12,7 +12,7 @@ from kvprune.models.tokenizer import check_ids
 from kvprune.progress import Progress
 from kvprune.text.corpus import SELF, is_file, local_file, read_text
 from kvprune.text.sampled import sample_ids
-from kvprune.text.windows import cut_windows, judged_windows, token_ids
+from kvprune.text.windows import cut_windows, judged_windows, start_token, token_ids
 
 BATCH_TOKENS = 4096  # of a calibration batch: its hidden states of all layers are held at a time
 
@@ -35,7 +35,7 @@ def prepare(
     become that long. Raises UnknownText, TextTooShort, BadOption, TokenizerMismatch.
     """
     _check_apart(s)
-    limit = lm.config.max_position_embeddings
+    limit, start = lm.config.max_position_embeddings, start_token(tokenizer)
     own_end = not s.eval and (is_file(s.calibration) or s.calibration == SELF)
     wanted = max(s.calibration_tokens, s.repair_tokens if s.refits else 0) if calibrate else 0
     ids = _calibration_ids(s, lm, tokenizer, wanted, own_end, progress) if wanted or own_end else torch.empty(0)
@@ -43,7 +43,7 @@ def prepare(
     if own_end:
         ids, end = ids[: -s.eval_tokens], ids[-s.eval_tokens :]
         name = f"{s.calibration} (its end)" if is_file(s.calibration) else s.calibration
-        evaluated = [(name, cut_windows(end, n)) for n in _lengths(s, limit)]
+        evaluated = [(name, cut_windows(end, n, start)) for n in _lengths(s, limit)]
     else:
         evaluated = judged_windows(s.eval or (s.calibration,), tokenizer, _lengths(s, limit), s.eval_tokens)
     for name, pages in evaluated:
@@ -57,8 +57,8 @@ def prepare(
             "are needed; give a longer text or ask for fewer"
         )
     size = max(BATCH_TOKENS // length, 1)
-    scored = cut_windows(ids[: s.calibration_tokens], length)
-    repaired = cut_windows(ids[: s.repair_tokens], length) if s.refits else ids[:0].view(0, length)
+    scored = cut_windows(ids[: s.calibration_tokens], length, start)
+    repaired = cut_windows(ids[: s.repair_tokens], length, start) if s.refits else ids[:0].view(0, length)
     if s.refits and len(repaired) < 2:
         raise TextTooShort(
             f"--repair {s.repair} holds out every eighth window of {length} tokens and needs at least two: ask for "

@@ -69,6 +69,10 @@ class Family:
         """The decoder blocks of a model, dense or pruned."""
         return cast(nn.ModuleList, lm.base_model.get_submodule(self.layers))
 
+    def stack(self, lm: PreTrainedModel) -> nn.Module:
+        """The module whose forward runs the blocks; a causal LM may call it past its base model."""
+        return lm.base_model.get_submodule(self.layers.rpartition(".")[0])
+
     def turns(self, attention: nn.Module) -> bool:
         """Whether RoPE turns the queries and keys of this layer."""
         if self.rope == "none" or not self.rotates:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from kvprune.errors import BadOption, TextTooShort, UnknownText
 from kvprune.recovery import alpaca
 from kvprune.text.corpus import is_file, is_test_split, read_text
-from kvprune.text.windows import cut_windows, windows
+from kvprune.text.windows import cut_windows, start_token, windows
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def read_data(
         count = _rows_with(data.lengths.flip(0), held_out)
     else:
         if sampled is not None:
-            ids = cut_windows(sampled, window)
+            ids = cut_windows(sampled, window, start_token(tokenizer))
         else:
             ids = windows(read_text(text, "valid"), tokenizer, window, tokens or None, f"the recovery text {text}")
         data = Data(ids, ids.clone(), torch.full((len(ids),), window))

@@ -12,7 +12,7 @@ from kvprune.recovery import alpaca
 from kvprune.recovery.data import Data
 from kvprune.recovery.settings import Settings
 from kvprune.text.corpus import NAMES, SELF, is_file, local_file
-from kvprune.text.windows import cut_windows, judged_windows
+from kvprune.text.windows import cut_windows, judged_windows, start_token
 
 Texts = list[tuple[str, torch.Tensor]]
 
@@ -41,9 +41,10 @@ def texts(
         return judged_windows(names, tokenizer, lengths, s.eval_tokens)
     if alpaca.is_named_so(s.text):
         raise BadOption(f"{s.text} has no text to evaluate on; name one with --eval")
-    ids = held_out.ids.flatten()[-s.eval_tokens :]
+    start = start_token(tokenizer)
+    ids = (held_out.ids if start is None else held_out.ids[:, 1:]).flatten()[-s.eval_tokens :]
     lengths = sorted({min(n, len(ids)) for n in lengths})
-    return [(f"{s.text} (its held-out end)", cut_windows(ids, n)) for n in lengths]
+    return [(f"{s.text} (its held-out end)", cut_windows(ids, n, start)) for n in lengths]
 
 
 def perplexities(lm: PreTrainedModel, texts: Texts, advance: Callable[..., None]) -> list[Perplexity]:

@@ -356,7 +356,7 @@ def _dropout_of(dense: nn.Module) -> float:
 def _window_of(dense: nn.Module, config: Any) -> int | None:
     """Of sliding-window attention; some families give the number to every layer, and say apart whether it slides."""
     window = getattr(dense, "sliding_window", getattr(config, "sliding_window", None))
-    return window if getattr(dense, "is_sliding", True) else None
+    return (window or None) if getattr(dense, "is_sliding", True) else None
 
 
 def _look_at_copy(name: Any) -> None:

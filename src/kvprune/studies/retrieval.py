@@ -28,7 +28,7 @@ from kvprune.runtime.quantized import quantized_cache, quantizer
 from kvprune.studies.journal import PICTURE, StudyJournal
 from kvprune.studies.plot import COLOURS
 from kvprune.text.corpus import read_text
-from kvprune.text.windows import digest, token_ids
+from kvprune.text.windows import digest, started, token_ids
 from kvprune.tokens.filter import TokenFilter
 from kvprune.versions import versions
 
@@ -85,7 +85,7 @@ def study_retrieval(
     least = min(config.max_position_embeddings for config in configs)
     if max(contexts) > least:
         raise BadOption(f"--context {max(contexts)} is more than the {least} tokens that the model takes")
-    hay = token_ids(read_text(str(text), "test"), tokenizer, max(contexts))
+    hay = started(token_ids(read_text(str(text), "test"), tokenizer, max(contexts)), tokenizer)
     if len(hay) < max(contexts):
         raise TextTooShort(f"the text {text} has {len(hay)} tokens, fewer than the context; ask for a smaller one")
     check_ids(hay, min(config.vocab_size for config in configs), f"the text {text}")

@@ -30,7 +30,7 @@ from kvprune.runtime.linear import pack_weights
 from kvprune.runtime.modeling import CACHE
 from kvprune.studies.journal import PICTURE, StudyJournal
 from kvprune.text.corpus import read_text
-from kvprune.text.windows import digest, token_ids
+from kvprune.text.windows import digest, started, token_ids
 from kvprune.versions import versions
 
 FIRST = 512  # tokens of the first stretch
@@ -66,7 +66,7 @@ def study_robustness(
         raise BadOption(f"--tokens must be at least {FIRST}, and --new-tokens at least {GRAM}")
     sources = [resolve(s, revision, trust_remote_code) for s in (source, against) if s is not None]
     tokenizer = one_tokenizer(sources)
-    ids = token_ids(read_text(str(text), "test"), tokenizer, tokens)
+    ids = started(token_ids(read_text(str(text), "test"), tokenizer, tokens), tokenizer)[:tokens]
     if len(ids) < tokens:
         raise TextTooShort(f"the text {text} has {len(ids)} tokens, but {tokens} are asked for; ask for fewer")
     configs = [load_config(s) for s in sources]

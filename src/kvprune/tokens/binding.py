@@ -118,8 +118,10 @@ def check_even(cache: Any) -> None:
 
 
 def window_of(module: nn.Module, config: Any) -> int | None:
-    """The sliding window of an attention module, tokens."""
-    return cast(int | None, getattr(module, "sliding_window", getattr(config, "sliding_window", None)))
+    """The sliding window of an attention module, tokens; some families give the number to every layer, and say apart
+    whether it slides."""
+    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
+    return cast(int | None, window or None) if getattr(module, "is_sliding", True) else None
 
 
 def is_capped(module: nn.Module) -> bool:

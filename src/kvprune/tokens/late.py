@@ -165,7 +165,12 @@ class LateAdmission:
             model.set_attn_implementation(ADMISSION)
             self._own_generate = cast(Callable[..., Any], model.generate)
             stack.callback(replaced(model, "generate", self._generate))
-            stack.callback(model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+            stack.callback(
+                family_of(model.config.model_type)
+                .stack(model)
+                .register_forward_pre_hook(self._begin, with_kwargs=True)
+                .remove
+            )
             self._undo = stack.pop_all()
         self._active = True
         return self

@@ -238,9 +238,9 @@ class _Layer:
         moments = Moments(), Moments()
         added: list[torch.Tensor] = []
 
-        def keep(_module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            inner.append(args[0])
-            added.append(output)
+        def keep(_module: nn.Module, args: tuple, output: torch.Tensor) -> None:  # some put all tokens in one dim
+            inner.append(args[0].view(*states[len(inner)].shape[:2], -1))
+            added.append(output.view(*inner[-1].shape[:2], -1))
 
         hook = self.down.register_forward_hook(keep)
         try:
