@@ -12,6 +12,7 @@ from kvprune import errors
 from kvprune.measure import loss as loss_module
 from kvprune.measure.memory import cache_bytes, kv_bytes_per_token, parameters
 from kvprune.measure.perplexity import perplexity
+from kvprune.models.logits import Head
 from kvprune.runtime.modeling import CACHE
 from tiny import VOCABULARY, tiny_model, tiny_tokenizer
 
@@ -34,7 +35,7 @@ def test_gradient_of_the_pieces_is_the_gradient(monkeypatch):
     ids = torch.randint(3, VOCABULARY, (2, 21))
     logits = model.lm_head(hidden)[:, :-1].flatten(0, 1)
     torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").backward()
-    _, count, grad = loss_module.next_token_loss(model.lm_head, hidden.detach(), ids, gradient=True)
+    _, count, grad = loss_module.next_token_loss(Head(model.lm_head), hidden.detach(), ids, gradient=True)
     assert count == 40
     torch.testing.assert_close(grad, hidden.grad, rtol=1e-4, atol=1e-6)
 

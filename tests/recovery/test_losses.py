@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from kvprune.models.logits import Head
 from kvprune.models.source import load_model, resolve
 from kvprune.recovery import losses
 from kvprune.recovery.data import Data
@@ -28,7 +29,7 @@ def parts(request, monkeypatch):
         attention = [
             torch.randn(B, T, HIDDEN, generator=generator, dtype=torch.float64).requires_grad_(grad) for _ in range(2)
         ]
-        return Outputs(head, hidden, attention)
+        return Outputs(Head(head), hidden, attention)
 
     ids = torch.randint(0, VOCABULARY, (B, T), generator=generator)
     labels = ids.clone()

@@ -202,7 +202,7 @@ def test_many_tokens_attend_at_the_dense_width(family, merge, attention, monkeyp
     ids = torch.randint(3, VOCABULARY, (2, 14))
     expected = projected(ids).logits
     seen = []
-    own = ALL_ATTENTION_FUNCTIONS.get_interface(attention, modeling.eager_attention)
+    own = ALL_ATTENTION_FUNCTIONS.get_interface(attention, modeling.eager_attention_forward)
 
     def watched(module, query, key, value, *args, **kwargs):
         seen.append((query.shape[1:], key.shape[1:], value.shape[1:]))

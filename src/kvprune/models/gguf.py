@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from kvprune.errors import BrokenCheckpoint, UnknownSource, UnsupportedArchitecture
+from kvprune.models.family import family_of
 
 ORIGINAL = "give the checkpoint that it was made from"
 FREQUENCIES = "rope_freqs.weight"
@@ -79,15 +81,19 @@ def _read(path: Path, _mtime: int, _size: int) -> Header:
 
 def complete(config: PreTrainedConfig, header: Header) -> None:
     """Put into `config`, as transformers reads it from the file, what it leaves out. Raises UnsupportedArchitecture."""
-    prefix = header.keys["general.architecture"] + "."
+    architecture = header.keys["general.architecture"]
+    prefix, read = architecture + ".", GGUF_CONFIG_MAPPING.get(architecture, {})
     for name, value in header.keys.items():
         key = name.removeprefix(prefix)
-        if key != name and value and key not in _KNOWN and (key, value) != ("rope.scaling.attn_factor", 1.0):
+        known = key in _KNOWN or read.get(key) is not None
+        if key != name and value and not known and (key, value) != ("rope.scaling.attn_factor", 1.0):
             raise UnsupportedArchitecture(f"{header.name} has {name}, which is not read here; {ORIGINAL}")
     head_dim = header.get("attention.key_length", config.hidden_size // config.num_attention_heads)
-    if header.get("rope.dimension_count", head_dim) != head_dim:
-        raise UnsupportedArchitecture(f"{header.name}: partial rotary embeddings are not supported for this family")
-    config.head_dim = head_dim
+    turned, family = header.get("rope.dimension_count", head_dim), family_of(config.model_type)
+    if family.rope != "none" and turned != head_dim:
+        raise UnsupportedArchitecture(f"{header.name}: partial rotary embeddings are not read from GGUF; {ORIGINAL}")
+    if family.is_plain or hasattr(config, "head_dim"):
+        config.head_dim = head_dim
     rope = _rope(header, config)
     if rope is not None:
         config.rope_parameters = rope
@@ -100,12 +106,17 @@ def _rope(header: Header, config: PreTrainedConfig) -> dict[str, Any] | None:
     The kinds are llama.cpp's: linear where none is named. Frequency factors (of Llama 3.1) are said as longrope's, the
     same for short and long, as the portable layout has them.
     """
+    parameters = getattr(config, "rope_parameters", None) or {}
     kind = header.get("rope.scaling.type", "linear")
     factor = header.get("rope.scaling.factor", header.get("rope.scale_linear", 0.0)) or 1.0
     original = header.get("rope.scaling.original_context_length", config.max_position_embeddings)
     if kind == "none" or factor == 1.0:
         kind, factor = "linear", 1.0
-    base: dict[str, Any] = {"rope_theta": config.rope_parameters["rope_theta"]}
+    if "rope_theta" not in parameters:  # none at all, or a table for each type of layer
+        if factor == 1.0 and header.factors is None:
+            return None
+        raise UnsupportedArchitecture(f"{header.name} has RoPE scaling, which is not read for this family; {ORIGINAL}")
+    base: dict[str, Any] = {"rope_theta": parameters["rope_theta"]}
     if kind == "yarn" and header.factors is None:
         return base | {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     if kind != "linear":
@@ -127,9 +138,11 @@ def _check_tensors(config: PreTrainedConfig, header: Header) -> None:
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
-    if config.model_type not in kinds:  # transformers takes a file that is named mistral for one, and fails
+    architecture = header.keys["general.architecture"]
+    # transformers takes a file that is named mistral for one, and fails
+    if architecture not in kinds or (architecture != config.model_type and config.model_type == "mistral"):
         raise UnsupportedArchitecture(f"{header.name}: transformers reads no {config.model_type} from GGUF; {ORIGINAL}")
-    names = get_tensor_name_map(kinds[config.model_type], config.num_hidden_layers)
+    names = get_tensor_name_map(kinds[architecture], config.num_hidden_layers)
     with torch.device("meta"):
         parameters = AutoModelForCausalLM.from_config(config).state_dict()
     wanted = {f"{names.get_name(stem)}.{leaf}" for stem, _, leaf in (name.rpartition(".") for name in parameters)}

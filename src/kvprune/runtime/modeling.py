@@ -137,7 +137,7 @@ class DenseHeads(nn.Module):
         self.num_key_value_groups = of.config.num_attention_heads // dense_kv_heads
 
 
-def eager_attention(
+def eager_attention_forward(
     module, query, key, value, attention_mask, scaling, dropout=0.0, softcap=None, s_aux=None, **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As transformers' families write it: grouped queries, and, where a family has them, a cap on the scores and sinks,
@@ -324,7 +324,9 @@ class PrunedAttention(nn.Module):
         if is_rebuilt:
             key_states, value_states = self._rebuild(key_states, value_states)
 
-        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
         if self.softcap is not None:
             kwargs["softcap"] = self.softcap
         if self.sinks is not None:

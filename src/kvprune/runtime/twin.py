@@ -15,19 +15,21 @@ def twin_config(
     merge: int = 1,
     factored: Sequence[bool] = (),
     *,
-    kv_heads: int,
+    kv_heads: int | None = None,
     columns: int | None = None,
     words: dict[str, Any] | None = None,
     rebuilds: bool = True,
 ) -> Any:
     """The dense config with a head_dim per layer, of the family's pruned class; head_dim: the dense one.
 
-    merge: how many of the dense KV heads one of the pruned model stands for; factored: see PrunedAttention, by layer.
+    kv_heads: of the dense model, where its config does not say. merge: how many of them one of the pruned model stands
+    for; factored: see PrunedAttention, by layer.
     columns: of the table of cos and sin, None for head_dim; words: see modeling.py; rebuilds: whether the order of the
     channels is that of the table, so that many tokens may be read at the dense width."""
     settings = dense.to_dict()
     for name in ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version"):
         settings.pop(name, None)
+    kv_heads = settings["num_key_value_heads"] if kv_heads is None else kv_heads
     settings["head_dim"] = settings["dense_head_dim"] = head_dim
     if merge > 1:
         settings["dense_kv_heads"] = kv_heads

@@ -210,8 +210,7 @@ class FilteredAttention:
     ) -> torch.Tensor:
         """One sequence's attention, (1, heads, n, d) -> (n, heads * d), by the function that the model uses."""
         module, name = self.module, self.module.config._attn_implementation
-        eager = getattr(module, "eager_attention", None)
-        eager = eager or sys.modules[type(module).__module__].eager_attention_forward
+        eager = sys.modules[type(module).__module__].eager_attention_forward
         if name == "eager" and mask is not None:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
