@@ -9,10 +9,11 @@ import importlib
 # As in modeling.py, which cannot be imported for it; those that this transformers does not know are left out there.
 # fmt: off
 FAMILIES = (
-    "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
-    "gpt2", "gpt_neox", "gpt_oss", "granite", "helium", "hyperclovax", "llama", "ministral", "mistral", "mixtral",
-    "nemotron", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss",
-    "smollm3", "stablelm", "starcoder2",
+    "apertus", "arcee", "cohere", "cohere2", "cwm", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma", "gemma2",
+    "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granite", "granitemoe", "helium",
+    "hyperclovax", "internlm3", "jais2", "llama", "minimax_m2", "ministral", "mistral", "mixtral", "nemotron",
+    "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss",
+    "smollm3", "solar_open", "stablelm", "starcoder2",
 )
 # fmt: on
 PREFIX = "kvprune_"

@@ -50,10 +50,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 # Every dense model_type that has a pruned twin here, where transformers knows it.
 # fmt: off
 FAMILIES = (
-    "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4",
-    "gpt2", "gpt_neox", "gpt_oss", "granite", "helium", "hyperclovax", "llama", "ministral", "mistral", "mixtral",
-    "nemotron", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss",
-    "smollm3", "stablelm", "starcoder2",
+    "apertus", "arcee", "cohere", "cohere2", "cwm", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma", "gemma2",
+    "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granite", "granitemoe", "helium",
+    "hyperclovax", "internlm3", "jais2", "llama", "minimax_m2", "ministral", "mistral", "mixtral", "nemotron",
+    "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss",
+    "smollm3", "solar_open", "stablelm", "starcoder2",
 )
 # fmt: on
 PREFIX = "kvprune_"  # model_type of the twin: kvprune_llama, ...
@@ -373,7 +374,7 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
     dense_config: Any = CONFIG_MAPPING[model_type]
     dense_model: Any = MODEL_MAPPING[dense_config]
     dense_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
-    stem = "KVPrune" + dense_model.__name__.removesuffix("Model")
+    stem = _stem(model_type)
 
     class Config(dense_config):
         dense_head_dim: int | None = None
@@ -476,7 +477,13 @@ def _dense_head(auto: Any, model_type: str) -> Any:
 
 
 def _head_name(auto: Any, model_type: str) -> str:
-    return "KVPrune" + getattr(_dense_head(auto, model_type), "__name__", "")
+    kind = getattr(_dense_head(auto, model_type), "__name__", "").partition("For")[2]
+    return f"{_stem(model_type)}For{kind}"
+
+
+def _stem(model_type: str) -> str:
+    """What the names of a family's twins begin with; some families have classes of another's."""
+    return "KVPrune" + CONFIG_MAPPING[model_type].__name__.removesuffix("Config")
 
 
 TWINS = {

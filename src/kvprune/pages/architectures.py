@@ -1,0 +1,63 @@
+"""docs/architectures.md, made from the descriptors: python -m kvprune.pages.architectures > docs/architectures.md"""
+
+from kvprune.models.family import FAMILIES, WHY_NOT, Family
+
+ABOVE = """# Architectures
+
+Made by `python -m kvprune.pages.architectures` from the descriptors in `models/family.py`; a test compares the two.
+Every family is tested alike (`tests/models/test_every_family.py`): with channels removed, and with all KV heads
+merged, the pruned model's logits are those of the dense model whose keys and values lose the same, within 1e-5 in
+float32 (2e-5 to 4e-5 where norms amplify rounding), for a prompt, for cached steps and for a left-padded batch, with
+every attention function that the family has; and the model is the same when it is saved and loaded.
+
+| model_type | projections | RoPE | norm on q, k | joins the stream | logits | refitted | layouts portable, stock |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+BELOW = """
+What a cell means:
+
+- **projections**: *apart*, or the matrix that holds Q, K and V. Pruned, all have four plain matrices.
+- **RoPE**: *half* pairs channel c with c + half, *interleaved* 2c with 2c + 1. Channels that no RoPE turns (partial,
+  layers or families without it) are mixed freely, across heads too.
+- **norm on q, k**: over each head, or over all at once. Q and K then keep all their rows, and what is kept is chosen
+  behind the norm: the cache is as narrow, the weights of Q and K are not.
+- **joins the stream**: behind a norm, refit fits the matrix to what the dense one puts out, before the norm; behind a
+  multiplier it divides by it.
+- **refitted**: the matrices that refit may change. Experts stay as they are.
+
+Not supported, and why:
+
+"""
+
+
+def row(family: Family) -> str:
+    """One line of the table."""
+    rope = family.rope + (", in some layers" if family.rotates else "")
+    joins = "behind norms" if family.behind_attention else "times " + family.times if family.times else "plainly"
+    logits = " ".join(family.logits) if family.logits else "plain"
+    cells = (
+        f"`{family.model_type}`",
+        f"`{family.qkv}`, by {family.split}" if family.qkv else "apart",
+        rope,
+        {"": "", "head": "each head", "all": "all heads"}[family.norm_of],
+        joins,
+        logits,
+        "O and down" if family.down else "O",
+        family.portable_as or "",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+def page() -> str:
+    """The whole page."""
+    reasons: dict[str, list[str]] = {}
+    for model_type, why in WHY_NOT.items():
+        reasons.setdefault(why, []).append(f"`{model_type}`")
+    refused = "".join(f"- {', '.join(names)}: {why}\n" for why, names in reasons.items())
+    options = [f"`{f.model_type}` with `{name}`" for f in FAMILIES.values() for name in f.unless]
+    refused += f"- {', '.join(options)}: LayerNorm on q and k\n"
+    return ABOVE + "\n".join(row(family) for family in FAMILIES.values()) + "\n" + BELOW + refused
+
+
+if __name__ == "__main__":
+    print(page(), end="")
