@@ -33,9 +33,9 @@ lint: .venv/done
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# The same tests with the oldest supported transformers.
+# With the oldest supported transformers what depends on transformers: models, surgery, caches, commands.
 test-oldest: .venv-oldest/done
-	.venv-oldest/bin/python -m pytest tests --ignore=tests/real
+	.venv-oldest/bin/python -m pytest tests/models tests/runtime tests/tokens tests/channels/test_prune.py tests/test_cli.py
 
 # The same tests with the newest release of everything, whatever the bounds say, in an environment made anew.
 test-newest:
@@ -76,10 +76,11 @@ test-report: .venv/done
 	.venv/bin/python $(PIP) -c constraints/newest.txt 'selenium>=4.20'
 	.venv/bin/python -m pytest tests/real/test_browser.py
 
-# vLLM's CPU build serves a folder with mixed widths, and its own Llama one of the stock layout.
-test-vllm: .venv-vllm/done $(PRUNED)/config.json $(STOCK)/config.json $(CACHE)/dense/config.json
-	KVPRUNE_TEST_PRUNED=$(PRUNED) KVPRUNE_TEST_STOCK=$(STOCK) KVPRUNE_TEST_DENSE=$(CACHE)/dense \
-		.venv-vllm/bin/python -m pytest tests/real/test_vllm.py -s -p no:cacheprovider --noconftest
+# vLLM's CPU build serves a folder with mixed widths, its own Llama one of the stock layout, and tiny models of other
+# families.
+test-vllm: .venv-vllm/done $(PRUNED)/config.json $(STOCK)/config.json $(CACHE)/dense/config.json $(CACHE)/tiny/done
+	KVPRUNE_TEST_PRUNED=$(PRUNED) KVPRUNE_TEST_STOCK=$(STOCK) KVPRUNE_TEST_DENSE=$(CACHE)/dense KVPRUNE_TEST_TINY=$(CACHE)/tiny \
+		.venv-vllm/bin/python -m pytest tests/real/test_vllm.py tests/real/test_vllm_families.py -s -p no:cacheprovider --noconftest
 
 # One prune for all tests that need one of a real model. Its widths are those that vLLM's CPU build takes.
 $(PRUNED)/config.json: $(MODEL) $(SOURCES) | .venv/done
@@ -91,6 +92,11 @@ $(STOCK)/config.json: $(MODEL) $(SOURCES) | .venv/done
 	rm -rf $(STOCK)
 	KVPRUNE_DATA=$(CACHE) .venv/bin/kvprune prune $(MODEL) --out $(STOCK) --ratio 0.67 --layout stock \
 		--calibration wiki --calibration-tokens 4096 --repair-tokens 8192 --eval-tokens 4096 --window 512
+
+$(CACHE)/tiny/done: tests/real/tiny_folders.py $(SOURCES) | .venv/done
+	rm -rf $(CACHE)/tiny
+	.venv/bin/python tests/real/tiny_folders.py $(CACHE)/tiny
+	touch $@
 
 $(CACHE)/dense/config.json: $(MODEL) | .venv/done
 	rm -rf $(CACHE)/dense

@@ -1,0 +1,64 @@
+"""Pruned tiny models of one family for each mechanism, for engines to serve: python tiny_folders.py OUT"""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path[:0] = [str(Path(__file__).parents[1])]
+import kvprune
+from tiny import VOCABULARY, tiny_tokenizer, words
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+MECHANISMS = {  # model_type -> what its config says beside the sizes
+    "qwen3": {"head_dim": 64},  # a norm on q and k
+    "gemma3_text": {"head_dim": 64, **SLIDING},  # that, windows, and a table of RoPE for each
+    "phi3": {"hidden_size": 256},  # fused projections
+    "glm": {"head_dim": 64, "partial_rotary_factor": 0.5},  # interleaved and partial RoPE
+}
+
+
+def main(out: Path) -> None:
+    data = out / "text"
+    data.mkdir(parents=True, exist_ok=True)
+    for seed, split in enumerate(("valid", "test")):
+        (data / f"{split}.txt").write_text(words(20000, seed))
+    for model_type, options in MECHANISMS.items():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | options))
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                torch.nn.init.normal_(parameter, std=0.08)
+        model.save_pretrained(out / f"{model_type}-dense")
+        tiny_tokenizer().save_pretrained(out / f"{model_type}-dense")
+        asked = {"calibration": str(data / "valid.txt"), "eval": (str(data / "test.txt"),), "eval_tokens": 512}
+        kvprune.prune(
+            out / f"{model_type}-dense",
+            out / model_type,
+            ratio=0.5,
+            layout="uniform",
+            align=32,
+            min_width=32,
+            calibration_tokens=512,
+            repair_tokens=4096,
+            calibration_window=64,
+            windows=(64,),
+            **asked,
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
