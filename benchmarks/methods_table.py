@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 
 import kvprune
-from kvprune.channels import allocation
-from kvprune.channels.basis import identity
-from kvprune.channels.importance import IMPORTANCE
+from kvprune.channels.choice.basis import identity
+from kvprune.channels.choice.selection import select
+from kvprune.channels.cut.surgery import cut
+from kvprune.channels.evidence.importance import IMPORTANCE
+from kvprune.channels.evidence.statistics import score_layers
 from kvprune.channels.journal import Journal
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
-from kvprune.channels.selection import select
-from kvprune.channels.sensitivity import Probe, measure_sensitivity, probe_width
-from kvprune.channels.statistics import score_layers
-from kvprune.channels.surgery import cut
+from kvprune.channels.widths import allocation
+from kvprune.channels.widths.sensitivity import Probe, measure_sensitivity, probe_width
 from kvprune.models.view import ModelView
 from kvprune.text.corpus import read_text
 from kvprune.text.windows import windows

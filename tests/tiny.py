@@ -20,11 +20,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from kvprune.channels.basis import Basis, Kept, basis_of, identity, slow_channels
-from kvprune.channels.moments import AttentionMoments, attention_moments
+from kvprune.channels.choice.basis import Basis, Kept, basis_of, identity, slow_channels
+from kvprune.channels.cut.surgery import cut
+from kvprune.channels.evidence.moments import AttentionMoments, attention_moments
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
-from kvprune.channels.sensitivity import Probe
-from kvprune.channels.surgery import cut
+from kvprune.channels.widths.sensitivity import Probe
 from kvprune.models.view import ModelView
 from kvprune.progress import Progress
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from kvprune.channels.merging import AUTO
+from kvprune.channels.choice.merging import AUTO
 from kvprune.errors import BadOption, NoSpace
 from kvprune.measure import memory, plot
 from kvprune.measure.context import held_tokens

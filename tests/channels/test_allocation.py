@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 
-from kvprune.channels import allocation
-from kvprune.channels.allocation import Grid
+from kvprune.channels.widths import allocation
+from kvprune.channels.widths.allocation import Grid
 from kvprune.errors import BadOption, UnreachableRatio
 
 changes_of = st.lists(st.floats(-0.1, 10), min_size=1, max_size=40)

@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 
-from kvprune.channels.basis import Basis, Kept, basis_of, identity, slow_channels
-from kvprune.channels.importance import IMPORTANCE, Scores
+from kvprune.channels.choice.basis import Basis, Kept, basis_of, identity, slow_channels
+from kvprune.channels.evidence.importance import IMPORTANCE, Scores
+from kvprune.channels.evidence.moments import AttentionMoments
+from kvprune.channels.evidence.statistics import measure_attention
 from kvprune.channels.journal import Journal
-from kvprune.channels.masking import masked
-from kvprune.channels.moments import AttentionMoments
-from kvprune.channels.statistics import measure_attention
+from kvprune.channels.widths.masking import masked
 from kvprune.models.attention import AttentionWeights
 from kvprune.models.tap import tapped
 from kvprune.models.view import ModelView

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import kvprune
-from kvprune.channels.basis import Kept
-from kvprune.channels.estimate import estimate_sensitivity
+from kvprune.channels.choice.basis import Kept
 from kvprune.channels.journal import Journal
 from kvprune.channels.planning import first_windows
-from kvprune.channels.sensitivity import Probe, measure_sensitivity
+from kvprune.channels.widths.estimate import estimate_sensitivity
+from kvprune.channels.widths.sensitivity import Probe, measure_sensitivity
 from kvprune.models.view import ModelView
 from tiny import (
     COARSE,

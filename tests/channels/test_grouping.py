@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 
 import kvprune
-from kvprune.channels.grouping import best_groups, likeness
+from kvprune.channels.evidence.grouping import best_groups, likeness
 from kvprune.models.attention import rope_pairs
 from kvprune.models.tap import Seen
 from tiny import COARSE, VOCABULARY, tiny_model, tiny_tokenizer

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from kvprune.channels.importance import IMPORTANCE
-from kvprune.channels.selection import select
-from kvprune.channels.statistics import score_layers
+from kvprune.channels.choice.selection import select
+from kvprune.channels.evidence.importance import IMPORTANCE
+from kvprune.channels.evidence.statistics import score_layers
 from kvprune.errors import NotFinite
 from kvprune.models.view import ModelView
 from tiny import VOCABULARY, tiny_model
@@ -159,7 +159,7 @@ def test_nan_names_the_layer(model, name):
 def test_selection_by_brute_force(joint):
     from itertools import combinations
 
-    from kvprune.channels.importance import Scores
+    from kvprune.channels.evidence.importance import Scores
 
     generator = torch.Generator().manual_seed(3)
     score = Scores(torch.rand(KV, D, generator=generator), torch.rand(KV, D, generator=generator))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kvprune.channels.basis import Kept, identity
-from kvprune.channels.masking import masked
-from kvprune.channels.surgery import cut
+from kvprune.channels.choice.basis import Kept, identity
+from kvprune.channels.cut.surgery import cut
+from kvprune.channels.widths.masking import masked
 from kvprune.models.tap import tapped
 from kvprune.models.view import ModelView
 from tiny import (

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from kvprune.channels import moments as moments_module
-from kvprune.channels.moments import attention_moments
+from kvprune.channels.evidence import moments as moments_module
+from kvprune.channels.evidence.moments import attention_moments
 from kvprune.models.view import ModelView
 from tiny import FAMILIES, VOCABULARY, tiny_model
 

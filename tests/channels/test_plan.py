@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 
+from kvprune.channels.cut.surgery import cut
 from kvprune.channels.plan import PruningPlan
-from kvprune.channels.surgery import cut
 from kvprune.errors import PlanMismatch
 from kvprune.models.view import ModelView
 from tiny import VOCABULARY, make_plan, mask_dense, merged_plan, random_bases, random_layers, tiny_model

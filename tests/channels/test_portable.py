@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM
 
 import kvprune
-from kvprune.channels.surgery import cut
+from kvprune.channels.cut.surgery import cut
 from kvprune.errors import BadOption, PlanMismatch
 from kvprune.models.view import ModelView
 from tiny import (

@@ -368,7 +368,7 @@ def test_evaluation_text_is_never_the_calibration_text(checkpoint, texts, monkey
 
 def test_the_end_of_a_file_is_not_repaired_on(checkpoint, tmp_path, monkeypatch):
     """A file's end judges: refit must take less than it would like."""
-    from kvprune.channels import texts as texts_module
+    from kvprune.channels.evidence import texts as texts_module
     from kvprune.channels.settings import Settings
     from kvprune.progress import Progress
     from tiny import words

@@ -7,10 +7,10 @@ import torch
 
 import kvprune
 from kvprune.channels import record
-from kvprune.channels.basis import slow_channels
-from kvprune.channels.importance import IMPORTANCE
-from kvprune.channels.moments import attention_moments
-from kvprune.channels.statistics import measure_attention
+from kvprune.channels.choice.basis import slow_channels
+from kvprune.channels.evidence.importance import IMPORTANCE
+from kvprune.channels.evidence.moments import attention_moments
+from kvprune.channels.evidence.statistics import measure_attention
 from kvprune.measure.memory import cache_bytes
 from kvprune.models.view import ModelView
 from kvprune.runtime.modeling import CACHE

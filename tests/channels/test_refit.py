@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import kvprune
+from kvprune.channels.cut.surgery import cut
 from kvprune.channels.journal import Journal
 from kvprune.channels.repair.refit import HELD_OUT, Moments, _Layer, refit, ridge_fit, split
-from kvprune.channels.surgery import cut
 from kvprune.errors import TextTooShort
 from kvprune.models.view import ModelView
 from tiny import COARSE, VOCABULARY, make_plan, random_layers, tiny_model

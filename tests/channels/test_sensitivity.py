@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from kvprune.channels.basis import Kept
-from kvprune.channels.importance import IMPORTANCE
+from kvprune.channels.choice.basis import Kept
+from kvprune.channels.evidence.importance import IMPORTANCE
+from kvprune.channels.evidence.statistics import score_layers
 from kvprune.channels.journal import Journal
-from kvprune.channels.sensitivity import Probe, measure_sensitivity
-from kvprune.channels.statistics import score_layers
+from kvprune.channels.widths.sensitivity import Probe, measure_sensitivity
 from kvprune.errors import NotFinite, OutputExists
 from kvprune.models.stream import BlockRunner
 from kvprune.models.view import ModelView

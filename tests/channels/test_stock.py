@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import kvprune
-from kvprune.channels.basis import identity
+from kvprune.channels.choice.basis import identity
+from kvprune.channels.choice.selection import one_of_each
+from kvprune.channels.cut.surgery import cut
 from kvprune.channels.plan import PruningPlan
 from kvprune.channels.planning import choose_merge
-from kvprune.channels.selection import one_of_each
 from kvprune.channels.settings import Settings
-from kvprune.channels.surgery import cut
 from kvprune.errors import BadOption, PlanMismatch, UnreachableRatio
 from kvprune.models.attention import AttentionShape
 from kvprune.models.view import ModelView

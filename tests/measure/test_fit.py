@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import kvprune
 from kvprune import cli, errors
-from kvprune.channels.surgery import cut
+from kvprune.channels.cut.surgery import cut
 from kvprune.measure import fit as fitting
 from kvprune.measure.memory import cache_bytes, weight_bytes
 from kvprune.measure.shapes import random_model

@@ -7,9 +7,9 @@ import torch
 from every_family import OPTIONS, VOCABULARY, D, changed, family_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
-from kvprune.channels.basis import Kept, basis_of
-from kvprune.channels.moments import attention_moments
-from kvprune.channels.surgery import cut
+from kvprune.channels.choice.basis import Kept, basis_of
+from kvprune.channels.cut.surgery import cut
+from kvprune.channels.evidence.moments import attention_moments
 from kvprune.models.family import FAMILIES
 from kvprune.models.view import ModelView
 from kvprune.runtime.modeling import CACHE

@@ -9,11 +9,11 @@ from test_every_family import without_channels
 from transformers import CONFIG_MAPPING, DynamicCache
 
 import kvprune
-from kvprune.channels.basis import Kept, basis_of, slow_channels
-from kvprune.channels.masking import masked
-from kvprune.channels.moments import attention_moments
+from kvprune.channels.choice.basis import Kept, basis_of, slow_channels
+from kvprune.channels.cut.surgery import cut
+from kvprune.channels.evidence.moments import attention_moments
 from kvprune.channels.repair.refit import refit
-from kvprune.channels.surgery import cut
+from kvprune.channels.widths.masking import masked
 from kvprune.measure.fit import fit
 from kvprune.models.logits import Head
 from kvprune.models.tap import tapped

@@ -75,7 +75,7 @@ def test_masked_dense_model_agrees(pruned):
     if plan.is_rotated:
         pytest.skip("a rotated cut is compared with the projected dense model on tiny models")
     dense = kvprune.load(MODEL, dtype="float32")
-    from kvprune.channels.surgery import cut
+    from kvprune.channels.cut.surgery import cut
     from kvprune.models.view import ModelView
 
     ids = torch.randint(0, 49152, (1, 64))

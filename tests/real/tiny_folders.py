@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
-import kvprune
-from tiny import VOCABULARY, tiny_tokenizer, words
+import kvprune  # noqa: E402
+from tiny import VOCABULARY, tiny_tokenizer, words  # noqa: E402
 
 SIZES = {
     "vocab_size": VOCABULARY,

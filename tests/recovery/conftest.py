@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvprune.channels.surgery import cut
+from kvprune.channels.cut.surgery import cut
 from kvprune.models.source import load_model, resolve
 from kvprune.models.view import ModelView
 from kvprune.runtime.checkpoint import save

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import kvprune
-from kvprune.channels.surgery import cut
+from kvprune.channels.cut.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.runtime import attention
 from kvprune.runtime.modeling import CACHE

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.utils import logging as hf_logging
 
 import kvprune
-from kvprune.channels.surgery import cut
+from kvprune.channels.cut.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.runtime import attention as packed
 from kvprune.runtime.cache import GrowingCache

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import kvprune
 from kvprune import errors
-from kvprune.channels.surgery import cut
+from kvprune.channels.cut.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.runtime import checkpoint
 from kvprune.runtime.files import verify_files

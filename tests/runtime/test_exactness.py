@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvprune.channels.surgery import cut
+from kvprune.channels.cut.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.runtime import modeling
 from kvprune.runtime.modeling import CACHE

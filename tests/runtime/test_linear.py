@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import kvprune
-from kvprune.channels.surgery import cut
+from kvprune.channels.cut.surgery import cut
 from kvprune.measure.memory import weight_bytes
 from kvprune.measure.speed import Side
 from kvprune.models.view import ModelView

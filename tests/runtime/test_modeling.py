@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import kvprune
-from kvprune.channels.surgery import cut
+from kvprune.channels.cut.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.runtime.checkpoint import save
 from kvprune.runtime.modeling import CACHE

@@ -8,7 +8,7 @@ from transformers import DynamicCache, cache_utils
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 import kvprune
-from kvprune.channels.surgery import cut
+from kvprune.channels.cut.surgery import cut
 from kvprune.errors import BadOption
 from kvprune.measure.memory import cache_bytes, kv_bytes
 from kvprune.measure.speed import Side

@@ -11,7 +11,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import kvprune
 from kvprune import errors
-from kvprune.channels.surgery import cut
+from kvprune.channels.cut.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.runtime.modeling import CACHE
 from tiny import VOCABULARY, make_plan, mask_dense, merged_model, random_layers, tiny_model

@@ -12,7 +12,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import kvprune
 from kvprune import errors
-from kvprune.channels.surgery import cut
+from kvprune.channels.cut.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.runtime import quantized
 from kvprune.runtime.cache import GrowingCache

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from kvprune.channels.basis import Basis
-from kvprune.channels.importance.base import Scores
+from kvprune.channels.choice.basis import Basis
+from kvprune.channels.evidence.importance.base import Scores
 from kvprune.errors import OutputExists
 from kvprune.runtime.files import RESUME, write_whole, writing_to
 

@@ -8,17 +8,17 @@ from typing import Any, cast
 
 import torch
 
-from kvprune.channels import allocation
-from kvprune.channels.basis import Basis, Kept, identity
-from kvprune.channels.estimate import estimate_sensitivity
-from kvprune.channels.importance import IMPORTANCE, Scores
+from kvprune.channels.choice.basis import Basis, Kept, identity
+from kvprune.channels.choice.merging import AUTO, WIDEST, merge_of, stock_merge
+from kvprune.channels.choice.selection import leading, one_of_each, select, shared_pairs
+from kvprune.channels.evidence.importance import IMPORTANCE, Scores
+from kvprune.channels.evidence.statistics import measure_attention, score_layers
 from kvprune.channels.journal import Journal
-from kvprune.channels.merging import AUTO, WIDEST, merge_of, stock_merge
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
-from kvprune.channels.selection import leading, one_of_each, select, shared_pairs
-from kvprune.channels.sensitivity import Probe, measure_sensitivity, probe_width
 from kvprune.channels.settings import Settings
-from kvprune.channels.statistics import measure_attention, score_layers
+from kvprune.channels.widths import allocation
+from kvprune.channels.widths.estimate import estimate_sensitivity
+from kvprune.channels.widths.sensitivity import Probe, measure_sensitivity, probe_width
 from kvprune.errors import BadOption, PlanMismatch
 from kvprune.models.attention import AttentionShape, rope_pairs
 from kvprune.models.source import Source

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvprune.channels import portable
+from kvprune.channels.cut import portable
+from kvprune.channels.cut.surgery import cut
+from kvprune.channels.evidence.texts import Texts, prepare
 from kvprune.channels.journal import Journal
 from kvprune.channels.plan import PruningPlan
 from kvprune.channels.planning import Planner, choose_merge, grid_of, reachable
 from kvprune.channels.record import memory_of, record_of
 from kvprune.channels.repair.refit import Refitted, refit
 from kvprune.channels.settings import Settings, with_preset
-from kvprune.channels.surgery import cut
-from kvprune.channels.texts import Texts, prepare
 from kvprune.errors import BadOption, NotFinite, PlanMismatch, UnreachableRatio
 from kvprune.measure import memory
 from kvprune.measure.fit import fit

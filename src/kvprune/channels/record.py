@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvprune.channels.basis import slow_channels
-from kvprune.channels.importance import IMPORTANCE
+from kvprune.channels.choice.basis import slow_channels
+from kvprune.channels.evidence.importance import IMPORTANCE
 from kvprune.channels.plan import PruningPlan
 from kvprune.channels.repair.refit import Refitted
 from kvprune.channels.settings import Settings

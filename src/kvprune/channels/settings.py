@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvprune.channels.importance import IMPORTANCE
-from kvprune.channels.merging import AUTO, asked_merge
+from kvprune.channels.choice.merging import AUTO, asked_merge
+from kvprune.channels.evidence.importance import IMPORTANCE
 from kvprune.channels.repair import REPAIRS
 from kvprune.errors import BadOption
 from kvprune.options import preset_options

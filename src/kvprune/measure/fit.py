@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from kvprune.channels.merging import AUTO, asked_merge, divisors, is_factored, is_within, merge_of
-from kvprune.channels.portable import LAYOUTS
+from kvprune.channels.choice.merging import AUTO, asked_merge, divisors, is_factored, is_within, merge_of
+from kvprune.channels.cut.portable import LAYOUTS
 from kvprune.errors import BadOption
 from kvprune.measure.context import held_tokens, longest, slides
 from kvprune.measure.memory import kv_bytes_per_token, parameters

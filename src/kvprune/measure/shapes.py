@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from kvprune.channels.merging import AUTO, asked_merge, is_factored, merge_of
+from kvprune.channels.choice.merging import AUTO, asked_merge, is_factored, merge_of
 from kvprune.errors import BadOption, UnreachableRatio
 from kvprune.models.attention import AttentionShape
 from kvprune.models.family import dense_head_dim, dense_kv_heads

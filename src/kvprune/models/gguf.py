@@ -8,7 +8,7 @@ import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -82,7 +82,8 @@ def _read(path: Path, _mtime: int, _size: int) -> Header:
 def complete(config: PreTrainedConfig, header: Header) -> None:
     """Put into `config`, as transformers reads it from the file, what it leaves out. Raises UnsupportedArchitecture."""
     architecture = header.keys["general.architecture"]
-    prefix, read = architecture + ".", GGUF_CONFIG_MAPPING.get(architecture, {})
+    prefix = architecture + "."
+    read: dict[str, Any] = cast(Any, GGUF_CONFIG_MAPPING).get(architecture, {})
     for name, value in header.keys.items():
         key = name.removeprefix(prefix)
         known = key in _KNOWN or read.get(key) is not None

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kvprune.channels.basis import Basis, Kept
+from kvprune.channels.choice.basis import Basis, Kept
 from kvprune.channels.journal import Journal
-from kvprune.channels.masking import masked
+from kvprune.channels.widths.masking import masked
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.finite import not_finite
 from kvprune.models.stream import BlockRunner

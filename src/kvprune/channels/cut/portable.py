@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from kvprune.channels.basis import Basis
+from kvprune.channels.choice.basis import Basis
 from kvprune.channels.plan import PruningPlan
 from kvprune.errors import BadOption, PlanMismatch
 from kvprune.models.view import ModelView

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from kvprune.channels.basis import Basis, basis_of, slow_channels
-from kvprune.channels.importance.base import Importance, Scores, Statistics
-from kvprune.channels.moments import attention_moments
+from kvprune.channels.choice.basis import Basis, basis_of, slow_channels
+from kvprune.channels.evidence.importance.base import Importance, Scores, Statistics
+from kvprune.channels.evidence.moments import attention_moments
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.attention import Attention, AttentionWeights
 from kvprune.models.finite import not_finite

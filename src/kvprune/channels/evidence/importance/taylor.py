@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from kvprune.channels.importance.base import Scores, Statistics, per_projection
+from kvprune.channels.evidence.importance.base import Scores, Statistics, per_projection
 from kvprune.models.attention import AttentionWeights
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from kvprune.channels.basis import Basis, Kept
+from kvprune.channels.choice.basis import Basis, Kept
 from kvprune.models.attention import Attention
 from kvprune.models.tap import Seen, watched
 

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from kvprune.channels.moments import AttentionMoments
+from kvprune.channels.evidence.moments import AttentionMoments
 from kvprune.models.attention import AttentionWeights
 
 
@@ -25,7 +25,7 @@ class Statistics:
     energy: mean square of each channel's output before RoPE, biases included: q (kv_heads, groups, D), k and v
     (kv_heads, D), float32.
     gradients: d(mean loss) / d(weight), shaped like the weights, float32.
-    attention: see channels/moments.py.
+    attention: see channels/evidence/moments.py.
     """
 
     energy: dict[str, torch.Tensor] | None = None

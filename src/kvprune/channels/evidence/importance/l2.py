@@ -5,8 +5,8 @@ from typing import Literal
 
 import torch
 
-from kvprune.channels.importance.base import Scores, Statistics, per_projection
-from kvprune.channels.importance.l1 import magnitudes
+from kvprune.channels.evidence.importance.base import Scores, Statistics, per_projection
+from kvprune.channels.evidence.importance.l1 import magnitudes
 from kvprune.models.attention import AttentionWeights
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from kvprune.channels.moments import AttentionMoments
+from kvprune.channels.evidence.moments import AttentionMoments
 from kvprune.models.attention import Attention, AttentionWeights
 
 FLOOR = 1e-6  # of the mean variance: what a direction that never occurs is taken to have

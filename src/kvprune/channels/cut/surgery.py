@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kvprune.channels import portable
-from kvprune.channels.basis import Basis, Cut, Kept, identity
-from kvprune.channels.merging import is_factored
+from kvprune.channels.choice.basis import Basis, Cut, Kept, identity
+from kvprune.channels.choice.merging import is_factored
+from kvprune.channels.choice.selection import leading
+from kvprune.channels.cut import portable
 from kvprune.channels.plan import LayerPlan, PruningPlan
-from kvprune.channels.selection import leading
 from kvprune.errors import PlanMismatch
 from kvprune.models.attention import Attention, AttentionWeights
 from kvprune.models.view import ModelView

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from kvprune.channels.grouping import group_heads
+from kvprune.channels.evidence.grouping import group_heads
 from kvprune.models.finite import not_finite
 from kvprune.models.stream import enter
 from kvprune.models.tap import Seen, tapped, watched, weights_of

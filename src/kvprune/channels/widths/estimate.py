@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from kvprune.channels.masking import masked
-from kvprune.channels.sensitivity import Probe
+from kvprune.channels.widths.masking import masked
+from kvprune.channels.widths.sensitivity import Probe
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.finite import not_finite
 from kvprune.models.stream import frozen

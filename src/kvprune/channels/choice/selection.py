@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from kvprune.channels.basis import Basis, Kept
-from kvprune.channels.importance.base import Scores, normalised
+from kvprune.channels.choice.basis import Basis, Kept
+from kvprune.channels.evidence.importance.base import Scores, normalised
 
 
 def select(scores: Scores, width: int, units: torch.Tensor, joint: bool) -> Kept:
