@@ -56,8 +56,11 @@ def prune(
     merge: Annotated[
         str | None, typer.Option(help="auto, or how many KV heads become one; 1: none are merged  [default: auto]")
     ] = None,
+    depth: Annotated[
+        str | None, typer.Option(help="auto, or how many layers lose their attention altogether  [default: 0]")
+    ] = None,
     allocation: Annotated[
-        str | None, typer.Option(help="sensitivity, budget, rank or uniform  [default: budget]")
+        str | None, typer.Option(help="uniform, budget, sensitivity or rank  [default: uniform]")
     ] = None,
     layout: Annotated[
         str | None, typer.Option(help="per-layer, uniform, portable or stock  [default: per-layer]")

@@ -12,7 +12,8 @@ from kvprune.models.attention import AttentionShape
 class LayerPlan(BaseModel):
     """What one layer keeps, ascending: qk[h] and vo[h] for KV head h of the pruned model.
 
-    All heads of a layer keep the same number, and K keeps as many as V. vo is None where there was a change of basis
+    All heads of a layer keep the same number, and K keeps as many as V; a layer that keeps none has no attention. vo is
+    None where there was a change of basis
     before the cut: the leading directions of V stayed, and qk are numbers of the basis's coordinates (see basis.py),
     which only the weights and the calibration text can tell. Else both are channels in the dense numbering. heads[h]:
     the dense KV heads that were merged into head h; None where each stayed for itself.
@@ -33,9 +34,9 @@ class LayerPlan(BaseModel):
         if not self.qk or any(part is not None and len(self.qk) != len(part) for part in (self.vo, self.heads)):
             raise ValueError("qk, vo and heads need one list per KV head")
         for kept in (*self.qk, *(self.vo or ())):
-            if len(kept) != self.width or not kept:
-                raise ValueError("every KV head of a layer must keep the same number of channels, at least one")
-            if list(kept) != sorted(set(kept)) or kept[0] < 0:
+            if len(kept) != self.width:
+                raise ValueError("every KV head of a layer must keep the same number of channels")
+            if list(kept) != sorted(set(kept)) or (kept and kept[0] < 0):
                 raise ValueError("kept channels must be ascending and distinct")
         return self
 
@@ -116,7 +117,7 @@ class PruningPlan(BaseModel):
             raise PlanMismatch("a plan has vo in every layer, or null in all, as where heads are merged; make it again")
         size = shape.head_dim * self.merge
         for i, layer in enumerate(self.layers):
-            highest = max(max(kept) for kept in (*layer.qk, *(layer.vo or ())))
+            highest = max((c for kept in (*layer.qk, *(layer.vo or ())) for c in kept), default=-1)
             if len(layer.qk) * self.merge != shape.kv_heads or highest >= size:
                 raise PlanMismatch(f"layer {i} of the plan does not fit {shape.kv_heads} KV heads of {shape.head_dim}")
             heads = layer.heads or [(head,) for head in range(len(layer.qk))]

@@ -15,8 +15,9 @@ from kvprune.channels.evidence.importance import IMPORTANCE, Scores
 from kvprune.channels.evidence.statistics import measure_attention, score_layers
 from kvprune.channels.journal import Journal
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
-from kvprune.channels.settings import Settings
+from kvprune.channels.settings import ESTIMATED_ON, Settings
 from kvprune.channels.widths import allocation
+from kvprune.channels.widths.depth import choose_depth, masked_loss
 from kvprune.channels.widths.estimate import estimate_sensitivity
 from kvprune.channels.widths.sensitivity import Probe, measure_sensitivity, probe_width
 from kvprune.errors import BadOption, PlanMismatch
@@ -196,6 +197,8 @@ class Planner:
         s, grid = self.settings, self.grid
         if s.layout != "per-layer":
             return self._one_width(), None
+        if s.depth:
+            return self._depth(scores, bases)
         if s.allocation == "uniform":
             return allocation.round_widths(allocation.uniform(grid.layers, s.ratio), s.ratio, grid), None
         unit = self.view.units.shape[1]
@@ -213,6 +216,28 @@ class Planner:
         else:
             ratios = allocation.by_sensitivity(changes, s.ratio, grid.max_ratio, cast(float, s.tau))
         return allocation.round_widths(ratios, s.ratio, grid), changes
+
+    def _depth(self, scores: list[Scores], bases: list[Basis] | None) -> tuple[list[int], list[float]]:
+        """Widths, some of them 0, and what each layer's attention is estimated to be worth."""
+        s, plain = self.settings, identity(self.view.shape.kv_heads, self.grid.head_dim)
+        own = bases or [plain] * self.grid.layers
+        batches = first_windows(self.batches, ESTIMATED_ON)
+        nothing = torch.zeros(len(own[0].heads), 0, dtype=torch.int64)
+        probes = [Probe(block, Kept(nothing, nothing), basis) for block, basis in enumerate(own)]
+        changes = self.journal.load_estimates()
+        if changes is None:
+            with self.phase("depth", len(batches)) as advance:
+                changes = estimate_sensitivity(self.view, batches, probes, advance)
+            self.journal.save_estimates(changes)
+
+        def loss_of(widths: list[int]) -> float:
+            kept = [self._kept(score, width) for score, width in zip(scores, widths, strict=True)]
+            return masked_loss(self.view, batches, kept, own)
+
+        widths = choose_depth(s.depth, changes, s.ratio, self.grid, loss_of)
+        gone = [layer for layer, width in enumerate(widths) if not width]
+        self.say(f"layers without attention: {', '.join(map(str, gone)) or 'none'}")
+        return widths, changes
 
     def _one_width(self) -> list[int]:
         s, grid = self.settings, self.grid
@@ -246,6 +271,7 @@ def _method(s: Settings) -> dict[str, Any]:
     names = (
         "importance",
         "channels",
+        "depth",
         "allocation",
         "repair",
         "probes",

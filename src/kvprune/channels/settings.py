@@ -6,6 +6,7 @@ from typing import Any
 from kvprune.channels.choice.merging import AUTO, asked_merge
 from kvprune.channels.evidence.importance import IMPORTANCE
 from kvprune.channels.repair import REPAIRS
+from kvprune.channels.widths.asked import asked_depth
 from kvprune.errors import BadOption
 from kvprune.options import preset_options
 from kvprune.text.corpus import text_names
@@ -35,7 +36,8 @@ class Settings:
     probes are measured). probes: sensitivities are estimated from one backward pass (see estimate.py), or measured, as
     the paper has it. repair: None is rotate+refit, or refit for joint channels; repair_tokens: how much text refit
     takes, at most, from the beginning of the calibration text. tau: see allocation.by_sensitivity. calibration_window
-    and windows in tokens. layout stock does nothing but merge, so its ratio says how many heads.
+    and windows in tokens. layout stock does nothing but merge, so its ratio says how many heads. depth: how many layers
+    lose their attention, or AUTO (see widths/depth.py); the others then keep more.
     """
 
     source: str
@@ -43,6 +45,7 @@ class Settings:
     importance: str = "variance"
     channels: str = "split"
     merge: int | str = AUTO
+    depth: int | str = 0
     allocation: str | None = None
     layout: str = "per-layer"
     repair: str | None = None
@@ -97,6 +100,7 @@ class Settings:
                 f"--repair {self.repair} rotates V/O, which --channels joint cuts with Q/K; use refit or none"
             )
         self._check_merge()
+        self._check_depth()
         if self.tau is not None and not self.tau > 0:
             raise BadOption("tau must be positive")
         if self.probe is not None and not 0 < self.probe <= 1:
@@ -130,6 +134,14 @@ class Settings:
         object.__setattr__(self, "merge", asked_merge(self.merge))
         if self.merge not in (AUTO, 1) and not self.can_merge:
             raise BadOption(f"--merge {self.merge} changes the basis across heads: that wants {wants}")
+
+    def _check_depth(self) -> None:
+        object.__setattr__(self, "depth", asked_depth(self.depth))
+        if self.depth and (self.layout != "per-layer" or self.allocation != "uniform"):
+            raise BadOption(
+                f"--depth {self.depth} takes the attention out of whole layers, and shares what is left evenly: that "
+                "wants --layout per-layer and no --allocation"
+            )
 
     @property
     def can_merge(self) -> bool:
@@ -165,6 +177,7 @@ DECIDED_BY_A_PLAN = {
         "importance",
         "channels",
         "merge",
+        "depth",
         "allocation",
         "layout",
         "repair",

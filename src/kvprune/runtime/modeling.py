@@ -27,6 +27,7 @@ model in which each layer's attention has been replaced by `PrunedAttention`. No
 
 import copy
 import sys
+import warnings
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ from transformers import (
     AutoModelForTokenClassification,
     Cache,
 )
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -347,6 +348,44 @@ class PrunedAttention(nn.Module):
         return (self.o_proj if is_rebuilt else self.outputs)(attn_output), attn_weights
 
 
+class Countless(DynamicLayer):
+    """A cache layer whose keys have no width; DynamicLayer takes what has no numbers for no tokens."""
+
+    def get_seq_length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[-2]
+
+
+class NoAttention(nn.Module):
+    """Of a layer that has lost its attention: a constant, its O's bias. It still tells the cache of its tokens,
+    with keys and values of no width: models ask the first layer how many there are."""
+
+    head_dim = 0
+
+    def __init__(self, dense: nn.Module, config):
+        super().__init__()
+        self.config, self.layer_idx = config, dense.layer_idx
+        with warnings.catch_warnings():  # torch has one for a matrix that reads nothing
+            warnings.simplefilter("ignore")
+            self.o_proj = nn.Linear(0, config.hidden_size)
+        nn.init.zeros_(self.o_proj.bias)
+        # Read by whoever makes masks and caches, as of the others
+        self.is_causal, self.sliding_window = getattr(dense, "is_causal", True), _window_of(dense, config)
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
+        cache = take_cache(kwargs)
+        if cache is not None:
+            batch, tokens, _ = hidden_states.shape
+            nothing = hidden_states.new_empty(batch, self.config.num_key_value_heads, tokens, 0)
+            if isinstance(cache, CacheLayerMixin):
+                cache.update(nothing, nothing)
+            else:
+                cache.update(nothing, nothing, self.layer_idx)
+                layer = cache.layers[self.layer_idx]
+                if isinstance(layer, DynamicLayer) and not layer.is_sliding:
+                    layer.__class__ = Countless
+        return self.o_proj(hidden_states[..., :0]), None
+
+
 def _dropout_of(dense: nn.Module) -> float:
     """Of attention weights in training, under any of its names."""
     for name in ("attention_dropout", "attn_dropout", "dropout"):
@@ -434,7 +473,8 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
             for layer, layer_config in zip(layers, config.per_layer_config, strict=True):
                 own = layer_config.head_dim, layer_config.factored
                 dense = getattr(layer, words["attention"])
-                setattr(layer, words["attention"], PrunedAttention(dense, config, *own))
+                attention = PrunedAttention(dense, config, *own) if own[0] else NoAttention(dense, config)
+                setattr(layer, words["attention"], attention)
             self.post_init()
 
     class ForCausalLM(dense_lm):

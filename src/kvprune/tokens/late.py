@@ -129,7 +129,8 @@ class LateAdmission:
             raise FilterMisuse("the model has a TokenFilter already; leave its context first")
         if any(map(is_capped, modules)):
             raise FilterMisuse(f"keep cannot work on {config.model_type}, whose attention has a cap or sinks")
-        self._modules = {i: m for i, m in enumerate(modules) if window_of(m, config) is None}
+        has_keys = [getattr(m, "head_dim", None) != 0 for m in modules]  # some may have lost their attention
+        self._modules = {i: m for i, m in enumerate(modules) if has_keys[i] and window_of(m, config) is None}
         if not self._modules:
             raise FilterMisuse("every layer of this model has a sliding window, which is short already; leave keep out")
         longest = config.max_position_embeddings

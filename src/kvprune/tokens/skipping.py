@@ -62,6 +62,8 @@ class Skipping:
         modules = [getattr(block, family.attention) for block in family.blocks(model)]
         if any(isinstance(getattr(vars(m).get(forward_of(m)), "__self__", None), FilteredAttention) for m in modules):
             raise FilterMisuse("the model has a TokenFilter already; leave its context first")
+        if any(getattr(m, "head_dim", None) == 0 for m in modules):
+            raise FilterMisuse("skipping needs attention in every layer, and some have lost theirs; use keep")
         s = self.settings
         skip = s.rates(s.ratio, len(modules))
         drop = skip if s.drop_ratio is None else s.rates(s.drop_ratio, len(modules))

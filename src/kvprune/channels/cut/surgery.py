@@ -53,7 +53,10 @@ def cut(view: ModelView, plan: PruningPlan, bases: Sequence[Basis] | None = None
         prefix = f"{base}.{view.family.layers}.{index}.{view.family.attention}."
         state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
         maps = _maps(attention, bases[index], _kept(layer), order, 1.0 if is_stock else attention.stretch)
-        narrow = _narrow(attention, bases[index], maps, factored[index], is_stock)
+        if layer.width:
+            narrow = _narrow(attention, bases[index], maps, factored[index], is_stock)
+        else:
+            narrow = _constant(attention, bases[index], maps)
         if is_stock:
             _make_stock(narrow, portable.query_scale(view, plan))
         state |= {prefix + name: tensor for name, tensor in narrow.items()}
@@ -71,8 +74,9 @@ def cut(view: ModelView, plan: PruningPlan, bases: Sequence[Basis] | None = None
 
 
 def _kept(layer: LayerPlan) -> Kept:
-    qk = torch.tensor(layer.qk)
-    return Kept(qk, leading(*qk.shape) if layer.vo is None else torch.tensor(layer.vo))
+    qk = torch.tensor(layer.qk, dtype=torch.int64)
+    vo = leading(*qk.shape) if layer.vo is None else torch.tensor(layer.vo, dtype=torch.int64)
+    return Kept(qk, vo)
 
 
 def _config(view: ModelView, plan: PruningPlan, factored: Sequence[bool]):
@@ -104,6 +108,13 @@ def _maps(attention: Attention, basis: Basis, kept: Kept, order: torch.Tensor | 
     if order is not None:
         maps = replace(maps, keys=maps.keys[:, order], queries=maps.queries[..., order], rope=maps.rope[:, order])
     return Cut(*(x.to(device) for x in vars(maps).values()))
+
+
+def _constant(attention: Attention, basis: Basis, maps: Cut) -> dict[str, torch.Tensor]:
+    """Of a layer without attention: what biases add, behind a matrix that reads nothing."""
+    w = attention.weights()
+    bias = _output_bias(w, basis, maps, attention.has_sinks).to(w.o.dtype)
+    return {"o_proj.weight": bias.new_empty(len(bias), 0), "o_proj.bias": bias}
 
 
 def _narrow(attention: Attention, basis: Basis, maps: Cut, factored: bool, is_stock: bool) -> dict[str, torch.Tensor]:

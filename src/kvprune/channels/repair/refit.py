@@ -157,7 +157,7 @@ class _Layer:
         self.times = float(getattr(view.lm.config, self.family.times, 1.0)) if self.family.times else 1.0
         self.dense_attention = getattr(dense, self.family.attention)
         self.attention = getattr(block, self.family.attention)
-        self.o = self.attention.get_submodule("o_proj" if hasattr(self.attention, "rope_index") else self.family.o)
+        self.o = self.attention.get_submodule("o_proj" if hasattr(self.attention, "o_proj") else self.family.o)
         self.mlp = getattr(block, self.family.mlp) if self.family.mlp else None
         self.down = self._down(block)
         if self.down is not None:
@@ -325,7 +325,7 @@ def _inverse_size(stream: torch.Tensor) -> torch.Tensor:
 
 def _with_one(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
     """(..., n) with a one appended where the matrix has a bias, which is then its last column."""
-    return x if module.bias is None else torch.cat((x, torch.ones_like(x[..., :1])), dim=-1)
+    return x if module.bias is None else torch.cat((x, x.new_ones(*x.shape[:-1], 1)), dim=-1)
 
 
 def _as_matrix(module: nn.Module) -> torch.Tensor:

@@ -1,0 +1,80 @@
+"""Layers that lose their attention altogether, so that the others keep more [ours; an open question of KVPruner].
+
+Which: those whose attention's going is estimated to cost least, each alone. How many, where that is asked: what costs
+least in truth, all cuts at once, on the probed text; more layers are tried until that has not got better twice.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+
+from kvprune.channels.choice.basis import Basis, Kept
+from kvprune.channels.widths.allocation import Grid, round_widths, uniform
+from kvprune.channels.widths.asked import AUTO
+from kvprune.channels.widths.masking import masked
+from kvprune.errors import BadOption, UnreachableRatio
+from kvprune.measure.loss import next_token_loss
+from kvprune.models.tap import tapped
+from kvprune.models.view import ModelView
+
+PATIENCE = 2  # numbers of layers that may be worse than the best before the search ends
+
+
+def widths_without(dropped: Sequence[int], ratio: float, grid: Grid) -> list[int]:
+    """Widths of all layers, 0 for those without attention, as even as the grid allows, with the asked total. Raises
+    UnreachableRatio where what is left is too wide or too narrow."""
+    left = grid.layers - len(dropped)
+    if left < 1 or grid.layers * (1 - ratio) > left + 1e-9:
+        raise UnreachableRatio(
+            f"--depth {len(dropped)} takes more than --ratio {ratio:g} of {grid.layers} layers; at most "
+            f"{min(int(ratio * grid.layers + 1e-9), grid.layers - 1)}"
+        )
+    own = 1 - (1 - ratio) * grid.layers / left
+    inner = Grid(left, grid.head_dim, grid.align, grid.min_width, grid.unit, grid.widest)
+    widths = iter(round_widths(uniform(left, own), own, inner))
+    return [0 if layer in set(dropped) else next(widths) for layer in range(grid.layers)]
+
+
+@torch.no_grad()
+def masked_loss(
+    view: ModelView, batches: Sequence[torch.Tensor], kept: Sequence[Kept], bases: Sequence[Basis]
+) -> float:
+    """Mean loss (nats) of the model with all layers cut, on token ids (B, T)."""
+    total, scored = 0.0, 0
+    with tapped(view), ExitStack() as stack:
+        for attention, one, basis in zip(view.attention, kept, bases, strict=True):
+            stack.enter_context(masked(attention, one, basis))
+        for batch in batches:
+            hidden = view.lm.base_model(input_ids=batch.to(view.device), use_cache=False).last_hidden_state
+            loss, tokens, _ = next_token_loss(view.head, hidden, batch)
+            total, scored = total + loss, scored + tokens
+    return total / scored
+
+
+def choose_depth(
+    asked: int | str, changes: Sequence[float], ratio: float, grid: Grid, loss_of: Callable[[list[int]], float]
+) -> list[int]:
+    """Widths, layer by layer. changes: what each layer's attention is estimated to be worth (nats), each alone;
+    loss_of: what widths cost in truth. Raises BadOption, UnreachableRatio."""
+    order = sorted(range(grid.layers), key=lambda layer: (changes[layer], layer))
+    if asked != AUTO:
+        if int(asked) >= grid.layers:
+            raise BadOption(f"--depth {asked} leaves none of the {grid.layers} layers their attention")
+        return widths_without(order[: int(asked)], ratio, grid)
+    best: tuple[float, list[int]] | None = None
+    worse = number = 0
+    while worse < PATIENCE and number < grid.layers:
+        try:
+            widths = widths_without(order[:number], ratio, grid)
+        except UnreachableRatio:
+            break
+        loss = loss_of(widths)
+        if best is None or loss < best[0]:
+            best, worse = (loss, widths), 0
+        else:
+            worse += 1
+        number += 1
+    if best is None:
+        return round_widths(uniform(grid.layers, ratio), ratio, grid)  # says why nothing is reached
+    return best[1]
