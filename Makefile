@@ -8,11 +8,12 @@ CACHE := .cache
 PRUNED := $(CACHE)/pruned
 STOCK := $(CACHE)/stock
 MODEL := $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
+GEMMA := $(CACHE)/gemma-3-270m-q4_k_m.gguf
 SOURCES := $(shell find src -name "*.py")
 PIP := -m pip install --quiet --disable-pip-version-check
 PROMPT := The Eiffel Tower is a famous landmark in
 
-.PHONY: demo test lint test-oldest test-newest constraints test-models test-install test-report test-bits test-vllm clean
+.PHONY: demo test lint test-oldest test-newest constraints test-models test-gemma3 test-install test-report test-bits test-vllm clean
 
 demo: .venv/done $(MODEL)
 	! test -f build/demo/config.json || rm -rf build/demo
@@ -57,6 +58,10 @@ constraints:
 test-models: .venv/done $(PRUNED)/config.json
 	KVPRUNE_DATA=$(CACHE) KVPRUNE_TEST_MODEL=$(MODEL) KVPRUNE_TEST_PRUNED=$(PRUNED) \
 		.venv/bin/python -m pytest tests/real/test_smollm2.py tests/real/test_tokens.py -s
+
+# Another real model: norms on q and k, windows, norms before the residual stream. A download of 230 MB, no part of CI.
+test-gemma3: .venv/done $(GEMMA) $(MODEL)
+	KVPRUNE_DATA=$(CACHE) KVPRUNE_TEST_GEMMA=$(GEMMA) .venv/bin/python -m pytest tests/real/test_gemma3.py -s
 
 # Caches of 4 and 2 bits, whose kernels a C++ compiler makes on the spot; without one that is left out, in words.
 test-bits: .venv/done
@@ -103,6 +108,9 @@ $(CACHE)/dense/config.json: $(MODEL) | .venv/done
 	.venv/bin/python -c "import kvprune; \
 		kvprune.load('$(MODEL)', dtype='float32').save_pretrained('$(CACHE)/dense'); \
 		kvprune.load_tokenizer('$(MODEL)').save_pretrained('$(CACHE)/dense')"
+
+$(GEMMA): tests/real/fetch_gemma.py
+	$(PYTHON) tests/real/fetch_gemma.py $(GEMMA)
 
 $(MODEL): demo/fetch.py
 	$(PYTHON) demo/fetch.py $(CACHE)
