@@ -1,10 +1,11 @@
 """What a family's models must have, and what is refused."""
 
 import pytest
+from every_family import family_model
 
 import kvprune
 from kvprune.errors import UnsupportedArchitecture
-from kvprune.models.family import dense_head_dim
+from kvprune.models.family import FAMILIES, dense_head_dim, family_of
 from kvprune.models.view import ModelView
 from tiny import tiny_model
 
@@ -23,3 +24,24 @@ def test_dense_head_dim_is_that_of_the_weights():
     assert dense_head_dim(config) * config.num_attention_heads == weight.shape[0]
     config.head_dim = None  # where a config leaves it out, heads share the hidden size
     assert dense_head_dim(config) == config.hidden_size // config.num_attention_heads
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("qwen33", "the nearest that is: qwen3"),
+    ("deepseek_v3", "it caches one latent for all heads"),
+    ("mamba2", "it has no KV cache"),
+    ("gemma3", "vision tower.*text model apart"),
+    ("falcon", "its attention has no interface"),
+    ("xyz", "supported are: apertus"),
+])  # fmt: skip
+def test_what_is_not_supported_is_refused_with_its_reason(name, message):
+    with pytest.raises(UnsupportedArchitecture, match=f"'{name}' is not supported; .*{message}"):
+        family_of(name)
+
+
+@pytest.mark.parametrize(("name", "option"), [(f.model_type, o) for f in FAMILIES.values() for o in f.unless])
+def test_an_option_that_is_not_built_is_refused(name, option):
+    model = family_model(name)
+    setattr(model.config, option, True)
+    with pytest.raises(UnsupportedArchitecture, match=f"{name} with {option} is not supported"):
+        ModelView(model)
