@@ -47,6 +47,7 @@ OPTIONS = {  # model_type -> what its config says beside the sizes
     "gemma": {},
     "gemma2": {"layer_types": SLIDING, "sliding_window": 6, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 2.0},
     "gemma3_text": {"layer_types": SLIDING, "sliding_window": 6, "query_pre_attn_scalar": 9},
+    "olmo": {},
     "olmo2": {},
     "olmo3": {"layer_types": SLIDING, "sliding_window": 6},
     "olmoe": EXPERTS,

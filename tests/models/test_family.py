@@ -42,6 +42,6 @@ def test_what_is_not_supported_is_refused_with_its_reason(name, message):
 @pytest.mark.parametrize(("name", "option"), [(f.model_type, o) for f in FAMILIES.values() for o in f.unless])
 def test_an_option_that_is_not_built_is_refused(name, option):
     model = family_model(name)
-    setattr(model.config, option, True)
+    setattr(model.config, option, 1.0 if option == "clip_qkv" else True)
     with pytest.raises(UnsupportedArchitecture, match=f"{name} with {option} is not supported"):
         ModelView(model)
