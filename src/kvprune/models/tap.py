@@ -137,19 +137,22 @@ def watched(attention: Attention, watcher: Watcher) -> Iterator[None]:
         del module[WATCHER]
 
 
-def weights_of(seen: Seen, scores: torch.Tensor, heads: slice) -> torch.Tensor:
-    """Scores (heads, T, T), already scaled, of some query heads -> attention weights, with the mask (of the first
-    sequence), cap and sinks of the call."""
+def hidden_in(seen: Seen) -> torch.Tensor:
+    """(T, T), True where a query may not look at a key, in the call's first sequence."""
+    if seen.mask is None:
+        length = seen.query.shape[2]
+        return torch.ones(length, length, dtype=torch.bool, device=seen.query.device).triu(1)
+    mask = seen.mask[0, 0]
+    return ~mask if mask.dtype == torch.bool else mask < 0
+
+
+def weights_of(seen: Seen, scores: torch.Tensor, heads: slice, hidden: torch.Tensor) -> torch.Tensor:
+    """Scores (heads, T, T), already scaled, of some query heads -> attention weights, with the call's cap and sinks.
+    hidden: see `hidden_in`. The scores are used up."""
     if seen.softcap is not None:
         scores = torch.tanh(scores / seen.softcap) * seen.softcap
-    length = scores.shape[-1]
-    if seen.mask is None:
-        visible = torch.ones(length, length, dtype=torch.bool, device=scores.device).tril()
-    else:
-        mask = seen.mask[0, 0]
-        visible = mask if mask.dtype == torch.bool else mask >= 0
-    scores = scores.masked_fill(~visible, -torch.inf)
+    scores.masked_fill_(hidden, -torch.inf)
     if seen.sinks is None:
         return scores.softmax(-1)
-    own = seen.sinks[heads].to(scores).view(-1, 1, 1).expand(-1, length, 1)
+    own = seen.sinks[heads].to(scores).view(-1, 1, 1).expand(-1, scores.shape[1], 1)
     return torch.cat((scores, own), -1).softmax(-1)[..., :-1]

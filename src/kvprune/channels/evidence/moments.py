@@ -9,7 +9,7 @@ import torch
 from kvprune.channels.evidence.grouping import group_heads
 from kvprune.models.finite import not_finite
 from kvprune.models.stream import enter
-from kvprune.models.tap import Seen, tapped, watched, weights_of
+from kvprune.models.tap import Seen, hidden_in, tapped, watched, weights_of
 from kvprune.models.view import ModelView
 
 
@@ -102,7 +102,7 @@ class _Sums:
 
     def add(self, seen: Seen) -> None:
         """A batch of windows."""
-        s = self.shape
+        s, hidden = self.shape, hidden_in(seen)
         for row in range(len(seen.query)):
             q = seen.query[row].float().unflatten(0, (s.kv_heads, s.groups)) * seen.scaling
             k, v = seen.key[row].float(), seen.value[row]
@@ -115,7 +115,7 @@ class _Sums:
                 of_group = _Seen.of(k[group], slow_k[group], v[group], self.units)
                 for member, head in enumerate(group.tolist()):
                     own = slice(head * s.groups, (head + 1) * s.groups)
-                    weights = weights_of(seen, q[head] @ k[head].T, own)
+                    weights = weights_of(seen, q[head] @ k[head].T, own, hidden)
                     effects = v[head] @ self._directions(head).T  # (T, groups)
                     place = number * len(group) + member
                     self._add_head(place, weights, q[head], slow_q[head], of_group, effects.T)
