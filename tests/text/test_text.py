@@ -10,7 +10,7 @@ from hypothesis import given
 
 from kvprune import errors
 from kvprune.text.corpus import read_text
-from kvprune.text.windows import _sure_ids, token_ids, windows
+from kvprune.text.windows import _sure_ids, start_token, token_ids, windows
 from tiny import WORDS, tiny_tokenizer, words
 
 TOKENIZER = tiny_tokenizer()
@@ -133,3 +133,19 @@ def test_a_text_on_one_line_is_not_tokenised_whole(gap):
     found = token_ids(text, tokenizer, 512)
     assert found.tolist() == TOKENIZER(text[:20_000])["input_ids"][:512]
     assert sum(read) < 20_000
+
+
+def test_every_window_begins_with_the_start_token_that_its_tokenizer_puts():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer, text = tiny_tokenizer(), words(2000)
+    plain = windows(text, tokenizer, 16, 160)
+    assert start_token(tokenizer) is None
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    assert start_token(tokenizer) == 1
+    found = windows(text, tokenizer, 16, 160)
+    assert found.shape == plain.shape
+    assert (found[:, 0] == 1).all()
+    stream = found[:, 1:].flatten()
+    assert torch.equal(stream, plain.flatten()[: len(stream)])  # the text goes on from window to window
+    assert torch.equal(token_ids(text, tokenizer, 50), plain.flatten()[:50])

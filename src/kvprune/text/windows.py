@@ -41,8 +41,11 @@ def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """What the tokenizer puts before every text, if it does: some models are another model without it."""
-    start, ids = tokenizer.bos_token_id, tokenizer("a", return_attention_mask=False)["input_ids"]
-    return start if start is not None and ids[:1] == [start] and len(ids) > 1 else None
+    start = getattr(tokenizer, "bos_token_id", None)
+    if start is None:
+        return None
+    ids = tokenizer("a", return_attention_mask=False)["input_ids"]
+    return start if ids[:1] == [start] and len(ids) > 1 else None
 
 
 def _sure_ids(text: str, length: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
