@@ -119,7 +119,8 @@ class _Study:
     def _check_reachable(self, config: PreTrainedConfig) -> None:
         """By a model without weights."""
         with torch.device("meta"):
-            view = ModelView(AutoModelForCausalLM.from_config(config, trust_remote_code=self.source.trust_remote_code))
+            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=self.source.trust_remote_code)
+        view = ModelView(lm)
         merge = choose_merge(self.settings, view.shape, lambda message: None)  # which every cell says itself
         reachable(self.settings, grid_of(self.settings, view, merge))
 
