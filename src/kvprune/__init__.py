@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvprune.runtime.linear import pack_weights
     from kvprune.runtime.refresh import refresh
     from kvprune.studies.calibration import study_calibration
+    from kvprune.studies.depth import study_depth
     from kvprune.studies.layers import study_layers
     from kvprune.studies.retrieval import study_retrieval
     from kvprune.studies.robustness import study_robustness
@@ -52,6 +53,7 @@ _HOMES = {
     "Recovered": "kvprune.recovery.recover",
     "read_record": "kvprune.runtime.files",
     "study_calibration": "kvprune.studies.calibration",
+    "study_depth": "kvprune.studies.depth",
     "study_layers": "kvprune.studies.layers",
     "study_retrieval": "kvprune.studies.retrieval",
     "study_robustness": "kvprune.studies.robustness",
@@ -80,6 +82,7 @@ __all__ = [
     "refresh",
     "report",
     "study_calibration",
+    "study_depth",
     "study_layers",
     "study_retrieval",
     "study_robustness",

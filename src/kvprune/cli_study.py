@@ -67,6 +67,45 @@ def study_calibration(
     print_table(calibration_table(report))
 
 
+@study.command(name="depth")
+def study_depth(
+    source: SourceArgument,
+    out: Out,
+    ratios: Annotated[
+        list[float] | None,
+        typer.Option("--ratio", help="fraction of the KV bytes to remove, repeatable  [default: 0.25 and 0.5]"),
+    ] = None,
+    depths: Annotated[
+        list[int] | None,
+        typer.Option("--depth", help="layers without attention, repeatable  [default: 0, 1, 2 and 4]"),
+    ] = None,
+    calibration: Annotated[str | None, AsPrune] = None,
+    calibration_tokens: Annotated[int | None, AsPrune] = None,
+    repair_tokens: Annotated[int | None, AsPrune] = None,
+    merge: Annotated[str | None, AsPrune] = None,
+    align: Annotated[int | None, AsPrune] = None,
+    min_width: Annotated[int | None, AsPrune] = None,
+    eval: Eval = None,
+    eval_tokens: EvalTokens = 16384,
+    window: Annotated[int, typer.Option(help="evaluation window")] = 512,
+    resume: Resume = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Layers without attention against width, at equal KV bytes; with a picture."""
+    report = kvprune.study_depth(progress=on_stderr(), **given(locals()))
+    if as_json:
+        print(json.dumps(report))
+        return
+    from kvprune.measure.table import print_table
+    from kvprune.studies.table import depth_table
+
+    print_table(depth_table(report))
+
+
 @study.command(name="layers")
 def study_layers(
     source: SourceArgument,

@@ -9,8 +9,7 @@ read the same `tokens` tokens, so that the size means the size. Nothing but the 
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from kvprune.runtime.dtype import find_dtype
 from kvprune.runtime.files import writing_to
 from kvprune.studies import plot
 from kvprune.studies.journal import PICTURE, StudyJournal
+from kvprune.studies.noted import Noted
 from kvprune.studies.stretches import Stretches, find_stretches
 from kvprune.studies.summary import summarise
 from kvprune.text.corpus import SELF, is_file, read_text, text_names
@@ -205,7 +205,7 @@ class _Study:
     def _cell(self, text: str, size: int, seed: int, advance: Callable[..., None]) -> dict[str, Any]:
         """One prune."""
         start = time.perf_counter()
-        inner = _Noted(self.progress, advance, f"{Path(text).name} {size:,} #{seed}")
+        inner = Noted(self.progress, advance, f"{Path(text).name} {size:,} #{seed}")
         first = None
         with tempfile.TemporaryDirectory(prefix="kvprune-study-") as folder:
             given: dict[str, Any] = {"calibration": SELF, "seed": seed}
@@ -247,22 +247,6 @@ class _Study:
             "cells": cells,
             "seconds": round(sum(cell["seconds"] for cell in cells), 3),
         }
-
-
-class _Noted(Progress):
-    """The phases of one prune as notes beside the study's bar."""
-
-    def __init__(self, outer: Progress, advance: Callable[..., None], cell: str):
-        super().__init__()
-        self.outer, self.advance, self.cell = outer, advance, cell
-
-    def say(self, message: str) -> None:
-        self.outer.say(f"{self.cell}: {message}")
-
-    @contextmanager
-    def _show(self, name: str, total: int) -> Iterator[Callable[..., None]]:
-        self.advance(0, f"{self.cell}: {name}")
-        yield lambda steps, note="": None
 
 
 def _sha256(text: str) -> str:

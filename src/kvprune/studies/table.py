@@ -88,3 +88,18 @@ def retrieval_table(report: dict[str, Any]) -> RenderableType:
         shown = (f"{cell['exact']:.0%} ({cell['loss']:.2f})" for cell in cells)
         table.add_row(report["sources"][index], task, f"{n:,}", *shown)
     return table
+
+
+def depth_table(report: dict[str, Any]) -> RenderableType:
+    """A row a ratio and depth, and what is best."""
+    table = Table(title="perplexity, pruned / dense, at equal KV bytes")
+    texts = list(dict.fromkeys(row["text"] for row in report["cells"][0]["perplexity"]))
+    for column in ("KV bytes cut", "without attention", "which", "width", *map(_short, texts), "weights a step reads"):
+        table.add_column(column, justify="right", overflow="fold")
+    for cell in report["cells"]:
+        found = {row["text"]: row["pruned"] / row["dense"] for row in cell["perplexity"]}
+        which = ", ".join(map(str, cell["dropped"])) or "-"
+        read = f"{cell['weights_read_bytes']['pruned']:,}"
+        shown = (f"{found[text]:.3f}" for text in texts)
+        table.add_row(f"{cell['ratio']:.0%}", str(cell["depth"]), which, f"{cell['width']:.0f}", *shown, read)
+    return Group(table, report["said"])

@@ -21,7 +21,6 @@ from kvprune.runtime.dtype import stored_dtype
 # Of the inputs' mean square; the held-out slice chooses. Less than a tenth loses on text of another kind.
 RIDGES = (0.1, 1.0, 10.0, 100.0)
 PIECES = 4  # in which a symmetric product is computed: five eighths of the work
-TINY = 1e-4  # of a norm's weight, which is about 1: what it hardly lets through is left as it was
 HELD_OUT = 8  # every eighth window is held out, and of fewer the last
 
 
@@ -99,9 +98,7 @@ def refit(
     Two streams walk through the layers, the dense model's and the pruned one's, whose earlier layers are repaired
     already. O is fitted so that the residual stream behind the attention becomes the dense model's, then the MLP's
     last matrix so that the one behind the block does. A token's error counts relative to the size of its residual
-    stream, which is what the next norm divides by: else the few tokens with huge ones would decide. Where a norm stands
-    between a matrix and the stream, what is missing behind it is led back through it, to the size that the dense
-    matrix's output has there.
+    stream, which is what the next norm divides by: else the few tokens with huge ones would decide.
 
     Batches (B, T). Every eighth window is held out: it chooses the ridge, and where no ridge lowers its error the
     matrix stays. Memory: of the text before one block the hidden states, four times, or three times and the inputs of
@@ -131,14 +128,13 @@ def refit(
 
 @dataclass(frozen=True)
 class Targets:
-    """What a layer's matrices are fitted to, a tensor a batch: the dense residual stream behind the attention and
-    behind the block, (B, T, hidden); and where a norm stands between a matrix and the stream, the root mean square of
-    what the dense one puts out, (B, T, 1), else nothing."""
+    """What a layer's matrices are fitted to, one tensor (B, T, hidden) a batch. attention: the dense residual stream
+    behind the attention, or what its attention puts out where a norm stands between; behind: the stream behind the
+    block; down: what the MLP's last matrix puts out, where a norm stands between; else empty."""
 
     attention: list[torch.Tensor]
+    down: list[torch.Tensor]
     behind: list[torch.Tensor]
-    attention_size: list[torch.Tensor]
-    down_size: list[torch.Tensor]
 
 
 class _Layer:
@@ -173,41 +169,43 @@ class _Layer:
         path = f"{self.family.mlp}.{self.family.down}".strip(".")
         return block.get_submodule(path) if self.family.down else None
 
-    def dense(self, states: list[torch.Tensor]) -> Targets:
+    def dense(self, states: list[torch.Tensor]) -> "Targets":
         """Take the dense residual stream behind the block, in place; returns what the matrices are fitted to."""
-        found = Targets([], states, [], [])
+        found = Targets([], [], states)
         outputs: dict[str, torch.Tensor] = {}
-
-        def keep(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
-            outputs[name] = output[0] if isinstance(output, tuple) else output
-
-        norm = _norm(self.dense_block, self.family.behind_attention)
         watched = {"attention": self.dense_attention}
         if self.family.behind_mlp and self.down is not None:
-            watched["down"] = cast(nn.Module, self._down(self.dense_block))
-        hooks = [module.register_forward_hook(partial(keep, name)) for name, module in watched.items()]
+            down = self._down(self.dense_block)
+            assert down is not None
+            watched["down"] = down
+        hooks = [
+            module.register_forward_hook(
+                lambda _m, _a, output, name=name: outputs.__setitem__(
+                    name, output[0] if isinstance(output, tuple) else output
+                )
+            )
+            for name, module in watched.items()
+        ]
         try:
             for number, state in enumerate(states):
                 states[number] = self.dense_calls.run(self.dense_block, self.index, state)
                 attention = outputs.pop("attention")
-                found.attention.append(state + self.times * (attention if norm is None else norm(attention)))
-                if norm is not None:
-                    found.attention_size.append(_size(attention))
+                found.attention.append(attention if self.family.behind_attention else state + self.times * attention)
                 if "down" in watched:
-                    found.down_size.append(_size(outputs.pop("down")))
+                    found.down.append(outputs.pop("down"))
         finally:
             for hook in hooks:
                 hook.remove()
         return found
 
-    def fit(self, states: list[torch.Tensor], targets: Targets) -> list[Refitted]:
+    def fit(self, states: list[torch.Tensor], targets: "Targets") -> list[Refitted]:
         """Fit O and the MLP's last matrix to the dense stream, and take `states` behind the block, in place.
 
         Attention and MLP run once: what reaches their last matrices is kept, and the block is called again with what
         the new matrices make of it. What is fitted to is used up.
         """
         attended = [input_of(self.o, partial(self._run, state)) for state in states]
-        found = [self._fit_o(states, attended, targets)]
+        found = [self._fit_o(states, attended, targets.attention)]
         targets.attention.clear()
         inner: list[torch.Tensor] = []
         if self.down is not None:
@@ -220,25 +218,25 @@ class _Layer:
                 states[number] = self._run(states[number])
         return found
 
-    def _fit_o(self, states: list[torch.Tensor], attended: list[torch.Tensor], targets: Targets) -> Refitted:
-        """Fit O, so that behind the attention `states` become the targets."""
+    def _fit_o(self, states: list[torch.Tensor], attended: list[torch.Tensor], targets: list[torch.Tensor]) -> Refitted:
+        """Fit O, so that behind the attention `states` become the targets; or, where a norm stands between, so that it
+        puts out the targets themselves."""
         moments = Moments(), Moments()
-        for number, (state, z, target) in enumerate(zip(states, attended, targets.attention, strict=True)):
-            missing = (target.float() - state.float()) / self.times
-            size = targets.attention_size[number] if targets.attention_size else 1.0
-            row = _inverse_size(target) / size
-            moments[number >= self.fitted].add(_with_one(z, self.o), missing * size, row)
-        return self._fit("o", self.o, *moments, _norm(self.block, self.family.behind_attention))
+        for number, (state, z, target) in enumerate(zip(states, attended, targets, strict=True)):
+            missing = target.float()
+            if not self.family.behind_attention:
+                missing = (missing - state.float()) / self.times
+            moments[number >= self.fitted].add(_with_one(z, self.o), missing, _inverse_size(target))
+        return self._fit("o", self.o, *moments)
 
     def _fit_down(
-        self, states: list[torch.Tensor], attended: list[torch.Tensor], targets: Targets, inner: list[torch.Tensor]
+        self, states: list[torch.Tensor], attended: list[torch.Tensor], targets: "Targets", inner: list[torch.Tensor]
     ) -> Refitted:
-        """Fit the MLP's last matrix, so that behind the block `states` become the targets. What reaches it is added to
-        `inner`."""
+        """Fit the MLP's last matrix, so that behind the block `states` become the targets; or, where a norm stands
+        between, so that it puts out the targets themselves. What reaches it is added to `inner`."""
         assert self.down is not None
         moments = Moments(), Moments()
         added: list[torch.Tensor] = []
-        norm = _norm(self.block, self.family.behind_mlp)
 
         def keep(_module: nn.Module, args: tuple, output: torch.Tensor) -> None:  # some put all tokens in one dim
             inner.append(args[0].view(*states[len(inner)].shape[:2], -1))
@@ -246,18 +244,19 @@ class _Layer:
 
         hook = self.down.register_forward_hook(keep)
         try:
-            for number, (state, z, target) in enumerate(zip(states, attended, targets.behind, strict=True)):
+            for number, (state, z, behind) in enumerate(zip(states, attended, targets.behind, strict=True)):
                 with _answering(self.attention, (self.o(z), None)):
                     output = self._run(state)
-                own = added.pop()
-                # What the MLP should have added is what it added and what is still missing behind the block.
-                missing = (target.float() - output.float()) / self.times + (own if norm is None else norm(own)).float()
-                size = targets.down_size[number] if targets.down_size else 1.0
-                row = _inverse_size(target) / size
-                moments[number >= self.fitted].add(_with_one(inner[-1], self.down), missing * size, row)
+                if targets.down:
+                    missing = target = targets.down[number]
+                    added.clear()
+                else:  # What the MLP should have added is what it added and what is still missing behind the block.
+                    target = behind
+                    missing = (behind.float() - output.float()) / self.times + added.pop().float()
+                moments[number >= self.fitted].add(_with_one(inner[-1], self.down), missing, _inverse_size(target))
         finally:
             hook.remove()
-        return self._fit("down", self.down, *moments, norm)
+        return self._fit("down", self.down, *moments)
 
     def _run(self, state: torch.Tensor) -> torch.Tensor:
         """The pruned residual stream behind the block, (B, T, hidden)."""
@@ -279,26 +278,20 @@ class _Layer:
             states[number] = self._run(state)
         return [Refitted(**row) for row in report]
 
-    def _fit(
-        self, name: str, module: nn.Module, fitted: Moments, held: Moments, norm: nn.Module | None = None
-    ) -> Refitted:
-        """norm: what stands between the matrix and the stream. Up to a size, which it does not see, what comes out
-        behind it is its weight times what the matrix puts out: fitted is their product."""
+    def _fit(self, name: str, module: nn.Module, fitted: Moments, held: Moments) -> Refitted:
         if not (fitted.is_finite() and held.is_finite()):
             raise not_finite(f"layer {self.index}: what {name} is fitted to", self.lm)
-        own = _as_matrix(module)
-        scale = torch.ones_like(own[:, :1]) if norm is None else _weight_of(norm, own)
-        before = held.error(own * scale)
+        old = _as_matrix(module)
+        before = held.error(old)
         # Judged as they will be written: rounding can cost more than a fit gains.
-        fits = [ridge_fit(fitted, own * scale, ridge) for ridge in RIDGES]
-        candidates = [torch.where(scale.abs() > TINY, fit / scale, own).to(self.stored) for fit in fits]
-        errors = [held.error(weight * scale) for weight in candidates]
+        candidates = [ridge_fit(fitted, old, ridge).to(self.stored) for ridge in RIDGES]
+        errors = [held.error(weight) for weight in candidates]
         best = min(range(len(RIDGES)), key=errors.__getitem__)
-        total = max(float(held.yy), 1e-300)
+        scale = max(float(held.yy), 1e-300)
         if not errors[best] < before:
-            return Refitted(self.index, name, before / total, before / total, None)
+            return Refitted(self.index, name, before / scale, before / scale, None)
         _write(module, candidates[best])
-        return Refitted(self.index, name, before / total, errors[best] / total, RIDGES[best])
+        return Refitted(self.index, name, before / scale, errors[best] / scale, RIDGES[best])
 
 
 @contextmanager
@@ -323,21 +316,6 @@ def split(batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[tor
         out[-1] = True
     size = len(batches[0])
     return list(windows[~out].split(size)), list(windows[out].split(size))
-
-
-def _norm(block: nn.Module, name: str) -> nn.Module | None:
-    return block.get_submodule(name) if name else None
-
-
-def _weight_of(norm: nn.Module, matrix: torch.Tensor) -> torch.Tensor:
-    """What a norm multiplies each of its channels by, beside the common size, (n, 1) float64; matrix (n, ...)."""
-    ones = torch.ones(1, len(matrix), dtype=next(norm.parameters()).dtype, device=matrix.device)
-    return norm(ones).double().T
-
-
-def _size(x: torch.Tensor) -> torch.Tensor:
-    """(..., n) -> (..., 1): the root mean square."""
-    return x.float().square().mean(-1, keepdim=True).clamp_min(1e-12).sqrt()
 
 
 def _inverse_size(stream: torch.Tensor) -> torch.Tensor:
