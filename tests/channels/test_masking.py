@@ -104,3 +104,18 @@ def test_removing_everything_leaves_the_attention_constant(family, merge):
         model(torch.randint(3, VOCABULARY, (1, 7)))
     hook.remove()
     assert torch.allclose(outputs[0], outputs[0][:, :1].expand_as(outputs[0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_in_bfloat16_it_is_the_same_within_rounding(family):
+    """Slow pairs are turned back in float32."""
+    model = tiny_model(family, kv_heads=4, groups=2, layers=1, **STILL)
+    (basis,) = measured_bases(model, 2, slow=True)
+    plan, ids = merged_plan(model, [basis], [16]), torch.randint(3, VOCABULARY, (2, 11))
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        view = ModelView(model.to(dtype))
+        with tapped(view), masked(view.attention[0], kept_of(plan.layers[0]), basis):
+            found.append(model(ids).logits.float())
+    torch.testing.assert_close(*found, rtol=0.1, atol=0.1)

@@ -322,8 +322,11 @@ def test_a_head_that_the_config_calls_tied_stays_the_checkpoints_own(checkpoint,
         assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_bfloat16(checkpoint, texts):
-    result = kvprune.prune(checkpoint, ratio=0.5, dtype="bfloat16", **COARSE)
+@pytest.mark.parametrize(
+    "how", [{}, {"allocation": "budget"}, {"allocation": "budget", "probes": "measured"}, {"depth": 1}]
+)
+def test_bfloat16(checkpoint, texts, how):
+    result = kvprune.prune(checkpoint, ratio=0.5, dtype="bfloat16", **COARSE, **how)
     assert result.model.dtype == torch.bfloat16
     assert result.record["kv_bytes_per_token"]["dense"] == 2 * 4 * 2 * 32 * 2
 

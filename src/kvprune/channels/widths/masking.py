@@ -26,8 +26,8 @@ def masked(attention: Attention, kept: Kept, basis: Basis) -> Iterator[None]:
         query, key, value = seen.query, seen.key, seen.value
         if len(slow):
             query, key = query.clone(), key.clone()
-            query[..., slow] = seen.before_rope(seen.query, slow) * attention.stretch**2
-            key[..., slow] = seen.before_rope(seen.key, slow) - constant
+            query[..., slow] = (seen.before_rope(seen.query, slow) * attention.stretch**2).to(query.dtype)
+            key[..., slow] = (seen.before_rope(seen.key, slow) - constant).to(key.dtype)
         shared = 0 if bias is None else bias.unsqueeze(1)  # (kv_heads, 1, D)
         value = _projected(of_values, value - shared, heads) + shared
         return replace(seen, query=query, key=_projected(of_keys, key, heads), value=value)
