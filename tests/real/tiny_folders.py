@@ -24,8 +24,7 @@ SIZES = {
 }
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
 MECHANISMS = {  # model_type -> what its config says beside the sizes
-    "qwen3": {"head_dim": 64},  # a norm on q and k
-    "gemma3_text": {"head_dim": 64, **SLIDING},  # that, windows, and a table of RoPE for each
+    "gemma3_text": {"head_dim": 64, **SLIDING},  # a norm on q and k, windows, and a table of RoPE for each type
     "phi3": {"hidden_size": 256},  # fused projections
     "glm": {"head_dim": 64, "partial_rotary_factor": 0.5},  # interleaved and partial RoPE
 }
