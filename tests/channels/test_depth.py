@@ -15,10 +15,13 @@ from kvprune.channels.widths.allocation import Grid
 from kvprune.channels.widths.depth import choose_depth, widths_without
 from kvprune.errors import BadOption, UnreachableRatio
 from kvprune.models.view import ModelView
+from kvprune.runtime import quantized
 from kvprune.runtime.cache import GrowingCache
 from kvprune.runtime.modeling import CACHE
+from kvprune.runtime.quantized import quantized_cache
 from tiny import COARSE, VOCABULARY, make_plan, random_layers, tiny_model, tiny_tokenizer
 
+BITS = [bits for bits in (8, 4) if quantized._available(bits)]  # that something here quantises to
 DROPPED = [(0,), (1, 2), (3,)]
 
 
@@ -144,3 +147,18 @@ def test_the_total_is_kept():
     widths = widths_without([3, 7], 0.5, grid)
     assert [i for i, w in enumerate(widths) if not w] == [3, 7]
     assert sum(widths) == 960
+
+
+@pytest.mark.parametrize("bits", BITS)
+@torch.no_grad()
+def test_a_quantised_cache(bits):
+    """It has nothing to quantise where there is no attention."""
+    _, pruned = without("llama", (0, 2))
+    ids = torch.randint(3, VOCABULARY, (1, 14))
+    cache = quantized_cache(pruned.config, bits)
+    steps = [pruned(ids[:, :9], **{CACHE: cache}).logits]
+    steps += [pruned(ids[:, t : t + 1], **{CACHE: cache}).logits for t in range(9, 14)]
+    assert cache.get_seq_length() == 14
+    expected = pruned(ids).logits
+    assert torch.isfinite(torch.cat(steps, 1)).all()
+    assert (torch.cat(steps, 1) - expected).abs().mean() < 0.2 * expected.abs().mean()

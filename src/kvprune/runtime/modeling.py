@@ -363,7 +363,8 @@ class NoAttention(nn.Module):
 
     def __init__(self, dense: nn.Module, config):
         super().__init__()
-        self.config, self.layer_idx = config, dense.layer_idx
+        self.config = config
+        self.layer_idx: Any = dense.layer_idx
         with warnings.catch_warnings():  # torch has one for a matrix that reads nothing
             warnings.simplefilter("ignore")
             self.o_proj = nn.Linear(0, config.hidden_size)
@@ -379,11 +380,21 @@ class NoAttention(nn.Module):
             if isinstance(cache, CacheLayerMixin):
                 cache.update(nothing, nothing)
             else:
+                self._count_only(cache)
                 cache.update(nothing, nothing, self.layer_idx)
-                layer = cache.layers[self.layer_idx]
-                if isinstance(layer, DynamicLayer) and not layer.is_sliding:
-                    layer.__class__ = Countless
+                self._count_only(cache)  # where a cache makes its layers on the way
         return self.o_proj(hidden_states[..., :0]), None
+
+    def _count_only(self, cache: Any) -> None:
+        """Have this layer's place in a cache count tokens, whatever the cache does with keys and values."""
+        layers = cache.layers
+        if self.layer_idx >= len(layers) or isinstance(layers[self.layer_idx], Countless):
+            return
+        layer = layers[self.layer_idx]
+        if isinstance(layer, DynamicLayer) and not layer.is_sliding:
+            layers[self.layer_idx] = Countless()
+            if layer.is_initialized:
+                layers[self.layer_idx].update(layer.keys, layer.values)
 
 
 def _dropout_of(dense: nn.Module) -> float:
