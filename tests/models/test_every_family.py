@@ -12,6 +12,7 @@ from kvprune.channels.cut.surgery import cut
 from kvprune.channels.evidence.moments import attention_moments
 from kvprune.models.family import FAMILIES
 from kvprune.models.view import ModelView
+from kvprune.runtime import modeling
 from kvprune.runtime.modeling import CACHE
 from tiny import make_plan
 
@@ -53,8 +54,9 @@ def without_channels(model, seed=0):
     return change, cut(view, make_plan(model, layers))
 
 
-def merged(model):
-    """The same with all KV heads merged into one, and mixed as they are where RoPE leaves channels alone."""
+def merged(model, share=0.5):
+    """The same with all KV heads merged into one, and mixed as they are where RoPE leaves channels alone; share: by how
+    much of the heads' channels WIDTHS are scaled."""
     view = ModelView(model)
     kv_heads, plan, generator = view.shape.kv_heads, [], torch.Generator().manual_seed(0)
     slow = []
@@ -63,7 +65,7 @@ def merged(model):
         slow.append(torch.stack((still, still + D // 2), 1).flatten())
     moments = attention_moments(view, TEXT, slow, kv_heads, lambda n: None)
     bases = [basis_of(m, a.weights(), s)[0] for m, a, s in zip(moments, view.attention, slow, strict=True)]
-    widths = [w * kv_heads // 2 for w in WIDTHS]
+    widths = [int(w * kv_heads * share) // 2 * 2 for w in WIDTHS]
     for basis, width in zip(bases, widths, strict=True):
         half = basis.width // 2
         fast = width // 2 * basis.turning // half  # any of them; of those that are mixed the leading ones
@@ -145,3 +147,24 @@ def test_saved_and_loaded_again(name, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     torch.testing.assert_close(loaded(ids).logits, pruned(ids).logits, rtol=0, atol=1e-5)
     assert loaded.config.per_layer_config[1].head_dim == pruned.config.per_layer_config[1].head_dim
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@torch.no_grad()
+def test_wide_heads_with_few_and_with_many_tokens(name, monkeypatch):
+    """Wider than a dense head, so that Q and O stay as they were; many tokens then attend at the dense width, where the
+    family's channels stand as its table's columns do."""
+    dense = family_model(name)
+    change, pruned = merged(dense, share=1.0)
+    ids = torch.randint(3, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(5))
+    with changed(dense, change):
+        expected = dense(ids).logits
+    tolerance = TOLERANCE.get(name, 1e-5)
+    for many in (256, 4):
+        monkeypatch.setattr(modeling, "MANY", many)
+        torch.testing.assert_close(pruned(ids).logits, expected, rtol=0, atol=2 * tolerance)
+    layers = pruned.base_model.get_submodule(FAMILIES[name].layers)
+    wide = [getattr(layer, FAMILIES[name].attention) for layer in layers]
+    assert any(a.o_mix is not None for a in wide)
+    in_order = all(a.has_own_columns for a in ModelView(dense).attention)
+    assert any(a.dense_heads is not None for a in wide) == in_order
