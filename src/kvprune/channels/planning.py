@@ -183,14 +183,18 @@ class Planner:
         batches = first_windows(self.batches, s.probe_tokens)
         probes = [probe for width in widths for probe in self._probes(scores, bases, width)]
         if s.probes == "estimated":
-            found = self.journal.load_estimates()
-            if found is None:
-                with self.phase("sensitivity", len(batches)) as advance:
-                    found = estimate_sensitivity(self.view, batches, probes, advance)
-                self.journal.save_estimates(found)
-            return found
+            return self._estimated("sensitivity", batches, probes)
         with self.phase("sensitivity", len(probes) * len(batches)) as advance:
             return measure_sensitivity(self.view, batches, probes, self.journal, advance)
+
+    def _estimated(self, phase: str, batches: list[torch.Tensor], probes: list[Probe]) -> list[float]:
+        """What probes would change, estimated, or read from the journal of an interrupted run."""
+        found = self.journal.load_estimates()
+        if found is None:
+            with self.phase(phase, len(batches)) as advance:
+                found = estimate_sensitivity(self.view, batches, probes, advance)
+            self.journal.save_estimates(found)
+        return found
 
     def _widths(self, scores: list[Scores], bases: list[Basis] | None) -> tuple[list[int], list[float] | None]:
         """Kept channels per layer, and the sensitivities that decided them."""
@@ -219,22 +223,14 @@ class Planner:
 
     def _depth(self, scores: list[Scores], bases: list[Basis] | None) -> tuple[list[int], list[float]]:
         """Widths, some of them 0, and what each layer's attention is estimated to be worth."""
-        s, plain = self.settings, identity(self.view.shape.kv_heads, self.grid.head_dim)
-        own = bases or [plain] * self.grid.layers
-        batches = first_windows(self.batches, ESTIMATED_ON)
-        nothing = torch.zeros(len(own[0].heads), 0, dtype=torch.int64)
-        probes = [Probe(block, Kept(nothing, nothing), basis) for block, basis in enumerate(own)]
-        changes = self.journal.load_estimates()
-        if changes is None:
-            with self.phase("depth", len(batches)) as advance:
-                changes = estimate_sensitivity(self.view, batches, probes, advance)
-            self.journal.save_estimates(changes)
+        batches, probes = first_windows(self.batches, ESTIMATED_ON), self._probes(scores, bases, 0)
+        changes = self._estimated("depth", batches, probes)
 
         def loss_of(widths: list[int]) -> float:
             kept = [self._kept(score, width) for score, width in zip(scores, widths, strict=True)]
-            return masked_loss(self.view, batches, kept, own)
+            return masked_loss(self.view, batches, kept, [probe.basis for probe in probes])
 
-        widths = choose_depth(s.depth, changes, s.ratio, self.grid, loss_of)
+        widths = choose_depth(self.settings.depth, changes, self.settings.ratio, self.grid, loss_of)
         gone = [layer for layer, width in enumerate(widths) if not width]
         self.say(f"layers without attention: {', '.join(map(str, gone)) or 'none'}")
         return widths, changes

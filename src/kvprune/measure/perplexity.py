@@ -38,8 +38,7 @@ def perplexity(
     Each window starts afresh and its first token is not scored, so n * (T - 1) tokens are; there is no
     padding. `advance` is called with the number of windows done. kv_bits: keys and values come out of transformers'
     quantised cache as they do in decoding. Raises NotFinite, BadOption for
-    what cannot be quantised, and UnsupportedArchitecture for a model that does more behind its output embedding than
-    the supported ones.
+    what cannot be quantised, and UnsupportedArchitecture for a model whose head is not known.
     """
     step = max(BATCH_TOKENS // windows.shape[1], 1)
     total, count = 0.0, 0

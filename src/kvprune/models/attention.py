@@ -7,6 +7,7 @@ Of channels that RoPE leaves alone two make a pair that turns by nothing.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -52,9 +53,10 @@ def _itself(parameter: torch.Tensor) -> torch.Tensor:
 class Attention:
     """The view of one layer's attention module.
 
-    order (D,): which of the family's channels stands at each place. columns (D + 1,): the column of the family's table
-    of cos and sin for the channel at each place, the last for no turn. frequencies (D / 2,): radians a token, 0 for
-    none. stretch: what RoPE multiplies by as it turns. context: the farthest that a query looks back, tokens.
+    order (D,): which of the family's channels stands at each place; is_in_order: whether that is its own. columns
+    (D + 1,): the column of the family's table of cos and sin for the channel at each place, the last for no turn.
+    frequencies (D / 2,): radians a token, 0 for none. stretch: what RoPE multiplies by as it turns. context: the
+    farthest that a query looks back, tokens.
     """
 
     def __init__(
@@ -75,16 +77,12 @@ class Attention:
         known = torch.zeros(len(turning)) if turning.is_meta else turning.cpu()
         self.frequencies = torch.cat((known.double(), torch.zeros(still, dtype=torch.float64)))
         self.order, self.columns = _layout(shape.head_dim, len(turning), family, inv_freq)
+        self.is_in_order = bool((self.order == torch.arange(shape.head_dim)).all())
 
     @property
     def is_normed(self) -> bool:
         """Whether a norm stands behind Q and K, whose projections then stay as they are, in the family's order."""
         return bool(self.family.norm_of)
-
-    @property
-    def is_in_order(self) -> bool:
-        """Whether the family's channels stand as they do here."""
-        return bool((self.order == torch.arange(len(self.order))).all())
 
     @property
     def has_own_columns(self) -> bool:
@@ -113,6 +111,20 @@ class Attention:
     def has_bias(self, name: str) -> bool:
         return getattr(self.projection(name), "bias", None) is not None
 
+    @property
+    def constant(self) -> torch.Tensor | None:
+        """V's bias (kv_heads, D) where it comes out as a constant behind O: attention weights sum to one, unless there
+        are sinks."""
+        return None if self.has_sinks or not self.has_bias("v") else self.rows("v")[1]
+
+    @property
+    def device(self) -> torch.device:
+        return cast(torch.Tensor, self.projection("o").weight).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return cast(torch.Tensor, self.projection("o").weight).dtype
+
     def rows(self, name: str, of: Callable[[torch.Tensor], torch.Tensor] = _itself) -> tuple[torch.Tensor, ...]:
         """The matrix of "q", "k" or "v" in the family's order of channels, (heads, D, hidden), and its bias (heads, D)
         if it has one."""
@@ -130,7 +142,7 @@ class Attention:
 
     def weights(self, of: Callable[[torch.Tensor], torch.Tensor] = _itself) -> AttentionWeights:
         """The weights, and each parameter's `of` in its place (its gradient)."""
-        s, order = self.shape, self.order
+        s, order = self.shape, slice(None) if self.is_in_order else self.order
         (q, *q_bias), (k, *k_bias), (v, *v_bias) = (self.rows(name, of) for name in "qkv")
         out = self.projection("o")
         weight = of(out.weight)  # type: ignore[arg-type]

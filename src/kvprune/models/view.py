@@ -11,6 +11,7 @@ from kvprune.models.attention import Attention, AttentionShape, rope_pairs
 from kvprune.models.family import check_config, dense_head_dim, dense_kv_heads, family_of
 from kvprune.models.logits import Head
 from kvprune.runtime import PREFIX
+from kvprune.runtime.modeling import window_of
 
 
 class ModelView:
@@ -40,8 +41,8 @@ class ModelView:
         module = cast(nn.Module, getattr(block, self.family.attention))
         inv_freq, stretch = self._rope(number)
         context = config.max_position_embeddings
-        window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
-        return Attention(module, self.family, self.shape, inv_freq, stretch, min(window or context, context))
+        window = window_of(module, config) or context
+        return Attention(module, self.family, self.shape, inv_freq, stretch, min(window, context))
 
     def _rope(self, number: int) -> tuple[torch.Tensor | None, float]:
         """The frequencies of block `number`, (pairs,), and what RoPE multiplies by; some models have one table for each

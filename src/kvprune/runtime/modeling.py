@@ -178,7 +178,7 @@ class PrunedAttention(nn.Module):
         self.attention_dropout = _dropout_of(dense)
         self.is_causal = getattr(dense, "is_causal", True)
         # Families with a window pass it on with every call; the mask is made by the model.
-        self.sliding_window = _window_of(dense, config)
+        self.sliding_window = window_of(dense, config)
         self.softcap = getattr(dense, "attn_logit_softcapping", None)
         self.sinks = getattr(dense, "sinks", None)
 
@@ -370,7 +370,7 @@ class NoAttention(nn.Module):
             self.o_proj = nn.Linear(0, config.hidden_size)
         nn.init.zeros_(self.o_proj.bias)
         # Read by whoever makes masks and caches, as of the others
-        self.is_causal, self.sliding_window = getattr(dense, "is_causal", True), _window_of(dense, config)
+        self.is_causal, self.sliding_window = getattr(dense, "is_causal", True), window_of(dense, config)
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
         cache = take_cache(kwargs)
@@ -406,7 +406,7 @@ def _dropout_of(dense: nn.Module) -> float:
     return 0.0
 
 
-def _window_of(dense: nn.Module, config: Any) -> int | None:
+def window_of(dense: nn.Module, config: Any) -> int | None:
     """Of sliding-window attention; some families give the number to every layer, and say apart whether it slides."""
     window = getattr(dense, "sliding_window", getattr(config, "sliding_window", None))
     return (window or None) if getattr(dense, "is_sliding", True) else None

@@ -12,9 +12,8 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvprune.models.family import Family
-from kvprune.runtime.modeling import rotate_half
+from kvprune.runtime.modeling import rotate_half, window_of
 from kvprune.tokens.anchors import cosine, moving_average
-from kvprune.tokens.binding import window_of
 from kvprune.tokens.cache import FilteredLayer
 from kvprune.tokens.fusion import FUSIONS
 from kvprune.tokens.settings import Settings

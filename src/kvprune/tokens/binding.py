@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Collection
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -117,11 +117,9 @@ def check_even(cache: Any) -> None:
         raise CacheMismatch("this cache has been used without its TokenFilter; start with an empty one")
 
 
-def window_of(module: nn.Module, config: Any) -> int | None:
-    """The sliding window of an attention module, tokens; some families give the number to every layer, and say apart
-    whether it slides."""
-    window = getattr(module, "sliding_window", getattr(config, "sliding_window", None))
-    return cast(int | None, window or None) if getattr(module, "is_sliding", True) else None
+def has_attention(module: nn.Module) -> bool:
+    """Whether a layer has not lost its attention."""
+    return getattr(module, "head_dim", None) != 0
 
 
 def is_capped(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from kvprune.errors import BadOption, CacheMismatch, FilterMisuse
 from kvprune.models.family import Family, check_config, dense_head_dim, dense_kv_heads, family_of
 from kvprune.runtime.attention import packed_attention
-from kvprune.runtime.modeling import CACHE
+from kvprune.runtime.modeling import CACHE, window_of
 from kvprune.runtime.quantized import is_quantized
 from kvprune.tokens.admission import Admission
 from kvprune.tokens.admitted import AdmittedLayer
@@ -33,10 +33,10 @@ from kvprune.tokens.binding import (
     check_generate,
     check_model,
     forward_of,
+    has_attention,
     is_capped,
     own_layers,
     replaced,
-    window_of,
 )
 from kvprune.tokens.report import bytes_of
 from kvprune.tokens.signals import SIGNALS, Before
@@ -129,8 +129,7 @@ class LateAdmission:
             raise FilterMisuse("the model has a TokenFilter already; leave its context first")
         if any(map(is_capped, modules)):
             raise FilterMisuse(f"keep cannot work on {config.model_type}, whose attention has a cap or sinks")
-        has_keys = [getattr(m, "head_dim", None) != 0 for m in modules]  # some may have lost their attention
-        self._modules = {i: m for i, m in enumerate(modules) if has_keys[i] and window_of(m, config) is None}
+        self._modules = {i: m for i, m in enumerate(modules) if has_attention(m) and window_of(m, config) is None}
         if not self._modules:
             raise FilterMisuse("every layer of this model has a sliding window, which is short already; leave keep out")
         longest = config.max_position_embeddings

@@ -22,6 +22,7 @@ from kvprune.tokens.binding import (
     check_generate,
     check_model,
     forward_of,
+    has_attention,
     is_capped,
     own_layers,
     replaced,
@@ -56,13 +57,13 @@ class Skipping:
         config = model.config
         family = family_of(config.model_type)
         check_config(config)
-        if not family.is_plain or any(is_capped(getattr(block, family.attention)) for block in family.blocks(model)):
+        modules = [getattr(block, family.attention) for block in family.blocks(model)]
+        if not family.is_plain or any(map(is_capped, modules)):
             raise FilterMisuse(f"skipping is built for Llama's attention, not for {config.model_type}'s; use keep")
         check_attention(config)
-        modules = [getattr(block, family.attention) for block in family.blocks(model)]
         if any(isinstance(getattr(vars(m).get(forward_of(m)), "__self__", None), FilteredAttention) for m in modules):
             raise FilterMisuse("the model has a TokenFilter already; leave its context first")
-        if any(getattr(m, "head_dim", None) == 0 for m in modules):
+        if not all(map(has_attention, modules)):
             raise FilterMisuse("skipping needs attention in every layer, and some have lost theirs; use keep")
         s = self.settings
         skip = s.rates(s.ratio, len(modules))

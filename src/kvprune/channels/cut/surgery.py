@@ -101,13 +101,13 @@ def _config(view: ModelView, plan: PruningPlan, factored: Sequence[bool]):
 def _maps(attention: Attention, basis: Basis, kept: Kept, order: torch.Tensor | None, stretch: float) -> Cut:
     """The maps to the kept coordinates and back, on the layer's device. order (width,): which of the kept coordinates
     of Q and K stands where; None: as they are. stretch: what RoPE multiplies queries and keys by as it turns them."""
-    maps, device = basis.cut(kept), attention.weights().k.device
+    maps = basis.cut(kept)
     if stretch != 1:  # what RoPE leaves alone has it from the queries
         still = (maps.rope == attention.shape.head_dim).repeat_interleave(basis.heads.shape[1], 0).unsqueeze(1)
         maps = replace(maps, queries=torch.where(still, maps.queries * stretch**2, maps.queries))
     if order is not None:
         maps = replace(maps, keys=maps.keys[:, order], queries=maps.queries[..., order], rope=maps.rope[:, order])
-    return Cut(*(x.to(device) for x in vars(maps).values()))
+    return Cut(*(x.to(attention.device) for x in vars(maps).values()))
 
 
 def _constant(attention: Attention, basis: Basis, maps: Cut) -> dict[str, torch.Tensor]:

@@ -83,9 +83,7 @@ class _Sums:
         self.lm, s, attention = view.lm, view.shape, view.attention[index]
         self.shape, self.heads, self.stretch = s, heads, attention.stretch
         weights = attention.weights()
-        self.device = weights.o.device
-        # What all values have in common comes out as a constant, unless weights sum to less than one
-        self.v_bias, self.o = None if attention.has_sinks else weights.v_bias, weights.o
+        self.device, self.v_bias, self.o = attention.device, attention.constant, weights.o
         self.draws = torch.Generator().manual_seed(index)
         self.units, self.slow = view.units.to(self.device), slow.to(self.device)
         m, pairs, n = heads.shape[1], len(self.units), len(slow)

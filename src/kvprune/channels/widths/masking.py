@@ -17,10 +17,9 @@ def masked(attention: Attention, kept: Kept, basis: Basis) -> Iterator[None]:
     slow pairs do not turn. V's bias is no part of it where it is a constant at the output, which surgery keeps too.
     `kept` may be empty: the attention then adds only that."""
     of_keys, of_values = basis.cut(kept).projections()
-    heads, slow, weights = basis.heads, basis.slow, attention.weights()
-    bias = None if attention.has_sinks else weights.v_bias
+    heads, slow, bias = basis.heads, basis.slow, attention.constant
     # What does not turn adds the same for all keys, which no softmax sees; there and back it could become huge
-    constant = basis.slow_means().to(weights.k.device, weights.k.dtype) * (not attention.is_more_than_scores)
+    constant = basis.slow_means().to(attention.device, attention.dtype) * (not attention.is_more_than_scores)
 
     def change(seen: Seen) -> Seen:
         query, key, value = seen.query, seen.key, seen.value
