@@ -90,6 +90,10 @@ def prune(
     align: Annotated[int | None, typer.Option(help="widths are multiples of this  [default: 8]")] = None,
     min_width: Annotated[int | None, typer.Option(help="no layer keeps fewer channels  [default: 16]")] = None,
     plan: Annotated[str | None, typer.Option(help="apply this plan.json instead of making one")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="what may be used, as 20GiB; more is done block by block  [default: what is free]"),
+    ] = None,
     resume: Resume = False,
     device: Device = "auto",
     dtype: Dtype = "auto",

@@ -52,6 +52,10 @@ class OutputExists(KVPruneError):
     """The output folder holds something that must not be overwritten."""
 
 
+class TooLittleMemory(KVPruneError):
+    """Not even one block at a time has room."""
+
+
 class NoSpace(KVPruneError):
     """The disk is full or the folder cannot be written."""
 

@@ -276,9 +276,13 @@ def test_a_journal_keeps_a_basis_bit_for_bit(tmp_path, m):
     basis, worth, _ = based(random_moments(m, 2, slow=slow), slow)
     plain = identity(2, D)
     journal = Journal.open(tmp_path / "out", {}, resume=False)
-    journal.save_scores([Scores(worth, worth[:, :0])] * 2, [basis, plain])
-    scores, bases = Journal.open(tmp_path / "out", {}, resume=True).load_scores()
-    assert torch.equal(scores[0].qk, worth)
+    for layer, one in enumerate((basis, plain)):
+        journal.keep_layer(layer, Scores(worth, worth[:, :0]), one)
+    again = Journal.open(tmp_path / "out", {}, resume=True)
+    (scores, first), (_, second) = (again.load_layer(layer) for layer in range(2))
+    bases = [first, second]
+    assert again.load_layer(2) is None
+    assert torch.equal(scores.qk, worth)
     for found, expected in zip(bases, (basis, plain), strict=True):
         assert found.tensors().keys() == expected.tensors().keys()
         for name, tensor in expected.tensors().items():

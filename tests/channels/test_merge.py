@@ -207,7 +207,7 @@ def test_a_run_that_was_stopped_goes_on_to_equal_weights(checkpoint, texts, tmp_
         patch.setattr(f"kvprune.channels.{module}.{stage}", stop)
         with pytest.raises(RuntimeError, match="stopped"):
             kvprune.prune(checkpoint, tmp_path / "out", **options)
-    monkeypatch.setattr("kvprune.channels.planning.measure_attention", stop)  # nothing is measured again
+    monkeypatch.setattr("kvprune.channels.evidence.moments.enter", stop)  # nothing is measured again
     resumed = kvprune.prune(checkpoint, tmp_path / "out", resume=True, **options)
     assert resumed.plan.layers == whole.plan.layers
     assert resumed.plan.sensitivity == whole.plan.sensitivity

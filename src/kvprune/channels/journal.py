@@ -8,37 +8,48 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kvprune.channels.choice.basis import Basis
 from kvprune.channels.evidence.importance.base import Scores
 from kvprune.errors import OutputExists
-from kvprune.runtime.files import RESUME, write_whole, writing_to
+from kvprune.runtime.files import DENSE, RESUME, write_whole, writing_to
 
-_SETTINGS, _SCORES, _LOSSES = "settings.json", "scores.safetensors", "losses.jsonl"
-_ESTIMATES = "estimates.json"
-_REFIT = "refit-{:04}.safetensors"
+_SETTINGS, _LOSSES, _ESTIMATES = "settings.json", "losses.jsonl", "estimates.jsonl"
+_LAYER, _SCORES = "layer-{:04}.safetensors", "scores-{:04}.safetensors"
+_CUT, _REFIT = "cut-{:04}.safetensors", "refit-{:04}.safetensors"
 
 
 class Journal:
-    """Losses by (batch, probe), the importance scores, and the refitted layers. Without a folder nothing is written."""
+    """Losses by (batch, probe), and layer by layer scores and bases, estimates, what was cut, and what was refitted.
+    Without a folder nothing is written."""
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
-        self.losses: dict[tuple[int, int], float] = {}
-        if folder is None:
-            return
-        path = folder / _LOSSES
-        if path.exists():
-            written = path.read_text()
-            whole = written[: written.rfind("\n") + 1]
-            for line in whole.splitlines():
-                batch, probe, loss = json.loads(line)
-                self.losses[batch, probe] = loss
-            if whole != written:  # a last line that was cut short would spoil the next one
-                with writing_to(folder.parent):
-                    os.truncate(path, len(whole.encode()))
+        self.losses: dict[tuple[int, int], float] = {
+            (batch, probe): loss for batch, probe, loss in self._lines(_LOSSES)
+        }
+
+    def _lines(self, name: str) -> list[Any]:
+        """Of a file that grows by lines of JSON; a last one that was cut short would spoil the next, and goes."""
+        path = None if self.folder is None else self.folder / name
+        if path is None or not path.exists():
+            return []
+        written = path.read_text()
+        whole = written[: written.rfind("\n") + 1]
+        if whole != written:
+            with writing_to(path.parent.parent):
+                os.truncate(path, len(whole.encode()))
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def _add_line(self, name: str, line: Any) -> None:
+        """On the disk before this returns."""
+        if self.folder is not None:
+            with writing_to(self.folder.parent), (self.folder / name).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
     @staticmethod
     def check(out: Path, resume: bool) -> dict[str, Any] | None:
@@ -49,7 +60,7 @@ class Journal:
         except (OSError, ValueError):
             found = None
         if found is None:
-            if out.exists() and (not out.is_dir() or any(p.name != RESUME for p in out.iterdir())):
+            if out.exists() and (not out.is_dir() or any(p.name not in (RESUME, DENSE) for p in out.iterdir())):
                 raise OutputExists(f"{out} exists and is not empty; choose another --out or remove it")
             return None
         if (out / "config.json").exists():
@@ -78,48 +89,64 @@ class Journal:
     def add(self, batch: int, probe: int, loss: float) -> None:
         """Record one finished probe, on the disk before this returns."""
         self.losses[batch, probe] = loss
+        self._add_line(_LOSSES, [batch, probe, loss])
+
+    def keep_layer(self, layer: int, scores: Scores, basis: Basis | None) -> tuple[Scores, Basis | None]:
+        """Keep the importance scores of a layer, and the basis they go with; returns them as they lie on the disk, if
+        there is one: a basis is large."""
         if self.folder is None:
-            return
-        with writing_to(self.folder.parent), (self.folder / _LOSSES).open("a") as file:
-            file.write(json.dumps([batch, probe, loss]) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            return scores, basis
+        tensors = {"qk": scores.qk, "vo": scores.vo} | ({} if basis is None else basis.tensors())
+        self._save(_LAYER.format(layer), tensors)
+        found = self.load_layer(layer)
+        assert found is not None
+        return found
 
-    def save_scores(self, scores: Sequence[Scores], bases: Sequence[Basis] | None) -> None:
-        """Keep the importance scores of all layers, and the bases they go with."""
-        if self.folder is None:
-            return
-        tensors = {f"{i}.{name}": getattr(s, name) for i, s in enumerate(scores) for name in ("qk", "vo")}
-        for i, basis in enumerate(bases or ()):
-            tensors |= {f"{i}.{name}": tensor for name, tensor in basis.tensors().items()}
-        self._save(_SCORES, tensors)
-
-    def load_scores(self) -> tuple[list[Scores], list[Basis] | None] | None:
-        """What save_scores kept, or None if that phase had not finished."""
-        if self.folder is None or not (self.folder / _SCORES).exists():
+    def load_layer(self, layer: int) -> tuple[Scores, Basis | None] | None:
+        """What keep_layer kept of a layer, or None; the basis is mapped, and takes no memory."""
+        path = None if self.folder is None else self.folder / _LAYER.format(layer)
+        if path is None or not path.exists():
             return None
-        try:
-            tensors = load_file(self.folder / _SCORES)
-        except SafetensorError:
-            return None
-        layers: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            layer, _, field = name.partition(".")
-            layers.setdefault(int(layer), {})[field] = tensor
-        found = [layers[i] for i in sorted(layers)]
-        scores = [Scores(layer.pop("qk"), layer.pop("vo")) for layer in found]
-        return scores, [Basis.of(layer) for layer in found] if found[0] else None
+        tensors = load_file(path)
+        scores = Scores(tensors.pop("qk").clone(), tensors.pop("vo").clone())
+        return scores, Basis.of(tensors) if tensors else None
 
-    def save_estimates(self, changes: Sequence[float]) -> None:
-        """Keep the estimated sensitivities of all probes."""
+    def save_scores(self, layer: int, scores: Scores) -> None:
+        """Keep the importance scores of a layer that go with no basis."""
         if self.folder is not None:
-            with writing_to(self.folder.parent):
-                write_whole(self.folder / _ESTIMATES, json.dumps(list(changes)))
+            self._save(_SCORES.format(layer), {"qk": scores.qk, "vo": scores.vo})
 
-    def load_estimates(self) -> list[float] | None:
-        """What save_estimates kept, or None if that phase had not finished."""
-        path = None if self.folder is None else self.folder / _ESTIMATES
-        return json.loads(path.read_text()) if path is not None and path.exists() else None
+    def load_scores(self, layer: int) -> Scores | None:
+        """What save_scores kept of a layer, or None."""
+        path = None if self.folder is None else self.folder / _SCORES.format(layer)
+        return Scores(**load_file(path)) if path is not None and path.exists() else None
+
+    def save_estimates(self, block: int, changes: Sequence[float]) -> None:
+        """Keep the estimated sensitivities of a block's probes."""
+        self._add_line(_ESTIMATES, [block, list(changes)])
+
+    def load_estimates(self) -> dict[int, list[float]]:
+        """What save_estimates kept, by block."""
+        return {block: changes for block, changes in self._lines(_ESTIMATES)}
+
+    def cut_file(self, layer: int) -> Path:
+        """Where save_cut writes."""
+        assert self.folder is not None
+        return self.folder / _CUT.format(layer)
+
+    def save_cut(self, layer: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Keep what the cut made of a layer's attention."""
+        self._save(_CUT.format(layer), tensors)
+
+    def load_cut(self, layer: int) -> dict[str, torch.Tensor] | None:
+        """What save_cut kept of a layer, mapped, or None."""
+        path = self.cut_file(layer)
+        return load_file(path) if path.exists() else None
+
+    def refit_file(self, layer: int) -> Path:
+        """Where save_refit writes."""
+        assert self.folder is not None
+        return self.folder / _REFIT.format(layer)
 
     def save_refit(self, layer: int, tensors: dict[str, torch.Tensor], report: list[dict[str, Any]]) -> None:
         """Keep what refit made of a layer, and what it reports of it."""

@@ -140,13 +140,6 @@ class Planner:
 
     def _scores(self) -> tuple[list[Scores], list[Basis] | None]:
         """Measured, or read from the journal of an interrupted run."""
-        found = self.journal.load_scores()
-        if found is None:
-            found = self._measured_scores()
-            self.journal.save_scores(*found)
-        return found
-
-    def _measured_scores(self) -> tuple[list[Scores], list[Basis] | None]:
         s = self.settings
         importance = IMPORTANCE[s.importance]
         scores: list[Scores] = []
@@ -154,8 +147,8 @@ class Planner:
         if s.rotates or importance.needs == "attention":
             scores, bases = self._attention(s.importance, self.merge if s.rotates else None)
         if not scores:
-            with self.phase("importance", sum(len(b) for b in self.batches)) as advance:
-                scores = score_layers(self.view, importance, self.batches, advance)
+            with self.phase("importance", self.view.shape.layers) as advance:
+                scores = score_layers(self.view, importance, self.batches, advance, self.journal)
             if bases is not None:  # V is rotated, whatever scores the channels of Q and K
                 scores = [Scores(score.qk, score.vo[:, :0]) for score in scores]
         return scores, bases
@@ -163,7 +156,7 @@ class Planner:
     def _attention(self, importance: str, merge: int | None) -> tuple[list[Scores], list[Basis] | None]:
         score = IMPORTANCE[importance]
         with self.phase("importance" if score.needs == "attention" else "rotate", self.view.shape.layers) as advance:
-            return measure_attention(self.view, self.batches, score, merge, advance)
+            return measure_attention(self.view, self.batches, score, merge, advance, self.journal)
 
     def _kept(self, score: Scores, width: int) -> Kept:
         """The coordinates of one layer that stay."""
@@ -188,13 +181,9 @@ class Planner:
             return measure_sensitivity(self.view, batches, probes, self.journal, advance)
 
     def _estimated(self, phase: str, batches: list[torch.Tensor], probes: list[Probe]) -> list[float]:
-        """What probes would change, estimated, or read from the journal of an interrupted run."""
-        found = self.journal.load_estimates()
-        if found is None:
-            with self.phase(phase, len(batches)) as advance:
-                found = estimate_sensitivity(self.view, batches, probes, advance)
-            self.journal.save_estimates(found)
-        return found
+        """What probes would change, by one backward pass."""
+        with self.phase(phase, self.view.shape.layers) as advance:
+            return estimate_sensitivity(self.view, batches, probes, advance, self.journal)
 
     def _widths(self, scores: list[Scores], bases: list[Basis] | None) -> tuple[list[int], list[float] | None]:
         """Kept channels per layer, and the sensitivities that decided them."""

@@ -1,11 +1,12 @@
 """`prune`: a source in, a smaller model and an honest record of it out."""
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,26 +19,30 @@ from kvprune.channels.plan import PruningPlan
 from kvprune.channels.planning import Planner, choose_merge, grid_of, reachable
 from kvprune.channels.record import memory_of, record_of
 from kvprune.channels.repair.refit import Refitted, refit
+from kvprune.channels.room import find_room
 from kvprune.channels.settings import Settings, with_preset
 from kvprune.errors import BadOption, NotFinite, PlanMismatch, UnreachableRatio
 from kvprune.measure import memory
 from kvprune.measure.fit import fit
 from kvprune.measure.perplexity import perplexity
-from kvprune.models.source import find_device, load_config, load_model, resolve
+from kvprune.models.held import each_parameter, quietly
+from kvprune.models.source import Source, find_device, load_config, load_model, resolve, skeleton
 from kvprune.models.tokenizer import load_tokenizer
 from kvprune.models.view import ModelView
 from kvprune.progress import Progress
 from kvprune.runtime.checkpoint import save
 from kvprune.runtime.dtype import round_as_stored
+from kvprune.runtime.files import DENSE, writing_to
 from kvprune.text.windows import digest
 from kvprune.versions import versions
 
 
 @dataclass
 class Pruned:
-    """What `prune` returns: the model in memory, its plan, and the record that kvprune.json holds."""
+    """What `prune` returns: the model in memory (None where it was pruned block by block: load it from the folder), its
+    plan, and the record that kvprune.json holds."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase
     plan: PruningPlan
     record: dict[str, Any] = field(repr=False)
@@ -47,12 +52,15 @@ def prune(
     source: str | Path,
     out: str | Path | None = None,
     *,
+    memory: str | int | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     **options,
 ) -> Pruned:
     """Prune the KV channels of `source` and, if `out` is given, save the result there.
 
+    memory: what may be used of the device ("20GiB"; None: most of what is free). A model that does not fit stays on
+    disk and is pruned block by block, to the same plan and weights: see docs/large-models.md.
     options: the fields of Settings, and preset="kvpruner"; or, in place of ratio, fit=, context=, batch= and reserve=:
     the memory, and what is to fit in it (see `fit`), which the record then has as "fit". Raises a KVPruneError for what
     the user can mend; nothing is written then but the journal of an unfinished run, which `resume` continues.
@@ -60,7 +68,7 @@ def prune(
     preset = options.pop("preset", None)
     options, asked = _to_fit(source, preset, options)
     settings = Settings(source=str(source), **with_preset(preset, options))
-    return _Run(settings, None if out is None else Path(out), resume, progress or Progress(), asked).run()
+    return _Run(settings, None if out is None else Path(out), memory, resume, progress or Progress(), asked).run()
 
 
 def _to_fit(
@@ -98,9 +106,16 @@ class _Run:
     """One run of `prune`, phase by phase."""
 
     def __init__(
-        self, settings: Settings, out: Path | None, resume: bool, progress: Progress, fit: dict[str, Any] | None
+        self,
+        settings: Settings,
+        out: Path | None,
+        memory: str | int | None,
+        resume: bool,
+        progress: Progress,
+        fit: dict[str, Any] | None,
     ):
-        self.settings, self.out, self.resume, self.progress, self.fit = settings, out, resume, progress, fit
+        self.settings, self.out, self.memory, self.resume = settings, out, memory, resume
+        self.progress, self.fit = progress, fit
 
     def run(self) -> Pruned:
         s = self.settings
@@ -114,11 +129,15 @@ class _Run:
             Journal.check(self.out, self.resume)
         torch.manual_seed(s.seed)
         peak = memory.PeakMemory(find_device(s.device))
+        with ExitStack() as stack:
+            return self._pruned(source, given, peak, stack)
+
+    def _pruned(self, source: Source, given: PruningPlan | None, peak: memory.PeakMemory, stack: ExitStack) -> Pruned:
+        s = self.settings
         with self.phase("load"):
             load_config(source)  # refuses what is not supported, before anything is said of the tokenizer
             tokenizer = load_tokenizer(source)
-            lm = load_model(source, s.device, s.dtype)
-        view = ModelView(lm)
+            view = ModelView(skeleton(source, s.device, s.dtype))
         merge = given.merge if given is not None else choose_merge(s, view.shape, self.progress.say)
         grid = grid_of(s, view, merge)
         if given is None:
@@ -126,15 +145,24 @@ class _Run:
         else:
             given.check(view.family.model_type, view.shape)
         portable.check(view, s.layout if given is None else given.layout)
+        room = find_room(s, view, merge, find_device(s.device), self.memory, self.out, source.gguf_file is None)
+        offload = None
+        if room.streamed:
+            self.progress.say(room.line(view))
+            offload = stack.enter_context(_aside(cast(Path, self.out)))
+        with self.phase("load"):
+            lm = load_model(source, s.device, s.dtype, offload)
+        view = ModelView(lm)
         calibrate = s.ratio > 0 if given is None else given.is_rotated or _refits(given)
-        texts = prepare(s, lm, tokenizer, calibrate, self.progress)
-        journal = Journal.open(self.out, self._identity(view, texts), self.resume) if self.out else Journal()
+        texts = prepare(s, lm, tokenizer, calibrate, room.batch_tokens, self.progress)
+        identity = self._identity(view, texts) | {"batch_tokens": room.batch_tokens}
+        journal = Journal.open(self.out, identity, self.resume) if self.out else Journal()
         try:
             planner = Planner(s, view, merge, grid, texts.scored, journal, self.phase, self.progress.say)
             plan, bases = planner.plan(source) if given is None else (given, planner.bases(given))
             dense = self._perplexities(lm, texts.evaluated, "evaluate dense")
-            with self.phase("surgery"):
-                pruned = cut(view, plan, bases)
+            with self.phase("surgery", view.shape.layers) as advance:
+                pruned = cut(view, plan, bases, journal, advance)
                 round_as_stored(pruned)
             refitted = self._repair(view, pruned, texts.repaired if _refits(plan) else [], journal)
             after = self._perplexities(pruned, texts.evaluated, "evaluate pruned")
@@ -149,19 +177,21 @@ class _Run:
         def record() -> dict[str, Any]:
             found = record_of(s, view, pruned, plan, perplexities, refitted, self.progress.seconds)
             memories = memory_of(s, view, plan, peak, texts.scored, texts.repaired if refitted else [])
-            return found | {"fit": self.fit} | memories
+            if room.streamed:
+                memories["memory_formula_bytes"] = room.needs
+            return found | {"fit": self.fit, "streamed": room.streamed} | memories
 
         if self.out is None:
             return Pruned(pruned, tokenizer, plan, record())
-        with self.phase("save"):
+        with self.phase("save"), quietly():
             saved = save(pruned, tokenizer, plan.to_json(), record, self.out)
         journal.close()
-        return Pruned(pruned, tokenizer, plan, saved)
+        return Pruned(None if room.streamed else pruned, tokenizer, plan, saved)
 
     def _identity(self, view: ModelView, texts: Texts) -> dict[str, Any]:
         """What must be the same for an unfinished run to go on: the settings, and what they led to."""
         weights = hashlib.sha256()
-        for parameter in view.lm.parameters():  # some numbers of each
+        for _, parameter in each_parameter(view.lm):  # some numbers of each
             some = parameter.detach().flatten()[:: max(parameter.numel() // 1024, 1)]
             weights.update(some.float().cpu().numpy().tobytes())
         return self.settings.as_json() | {
@@ -188,6 +218,21 @@ class _Run:
     def _perplexities(self, model: PreTrainedModel, texts: list[tuple[str, torch.Tensor]], phase: str):
         with self.phase(phase, sum(len(ids) for _, ids in texts)) as advance:
             return [(name, perplexity(model, ids, advance)) for name, ids in texts]
+
+
+@contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """A folder in `out` for weights that the source's files do not hold as the model wants them."""
+    folder = out / DENSE
+    with writing_to(out):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
 
 
 def _refits(plan: PruningPlan) -> bool:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.finite import not_finite
 from kvprune.models.logits import Head
+from kvprune.models.stream import device_of, final_states
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import decoding_pieces, quantized_cache
 
@@ -40,12 +41,11 @@ def perplexity(
     quantised cache as they do in decoding. Raises NotFinite, BadOption for
     what cannot be quantised, and UnsupportedArchitecture for a model whose head is not known.
     """
-    step = max(BATCH_TOKENS // windows.shape[1], 1)
+    batches = windows.split(max(BATCH_TOKENS // windows.shape[1], 1))
+    found = final_states(model, batches) if kv_bits is None else (_read(model, batch, kv_bits) for batch in batches)
     total, count = 0.0, 0
-    for batch in windows.split(step):
-        ids = batch.to(model.get_input_embeddings().weight.device)
-        hidden = _hidden(model, ids, kv_bits)
-        loss, scored, _ = next_token_loss(Head.of(model), hidden, ids)
+    for batch, hidden in zip(batches, found, strict=True):
+        loss, scored, _ = next_token_loss(Head.of(model), hidden, batch)
         total, count = total + loss, count + scored
         if advance:
             advance(len(batch))
@@ -55,10 +55,8 @@ def perplexity(
     return Perplexity(math.exp(min(mean, LARGEST)), windows.shape[1], count)
 
 
-def _hidden(model: PreTrainedModel, ids: torch.Tensor, kv_bits: int | None) -> torch.Tensor:
-    """Final hidden states (B, T, hidden) of ids (B, T)."""
-    if kv_bits is None:
-        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    cache = quantized_cache(model.config, kv_bits)
+def _read(model: PreTrainedModel, batch: torch.Tensor, kv_bits: int) -> torch.Tensor:
+    """Final hidden states (B, T, hidden) of ids (B, T), read from a quantised cache."""
+    ids, cache = batch.to(device_of(model)), quantized_cache(model.config, kv_bits)
     pieces = ids.split(decoding_pieces(kv_bits, ids.shape[1]), dim=1)
     return torch.cat([model.base_model(input_ids=p, **{CACHE: cache}).last_hidden_state for p in pieces], dim=1)

@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvprune.errors import NotFinite
+from kvprune.models.held import each_parameter
 from kvprune.runtime.dtype import name_of
 
 
@@ -12,7 +13,7 @@ def not_finite(what: str, lm: PreTrainedModel) -> NotFinite:
 
     A weight that holds some is named. In float16 an infinite one may be whole in the checkpoint.
     """
-    for name, weight in lm.named_parameters():
+    for name, weight in each_parameter(lm):
         if weight.layout is not torch.strided or torch.isfinite(weight).all():  # packed weights cannot be read
             continue
         if lm.dtype == torch.float16 and not torch.isnan(weight).any():

@@ -26,12 +26,12 @@ from kvprune.errors import (
     UnsafeWeights,
     UnsupportedArchitecture,
 )
-from kvprune.models import gguf
+from kvprune.models import gguf, held
 from kvprune.models.check import check_adapter, check_folder, check_quantised, first_line
 from kvprune.models.family import family_of, supported
 from kvprune.progress import without_bars
 from kvprune.runtime import register
-from kvprune.runtime.dtype import compute_in_auto, find_dtype
+from kvprune.runtime.dtype import compute_in_auto, computes_in, find_dtype
 from kvprune.runtime.files import RECORD
 
 
@@ -98,13 +98,20 @@ def _check_beside(path: Path) -> None:
         raise BadOption(f"{path.parent} has an adapter (adapter_config.json) too; move {path.name} to another folder")
 
 
-def load_model(source: Source, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+def load_model(
+    source: Source, device: str = "auto", dtype: str = "auto", offload: Path | None = None
+) -> PreTrainedModel:
     """The model in eval mode on `device`, which is stored (see dtype.py) in the checkpoint's own dtype, bfloat16 for
-    GGUF, and computes in that or in what the CPU has instructions for; or both in the `dtype` that is named."""
+    GGUF, and computes in that or in what the CPU has instructions for; or both in the `dtype` that is named.
+
+    offload: leave the weights of the blocks on disk, from where they come one block at a time (see held.py); what the
+    checkpoint's files do not hold as the model wants it is written to that folder."""
     register()
     target = find_device(device)
     config = load_config(source)
     arguments = source.arguments() | {"config": config}
+    if offload is not None:
+        arguments |= _left_on_disk(source, target, offload)
     if source.gguf_file:
         arguments["dtype"] = torch.bfloat16 if dtype == "auto" else find_dtype(dtype)
         if hasattr(transformers, "GgufConfig"):  # newer transformers would keep the packed weights
@@ -112,7 +119,7 @@ def load_model(source: Source, device: str = "auto", dtype: str = "auto") -> Pre
     else:
         arguments["dtype"] = dtype if dtype == "auto" else find_dtype(dtype)
         arguments["use_safetensors"] = True
-    with _as_user_error(source), without_bars():
+    with _as_user_error(source), without_bars(), held.quietly():
         loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **arguments)
     model: PreTrainedModel
     model, found = loaded
@@ -125,9 +132,50 @@ def load_model(source: Source, device: str = "auto", dtype: str = "auto") -> Pre
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer = None  # type: ignore[assignment]
         model.is_quantized = False  # type: ignore[assignment]
+    if offload is None:
+        if dtype == "auto":
+            compute_in_auto(model, target)
+        return model.to(target).eval()  # type: ignore[arg-type]
+    shelf = held.as_it_came(model)
     if dtype == "auto":
         compute_in_auto(model, target)
-    return model.to(target).eval()  # type: ignore[arg-type]
+    held.let_come(model, _path_of_blocks(model), shelf, target)
+    return model.eval()
+
+
+def skeleton(source: Source, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+    """The model as `load_model` would load it, without its weights; with the table of RoPE."""
+    config: Any = load_config(source)
+    stored = config.dtype or torch.bfloat16
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=computes_in(stored, find_device(device)) if dtype == "auto" else find_dtype(dtype)
+        )
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    if rotary is not None:
+        model.base_model.rotary_emb = type(rotary)(config)
+    return model
+
+
+def _path_of_blocks(model: PreTrainedModel) -> str:
+    return f"{model.base_model_prefix}.{family_of(model.config.model_type).layers}"
+
+
+def _left_on_disk(source: Source, device: torch.device, folder: Path) -> dict[str, Any]:
+    """What tells from_pretrained to leave the blocks on disk. Raises BadOption for a .gguf file."""
+    if source.gguf_file:
+        raise BadOption(
+            f"{source.name} cannot be read block by block, since transformers unpacks a .gguf file whole: give more "
+            "--memory, or the checkpoint that it was made from"
+        )
+    model = skeleton(source)
+    path = _path_of_blocks(model)
+    blocks = {f"{path}.{number}": "disk" for number in range(len(model.get_submodule(path)))}  # type: ignore[arg-type]
+    there = str(device) if device.type != "cuda" else device
+    return {
+        "device_map": dict.fromkeys(held.around(model, path), there) | blocks,
+        "offload_folder": str(folder),
+    }
 
 
 def _check_prefix(source: Source, found: dict[str, Any]) -> None:

@@ -1,20 +1,23 @@
 """A calibration text on its way through the model, block by block.
 
 Blocks are called again with the very arguments that the model gave them (mask, rotary table, positions), so no family's
-masking is written a second time here. `enter` and `Calls` take a long text through one block at a time: what is held
-are the hidden states before one block. `BlockRunner` holds those of one batch before every block.
+masking is written a second time here. `enter` and `Calls` take a long text through one block at a time, whose weights
+may be there for just as long (see held.py): what is held are the hidden states before one block. `BlockRunner` holds
+those of one batch before every block.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from kvprune.models.family import family_of
+from kvprune.models.held import coming, held
 from kvprune.models.view import ModelView
 
 
@@ -68,22 +71,85 @@ class Calls:
 def enter(view: ModelView, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Calls]:
     """Hidden states before the first block, (B, T, hidden) a batch, and how to go on from there.
 
-    batches: token ids (B, T). One forward of one window for each length T among them.
+    batches: token ids (B, T), of one or more lengths T.
     """
 
-    def embedded(batch: torch.Tensor) -> torch.Tensor:
-        return input_of(view.blocks[0], lambda: view.lm.base_model(input_ids=batch.to(view.device), use_cache=False))
+    return embedded(view.lm, view.blocks, batches), learn_calls(view.lm, view.blocks, batches)
 
-    return [embedded(batch) for batch in batches], learn_calls(view.lm, view.blocks, batches)
+
+def embedded(lm: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Hidden states before the first block, (B, T, hidden) a batch; in host memory where blocks come and go."""
+
+    def of(batch: torch.Tensor) -> torch.Tensor:
+        ids = batch.to(device_of(lm))
+        found = input_of(blocks[0], lambda: lm.base_model(input_ids=ids, use_cache=False))
+        return found if coming(blocks[0]) is None else found.cpu()
+
+    return [of(batch) for batch in batches]
 
 
 @torch.no_grad()
 def learn_calls(lm: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[torch.Tensor]) -> Calls:
-    """With what the model calls its blocks, from one forward of one window for each length T of batches (B, T)."""
+    """With what the model calls its blocks, from one window for each length T of batches (B, T). Only the first block
+    is run, for the form of what blocks return."""
     found = {}
-    for length, window in {batch.shape[1]: batch[:1].to(lm.device) for batch in batches}.items():
-        _, found[length] = record_calls(blocks, partial(lm.base_model, input_ids=window, use_cache=False))
+    for length, window in {batch.shape[1]: batch[:1].to(device_of(lm)) for batch in batches}.items():
+        with _passing(blocks):
+            _, found[length] = record_calls(blocks, partial(lm.base_model, input_ids=window, use_cache=False))
     return Calls(found)
+
+
+def device_of(lm: PreTrainedModel) -> torch.device:
+    """Where the input ids go."""
+    return cast(torch.Tensor, lm.get_input_embeddings().weight).device
+
+
+@contextmanager
+def _passing(blocks: nn.ModuleList) -> Iterator[None]:
+    """All blocks but the first give back the hidden states that they are called with, in the form that it gives."""
+    is_tuple: list[bool] = []
+    hook = blocks[0].register_forward_hook(lambda _m, _a, output: is_tuple.append(isinstance(output, tuple)))
+
+    def passing(*args: Any, **kwargs: Any) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        return (states,) if is_tuple[-1] else states
+
+    with ExitStack() as stack:
+        stack.callback(hook.remove)
+        for block in list(blocks)[1:]:
+            stack.enter_context(answering(block, passing))
+        yield
+
+
+@contextmanager
+def answering(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`module` does this in place of its own forward."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+@torch.no_grad()
+def final_states(lm: PreTrainedModel, batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Hidden states behind the final norm, (B, T, hidden), of each batch of token ids (B, T), of a dense or a pruned
+    model. Where blocks come and go, all batches pass a block while it is there."""
+    family = family_of(lm.config.model_type)
+    blocks, norm = family.blocks(lm), lm.base_model.get_submodule(family.norm)
+    if coming(blocks[0]) is None:
+        for batch in batches:
+            yield lm.base_model(input_ids=batch.to(device_of(lm)), use_cache=False).last_hidden_state
+        return
+    states, calls = embedded(lm, blocks, batches), learn_calls(lm, blocks, batches)
+    for index, block in enumerate(blocks):
+        with held(block):
+            states = [calls.run(block, index, state) for state in states]
+    for state in states:
+        yield norm(state.to(device_of(lm)))
 
 
 class BlockRunner:
@@ -140,10 +206,10 @@ def input_of(module: nn.Module, forward: Callable[[], object]) -> torch.Tensor:
 @contextmanager
 def frozen(lm: PreTrainedModel) -> Iterator[None]:
     """No parameter of the model wants a gradient."""
-    before = {parameter: parameter.requires_grad for parameter in lm.parameters()}
+    before = {name: parameter.requires_grad for name, parameter in lm.named_parameters()}
     try:
         lm.requires_grad_(False)
         yield
     finally:
-        for parameter, required in before.items():
-            parameter.requires_grad_(required)
+        for name, required in before.items():
+            lm.get_parameter(name).requires_grad_(required)

@@ -13,7 +13,7 @@ from kvprune.progress import without_bars
 from kvprune.runtime.dtype import stored_dtype
 from kvprune.runtime.files import PLAN, RECORD, checksums, flush, writing_to
 
-SHARD_SIZE = "4GB"
+SHARD_SIZE = "2GB"  # a shard is in memory while it is written
 _PARTIAL = ".partial"
 _LAST = "config.json"  # nothing loads a folder that lacks it, so it is moved into place last
 
@@ -55,7 +55,8 @@ def _save_model(model: PreTrainedModel, folder: Path) -> None:
     computed = [(parameter, parameter.data) for parameter in model.parameters()]
     try:
         for parameter, data in computed:  # alone: `model.to` would round the rotary table too
-            parameter.data = data.to(stored)
+            if not data.is_meta:  # on disk, as stored
+                parameter.data = data.to(stored)
         model.generation_config = GenerationConfig()
         with without_bars():
             model.save_pretrained(folder, max_shard_size=SHARD_SIZE)

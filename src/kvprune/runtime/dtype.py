@@ -86,4 +86,5 @@ def round_as_stored(model: PreTrainedModel) -> None:
     stored = stored_dtype(model)
     if stored != model.dtype:
         for parameter in model.parameters():
-            parameter.copy_(parameter.to(stored))
+            if not parameter.is_meta:  # on disk, as it will be written
+                parameter.copy_(parameter.to(stored))

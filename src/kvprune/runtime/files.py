@@ -32,6 +32,7 @@ _INDEX = "model.safetensors.index.json"
 _log = logging.getLogger("kvprune")
 _noted: set[tuple[Path, str]] = set()
 RESUME = ".resume"  # the state of an unfinished run
+DENSE = ".dense"  # while one works: weights that the source's files do not hold as the model wants them
 
 
 @contextmanager

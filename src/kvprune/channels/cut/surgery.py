@@ -1,8 +1,9 @@
 """A dense model and a plan -> a smaller model. No scores here: only cutting."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from kvprune.channels.choice.basis import Basis, Cut, Kept, identity
 from kvprune.channels.choice.merging import is_factored
 from kvprune.channels.choice.selection import leading
 from kvprune.channels.cut import portable
+from kvprune.channels.journal import Journal
 from kvprune.channels.plan import LayerPlan, PruningPlan
 from kvprune.errors import PlanMismatch
 from kvprune.models.attention import Attention, AttentionWeights
+from kvprune.models.held import Shelf, coming, held, let_come
 from kvprune.models.view import ModelView
 from kvprune.runtime import modeling
 from kvprune.runtime.dtype import stored_dtype
@@ -22,8 +25,17 @@ from kvprune.runtime.twin import twin_config
 
 
 @torch.no_grad()
-def cut(view: ModelView, plan: PruningPlan, bases: Sequence[Basis] | None = None) -> PreTrainedModel:
+def cut(
+    view: ModelView,
+    plan: PruningPlan,
+    bases: Sequence[Basis] | None = None,
+    journal: Journal | None = None,
+    advance: Callable[[int], None] = lambda layers: None,
+) -> PreTrainedModel:
     """A pruned model that shares every tensor but the attention's with the dense one, which stays as it is.
+
+    Where the dense blocks come and go (see models/held.py) so do the pruned ones; what is new in them lies in the
+    journal's folder.
 
     Its logits equal those of the dense model whose K and V (not V's bias) go to the kept coordinates and back: with
     no change of basis, of the dense model with the removed channels masked. Where the plan has no vo, the coordinates
@@ -48,18 +60,23 @@ def cut(view: ModelView, plan: PruningPlan, bases: Sequence[Basis] | None = None
             pruned = AutoModelForCausalLM.from_config(config, dtype=dense.dtype)
         rotary = copy.deepcopy(view.rotary)  # some tables change with the context, each its own
     state = dict(dense.state_dict())
-    base = dense.base_model_prefix
+    path, stored, there = f"{dense.base_model_prefix}.{view.family.layers}", stored_dtype(dense), coming(view.blocks[0])
+    shelf = None if there is None else there.shelf.copy()
+    put_away = partial(_put_away, journal=journal or Journal(), stored=stored, computed=dense.dtype)
     for index, (attention, layer) in enumerate(zip(view.attention, plan.layers, strict=True)):
-        prefix = f"{base}.{view.family.layers}.{index}.{view.family.attention}."
+        prefix = f"{path}.{index}.{view.family.attention}."
         state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
-        maps = _maps(attention, bases[index], _kept(layer), order, 1.0 if is_stock else attention.stretch)
-        if layer.width:
-            narrow = _narrow(attention, bases[index], maps, factored[index], is_stock)
-        else:
-            narrow = _constant(attention, bases[index], maps)
-        if is_stock:
-            _make_stock(narrow, portable.query_scale(view, plan))
-        state |= {prefix + name: tensor for name, tensor in narrow.items()}
+
+        def narrow(index: int = index, attention: Attention = attention, layer: LayerPlan = layer):
+            with held(view.blocks[index]):
+                found = _attention(attention, bases[index], layer, factored[index], order, is_stock)
+            if is_stock:
+                _make_stock(found, portable.query_scale(view, plan))
+            return found
+
+        found = narrow() if shelf is None else put_away(narrow, index, prefix, shelf)
+        state |= {prefix + name: tensor for name, tensor in found.items()}
+        advance(1)
     pruned.load_state_dict(state, strict=True, assign=True)
     if rotary is not None:
         pruned.base_model.rotary_emb = rotary
@@ -68,9 +85,40 @@ def cut(view: ModelView, plan: PruningPlan, bases: Sequence[Basis] | None = None
         if name not in state and pruned.get_submodule(module).get_buffer(leaf).is_meta:
             pruned.get_submodule(module).register_buffer(leaf, buffer, persistent=False)
     pruned.tie_weights()
-    pruned.config.dtype = stored_dtype(dense)
+    pruned.config.dtype = stored
     pruned.generation_config = copy.deepcopy(dense.generation_config)
+    if there is not None and shelf is not None:
+        let_come(pruned, path, shelf, there.device)
     return pruned.eval()
+
+
+def _attention(
+    attention: Attention, basis: Basis, layer: LayerPlan, factored: bool, order: torch.Tensor | None, is_stock: bool
+) -> dict[str, torch.Tensor]:
+    """One layer's new tensors, by their names in PrunedAttention."""
+    maps = _maps(attention, basis, _kept(layer), order, 1.0 if is_stock else attention.stretch)
+    return _narrow(attention, basis, maps, factored, is_stock) if layer.width else _constant(attention, basis, maps)
+
+
+def _put_away(
+    make: Callable[[], dict[str, torch.Tensor]],
+    index: int,
+    prefix: str,
+    shelf: Shelf,
+    journal: Journal,
+    stored: torch.dtype,
+    computed: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """A layer's new tensors on the shelf, rounded to what will be written, unless an interrupted run had put them
+    there; returns them without their numbers, but for indices."""
+    if journal.load_cut(index) is None:
+        journal.save_cut(index, {n: t.to(stored) if t.is_floating_point() else t for n, t in make().items()})
+    tensors = journal.load_cut(index)
+    assert tensors is not None
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    shelf.also({prefix + name: name for name in floats}, journal.cut_file(index), stored)
+    empty = {name: torch.empty_like(tensor, device="meta", dtype=computed) for name, tensor in floats.items()}
+    return {name: tensor.clone() for name, tensor in tensors.items() if name not in floats} | empty
 
 
 def _kept(layer: LayerPlan) -> Kept:

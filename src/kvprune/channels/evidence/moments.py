@@ -1,6 +1,6 @@
 """What the calibration text says of every layer's attention, layer by layer: who looks at what, and how it varies."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -8,7 +8,8 @@ import torch
 
 from kvprune.channels.evidence.grouping import group_heads
 from kvprune.models.finite import not_finite
-from kvprune.models.stream import enter
+from kvprune.models.held import held
+from kvprune.models.stream import Calls, enter
 from kvprune.models.tap import Seen, hidden_in, tapped, watched, weights_of
 from kvprune.models.view import ModelView
 
@@ -48,32 +49,48 @@ def attention_moments(
     slow: Sequence[torch.Tensor],
     merge: int,
     advance: Callable[[int], None],
+    known: Collection[int] = (),
 ) -> Iterator[AttentionMoments]:
-    """Moments of every layer in turn, from one pass over the batches (B, T), for groups of `merge` KV heads.
+    """Moments of every layer in turn, from one pass over the batches (B, T), for groups of `merge` KV heads; of the
+    layers that are `known` none, the text only passes through them.
 
-    slow, of each layer (n,): channel numbers, pair by pair. Memory: the hidden states of the text before one block, one
-    layer's moments, one window's attention weights of one group, and, where the groups must be chosen, one layer's
-    queries, keys and values. Raises NotFinite.
+    slow, of each layer (n,): channel numbers, pair by pair. A layer's weights are there while its moments are looked
+    at. Memory: the hidden states of the text before one block, one layer's moments, one window's attention weights of
+    one group, and, where the groups must be chosen, one layer's queries, keys and values. Raises NotFinite.
     """
-    tokens = sum(batch.numel() for batch in batches)
-    chooses = 1 < merge < view.shape.kv_heads
+    if len(known) == view.shape.layers:
+        return
     with tapped(view):
         states, calls = enter(view, batches)
-        for index, (block, attention) in enumerate(zip(view.blocks, view.attention, strict=True)):
-            waiting: list[Seen] = []
-            every = torch.arange(view.shape.kv_heads).view(-1, merge)
-            sums = None if chooses else _Sums(view, index, slow[index], every)
-            for number, state in enumerate(states):
-                with watched(attention, waiting.append if sums is None else sums.add):
-                    states[number] = calls.run(block, index, state)
-            if sums is None:
-                sums = _Sums(view, index, slow[index], group_heads(waiting, view.units, merge))
-                for seen in waiting:
-                    sums.add(seen)
-            yield sums.means(tokens, index)
+        for index, block in enumerate(view.blocks):
+            with held(block):
+                if index in known:
+                    for number, state in enumerate(states):
+                        states[number] = calls.run(block, index, state)
+                else:
+                    yield _moments(view, index, states, calls, slow[index], merge)
             if not all(torch.isfinite(state).all() for state in states):
                 raise not_finite(f"layer {index}: its output on the calibration text", view.lm)
             advance(1)
+
+
+def _moments(
+    view: ModelView, index: int, states: list[torch.Tensor], calls: Calls, slow: torch.Tensor, merge: int
+) -> AttentionMoments:
+    """Of one layer; takes `states` behind the block, in place."""
+    attention = view.attention[index]
+    waiting: list[Seen] = []
+    every = torch.arange(view.shape.kv_heads).view(-1, merge)
+    chooses = 1 < merge < view.shape.kv_heads
+    sums = None if chooses else _Sums(view, index, slow, every)
+    for number, state in enumerate(states):
+        with watched(attention, waiting.append if sums is None else sums.add):
+            states[number] = calls.run(view.blocks[index], index, state)
+    if sums is None:
+        sums = _Sums(view, index, slow, group_heads(waiting, view.units, merge))
+        for seen in waiting:
+            sums.add(seen)
+    return sums.means(sum(state.shape[0] * state.shape[1] for state in states), index)
 
 
 class _Sums:

@@ -1,19 +1,18 @@
 """One pass over the calibration text, for what an importance score needs of it."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 
 from kvprune.channels.choice.basis import Basis, basis_of, slow_channels
 from kvprune.channels.evidence.importance.base import Importance, Scores, Statistics
 from kvprune.channels.evidence.moments import attention_moments
-from kvprune.measure.loss import next_token_loss
-from kvprune.models.attention import Attention, AttentionWeights
+from kvprune.channels.journal import Journal
+from kvprune.models.backward import backward
 from kvprune.models.finite import not_finite
-from kvprune.models.stream import frozen
+from kvprune.models.held import held
+from kvprune.models.stream import enter
 from kvprune.models.tap import Seen, tapped, watched
 from kvprune.models.view import ModelView
 
@@ -21,125 +20,138 @@ Advance = Callable[[int], None]
 
 
 def score_layers(
-    view: ModelView, importance: Importance, batches: Iterable[torch.Tensor], advance: Advance
+    view: ModelView,
+    importance: Importance,
+    batches: Sequence[torch.Tensor],
+    advance: Advance,
+    journal: Journal | None = None,
 ) -> list[Scores]:
     """Scores of every layer, on the CPU; one pass over the batches (B, T) if the score needs any.
 
-    `advance` counts windows, or layers for a score that needs attention. Raises NotFinite, naming the layer, when
+    `advance` counts layers; those that the journal has are not scored again. Raises NotFinite, naming the layer, when
     statistics or scores hold NaN or infinity.
     """
     if importance.needs == "attention":
-        return measure_attention(view, list(batches), importance, None, advance)[0]
-    if importance.needs == "energy":
-        statistics = _energies(view, batches, advance)
-    elif importance.needs == "gradients":
-        statistics = _gradients(view, batches, advance)
-    else:
-        statistics = [Statistics() for _ in view.attention]
-    scores = []
-    for index, (attention, of_layer) in enumerate(zip(view.attention, statistics, strict=True)):
+        return measure_attention(view, batches, importance, None, advance, journal)[0]
+    journal, layers = journal or Journal(), range(view.shape.layers)
+    found = {i: kept for i in layers if (kept := journal.load_scores(i)) is not None}
+    advance(len(found))
+    if len(found) == len(layers):
+        return [found[i] for i in layers]
+    for index, statistics in _statistics(view, importance, batches, set(found)):
         with torch.no_grad():
-            score = importance.scores(attention.weights(), of_layer, view.units.to(view.device))
+            score = importance.scores(view.attention[index].weights(), statistics, view.units.to(view.device))
         if not all(torch.isfinite(s).all() for s in (score.qk, score.vo)):
             raise not_finite(f"layer {index}: the importance scores", view.lm)
-        scores.append(Scores(score.qk.float().cpu(), score.vo.float().cpu()))
-    return scores
+        found[index] = Scores(score.qk.float().cpu(), score.vo.float().cpu())
+        journal.save_scores(index, found[index])
+        advance(1)
+    return [found[i] for i in layers]
+
+
+def _statistics(
+    view: ModelView, importance: Importance, batches: Sequence[torch.Tensor], known: Collection[int]
+) -> Iterator[tuple[int, Statistics]]:
+    """What a score needs of every layer that is not `known`, whose weights are there while it is looked at."""
+    if importance.needs == "energy":
+        yield from _energies(view, batches, known)
+    elif importance.needs == "gradients":
+        yield from _gradients(view, batches, known)
+    else:
+        for index, block in enumerate(view.blocks):
+            with held(block):
+                if index not in known:
+                    yield index, Statistics()
 
 
 @torch.no_grad()
 def measure_attention(
-    view: ModelView, batches: Sequence[torch.Tensor], importance: Importance, merge: int | None, advance: Advance
+    view: ModelView,
+    batches: Sequence[torch.Tensor],
+    importance: Importance,
+    merge: int | None,
+    advance: Advance,
+    journal: Journal | None = None,
 ) -> tuple[list[Scores], list[Basis] | None]:
     """Scores of an importance that needs attention, and the layers' bases over `merge` KV heads, in one pass.
 
     The scores are those of the bases' coordinates (vo empty: the leading ones stay); merge None: no bases, and scores
     of channels. With any other importance there are no scores here (score_layers has them, of channels), and so only V
-    and O are rotated: merge is then 1.
+    and O are rotated: merge is then 1. A layer that the journal has is taken from there.
     """
+    journal = journal or Journal()
     own = importance.needs == "attention"
     none = torch.empty(0, dtype=torch.int64)
     slow = [slow_channels(a) if merge is not None and own else none for a in view.attention]
-    scores, bases = [], []
-    found = attention_moments(view, batches, slow, merge or 1, advance)
-    for attention, moments, channels in zip(view.attention, found, slow, strict=True):
-        weights = attention.weights()
-        score = importance.scores(weights, Statistics(attention=moments), view.units) if own and not merge else None
+    layers = {i: kept for i in range(view.shape.layers) if (kept := journal.load_layer(i)) is not None}
+    advance(len(layers))
+    found = attention_moments(view, batches, slow, merge or 1, advance, set(layers))
+    for index, moments in zip([i for i in range(view.shape.layers) if i not in layers], found, strict=True):
+        weights = view.attention[index].weights()
+        empty = torch.empty(len(moments.heads), 0)
+        score, basis = Scores(empty, empty), None
         if merge is not None:
-            basis, worth = basis_of(moments, weights, channels)
-            if own:
-                score = Scores(worth, torch.empty(len(worth), 0))
-            else:
-                basis = basis.of_values()
-            bases.append(basis)
-        if score is not None:
-            scores.append(Scores(score.qk.float().cpu(), score.vo.float().cpu()))
-    return scores, None if merge is None else bases
+            basis, worth = basis_of(moments, weights, slow[index])
+            score, basis = (Scores(worth, torch.empty(len(worth), 0)), basis) if own else (score, basis.of_values())
+        elif own:
+            score = importance.scores(weights, Statistics(attention=moments), view.units)
+            score = Scores(score.qk.float().cpu(), score.vo.float().cpu())
+        layers[index] = journal.keep_layer(index, score, basis)
+    scores = [layers[i][0] for i in range(view.shape.layers)] if own else []
+    return scores, None if merge is None else [cast(Basis, layers[i][1]) for i in range(view.shape.layers)]
 
 
-@torch.no_grad()
-def _energies(view: ModelView, batches: Iterable[torch.Tensor], advance: Advance) -> list[Statistics]:
+def _energies(
+    view: ModelView, batches: Sequence[torch.Tensor], known: Collection[int]
+) -> Iterator[tuple[int, Statistics]]:
     """Mean squares of what Q, K and V put out, summed in float32 within a batch and in float64 over batches."""
     s = view.shape
-    sums: dict[tuple[int, str], torch.Tensor] = {}
-
-    def add(index: int, seen: Seen) -> None:
-        named = {"q": seen.before_rope(seen.query.float()), "k": seen.before_rope(seen.key.float()), "v": seen.value}
-        for name, x in named.items():
-            square = x.float().square().sum((0, 2)).cpu().double()  # (heads, D)
-            sums[index, name] = sums.get((index, name), 0) + square
-
-    tokens = 0
-    with ExitStack() as stack:
-        stack.enter_context(tapped(view))
-        for index, attention in enumerate(view.attention):
-            stack.enter_context(watched(attention, partial(add, index)))
-        for batch in batches:
-            view.lm.base_model(input_ids=batch.to(view.device), use_cache=False)
-            tokens += batch.numel()
-            advance(len(batch))
     shapes = {"q": (s.kv_heads, s.groups, s.head_dim), "k": (s.kv_heads, s.head_dim), "v": (s.kv_heads, s.head_dim)}
-    return [
-        Statistics(energy={n: (sums[i, n] / tokens).float().view(shape) for n, shape in shapes.items()})
-        for i in range(s.layers)
-    ]
+    tokens = sum(batch.numel() for batch in batches)
+    with torch.no_grad(), tapped(view):
+        states, calls = enter(view, batches)
+        for index, block in enumerate(view.blocks):
+            sums: dict[str, torch.Tensor] = {}
+
+            def add(seen: Seen, sums: dict[str, torch.Tensor] = sums) -> None:
+                q, k = (seen.before_rope(x.float()) for x in (seen.query, seen.key))
+                for name, x in {"q": q, "k": k, "v": seen.value.float()}.items():
+                    sums[name] = sums.get(name, 0) + x.square().sum((0, 2)).cpu().double()  # (heads, D)
+
+            with held(block):
+                with watched(view.attention[index], add):
+                    for number, state in enumerate(states):
+                        states[number] = calls.run(block, index, state)
+                if index not in known:
+                    means = {name: (sums[name] / tokens).float().view(shape) for name, shape in shapes.items()}
+                    yield index, Statistics(energy=means)
 
 
-def _gradients(view: ModelView, batches: Iterable[torch.Tensor], advance: Advance) -> list[Statistics]:
-    """Gradients of the mean loss in the attention projections alone, summed in float32.
+def _gradients(
+    view: ModelView, batches: Sequence[torch.Tensor], known: Collection[int]
+) -> Iterator[tuple[int, Statistics]]:
+    """Gradients of the mean loss in the attention projections alone, summed in float32, block by block from the last
+    one on. A gradient is added to its sum and dropped as soon as it exists."""
+    scored = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
+    for step in backward(view, batches):
+        if step.block in known:
+            step.run()
+            continue
+        attention = view.attention[step.block]
+        parameters = attention.parameters()
+        sums: dict[Any, torch.Tensor] = {p: torch.zeros_like(p, dtype=torch.float32) for p in parameters}
 
-    One window at a time goes through autograd, so that its activations stay small, and a gradient is added
-    to its sum and dropped as soon as it exists.
-    """
-    parameters = [p for attention in view.attention for p in attention.parameters()]
-    sums: dict[Any, torch.Tensor] = {p: torch.zeros_like(p, dtype=torch.float32) for p in parameters}
-    hooks = []
+        def collect(parameter: Any, sums: dict[Any, torch.Tensor] = sums) -> None:
+            assert parameter.grad is not None
+            sums[parameter] += parameter.grad
+            parameter.grad = None
 
-    def collect(parameter: Any) -> None:
-        assert parameter.grad is not None
-        sums[parameter] += parameter.grad
-        parameter.grad = None
-
-    scored = 0
-    with frozen(view.lm):
+        hooks = [p.requires_grad_(True).register_post_accumulate_grad_hook(collect) for p in parameters]
         try:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-                hooks.append(parameter.register_post_accumulate_grad_hook(collect))
-            for batch in batches:
-                for window in batch.to(view.device).split(1):
-                    with torch.enable_grad():
-                        hidden = view.lm.base_model(input_ids=window, use_cache=False).last_hidden_state
-                    _, tokens, grad = next_token_loss(view.head, hidden.detach(), window, gradient=True)
-                    hidden.backward(grad)
-                    scored += tokens
-                advance(len(batch))
+            step.run()
         finally:
-            for hook in hooks:
+            for hook, parameter in zip(hooks, parameters, strict=True):
                 hook.remove()
-    for total in sums.values():
-        total /= scored
-    return [Statistics(gradients=_as_gradients(attention, sums)) for attention in view.attention]
-
-
-def _as_gradients(attention: Attention, sums: dict[Any, torch.Tensor]) -> AttentionWeights:
-    return attention.weights(of=lambda parameter: sums[parameter])
+                parameter.requires_grad_(False)
+        means = {parameter: total / scored for parameter, total in sums.items()}
+        yield step.block, Statistics(gradients=attention.weights(of=means.__getitem__))

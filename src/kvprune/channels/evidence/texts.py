@@ -14,8 +14,6 @@ from kvprune.text.corpus import SELF, is_file, local_file, read_text
 from kvprune.text.sampled import sample_ids
 from kvprune.text.windows import cut_windows, judged_windows, start_token, token_ids
 
-BATCH_TOKENS = 4096  # of a calibration batch: its hidden states of all layers are held at a time
-
 
 @dataclass(frozen=True)
 class Texts:
@@ -27,9 +25,15 @@ class Texts:
 
 
 def prepare(
-    s: Settings, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, calibrate: bool, progress: Progress
+    s: Settings,
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    calibrate: bool,
+    batch_tokens: int,
+    progress: Progress,
 ) -> Texts:
-    """Read, or sample, every text of a prune. calibrate: whether scores or repair need a text at all.
+    """Read, or sample, every text of a prune. calibrate: whether scores or repair need a text at all. batch_tokens: of
+    a calibration batch, at most, but one window.
 
     Calibration is the valid split, the beginning of a file, or sampled. Windows longer than the model's context
     become that long. Raises UnknownText, TextTooShort, BadOption, TokenizerMismatch.
@@ -56,7 +60,7 @@ def prepare(
             f"the calibration text {s.calibration} has {len(ids)} tokens to calibrate on, but {s.calibration_tokens} "
             "are needed; give a longer text or ask for fewer"
         )
-    size = max(BATCH_TOKENS // length, 1)
+    size = max(batch_tokens // length, 1)
     scored = cut_windows(ids[: s.calibration_tokens], length, start)
     repaired = cut_windows(ids[: s.repair_tokens], length, start) if s.refits else ids[:0].view(0, length)
     if s.refits and len(repaired) < 2:

@@ -1,7 +1,7 @@
 """Least squares of the layers' last matrices, so that the residual stream stays the dense model's."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, cast
@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from kvprune.channels.journal import Journal
 from kvprune.errors import TextTooShort
 from kvprune.models.finite import not_finite
-from kvprune.models.stream import Calls, enter, input_of, learn_calls
+from kvprune.models.held import coming, held
+from kvprune.models.stream import Calls, answering, enter, input_of, learn_calls
 from kvprune.models.view import ModelView
 from kvprune.runtime.dtype import stored_dtype
 
@@ -106,22 +107,27 @@ def refit(
     pass through it. Raises NotFinite.
     """
     journal = journal or Journal()
-    fitted, held = split(batches)
-    dense, calls = enter(view, [*fitted, *held])
+    fitted, apart = split(batches)
+    dense, calls = enter(view, [*fitted, *apart])
     ours = list(dense)
     blocks = view.family.blocks(pruned)
     own_calls = learn_calls(pruned, blocks, batches)  # a stock model's rotary table is its own
     report: list[Refitted] = []
     for index, (dense_block, block) in enumerate(zip(view.blocks, blocks, strict=True)):
-        layer = _Layer(view, index, dense_block, block, (calls, own_calls), len(fitted), stored_dtype(pruned))
-        targets = layer.dense(dense)
-        kept = journal.load_refit(index)
-        if kept is None:
-            found = layer.fit(ours, targets)
-            journal.save_refit(index, layer.tensors(), [asdict(row) for row in found])
-        else:
-            found = layer.restore(*kept, ours)
-        report += found
+        with held(dense_block, block):
+            layer = _Layer(view, index, dense_block, block, (calls, own_calls), len(fitted), stored_dtype(pruned))
+            targets = layer.dense(dense)
+            kept = journal.load_refit(index)
+            if kept is None:
+                report += layer.fit(ours, targets)
+                journal.save_refit(index, layer.tensors(), [asdict(row) for row in report if row.layer == index])
+            else:
+                report += layer.restore(*kept, ours)
+            names = layer.names()
+        there = coming(block)
+        if there is not None:  # from now on it comes with the fitted ones
+            place = {there.prefix + name: own for own, name in names.items()}
+            there.shelf.also(place, journal.refit_file(index), stored_dtype(pruned))
         advance(1)
     return report
 
@@ -160,6 +166,7 @@ class _Layer:
         self.o = self.attention.get_submodule("o_proj" if hasattr(self.attention, "o_proj") else self.family.o)
         self.mlp = getattr(block, self.family.mlp) if self.family.mlp else None
         self.down = self._down(block)
+        self.device = cast(torch.Tensor, self.o.weight).device
         if self.down is not None:
             for name, parameter in list(self.down.named_parameters()):  # shared with the dense model, which must stay
                 setattr(self.down, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
@@ -189,10 +196,10 @@ class _Layer:
         try:
             for number, state in enumerate(states):
                 states[number] = self.dense_calls.run(self.dense_block, self.index, state)
-                attention = outputs.pop("attention")
+                attention = outputs.pop("attention").to(state.device)
                 found.attention.append(attention if self.family.behind_attention else state + self.times * attention)
                 if "down" in watched:
-                    found.down.append(outputs.pop("down"))
+                    found.down.append(outputs.pop("down").to(state.device))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -204,7 +211,7 @@ class _Layer:
         Attention and MLP run once: what reaches their last matrices is kept, and the block is called again with what
         the new matrices make of it. What is fitted to is used up.
         """
-        attended = [input_of(self.o, partial(self._run, state)) for state in states]
+        attended = [input_of(self.o, partial(self._run, state)).to(state.device) for state in states]
         found = [self._fit_o(states, attended, targets.attention)]
         targets.attention.clear()
         inner: list[torch.Tensor] = []
@@ -212,9 +219,9 @@ class _Layer:
             found.append(self._fit_down(states, attended, targets, inner))
         for number, z in enumerate(attended):
             with ExitStack() as stack:
-                stack.enter_context(_answering(self.attention, (self.o(z), None)))
+                stack.enter_context(_giving(self.attention, (self.o(z.to(self.device)), None)))
                 if self.mlp is not None and self.down is not None:
-                    stack.enter_context(_answering(self.mlp, self.down(inner[number])))
+                    stack.enter_context(_giving(self.mlp, self.down(inner[number].to(self.device))))
                 states[number] = self._run(states[number])
         return found
 
@@ -226,7 +233,7 @@ class _Layer:
             missing = target.float()
             if not self.family.behind_attention:
                 missing = (missing - state.float()) / self.times
-            moments[number >= self.fitted].add(_with_one(z, self.o), missing, _inverse_size(target))
+            self._add(moments[number >= self.fitted], _with_one(z, self.o), missing, _inverse_size(target))
         return self._fit("o", self.o, *moments)
 
     def _fit_down(
@@ -239,13 +246,14 @@ class _Layer:
         added: list[torch.Tensor] = []
 
         def keep(_module: nn.Module, args: tuple, output: torch.Tensor) -> None:  # some put all tokens in one dim
-            inner.append(args[0].view(*states[len(inner)].shape[:2], -1))
-            added.append(output.view(*inner[-1].shape[:2], -1))
+            state = states[len(inner)]
+            inner.append(args[0].view(*state.shape[:2], -1).to(state.device))
+            added.append(output.view(*state.shape[:2], -1).to(state.device))
 
         hook = self.down.register_forward_hook(keep)
         try:
             for number, (state, z, behind) in enumerate(zip(states, attended, targets.behind, strict=True)):
-                with _answering(self.attention, (self.o(z), None)):
+                with _giving(self.attention, (self.o(z.to(self.device)), None)):
                     output = self._run(state)
                 if targets.down:
                     missing = target = targets.down[number]
@@ -253,10 +261,15 @@ class _Layer:
                 else:  # What the MLP should have added is what it added and what is still missing behind the block.
                     target = behind
                     missing = (behind.float() - output.float()) / self.times + added.pop().float()
-                moments[number >= self.fitted].add(_with_one(inner[-1], self.down), missing, _inverse_size(target))
+                x = _with_one(inner[-1], self.down)
+                self._add(moments[number >= self.fitted], x, missing, _inverse_size(target))
         finally:
             hook.remove()
         return self._fit("down", self.down, *moments)
+
+    def _add(self, moments: Moments, *rows: torch.Tensor) -> None:
+        """Where the matrices are: the text may wait elsewhere."""
+        moments.add(*(x.to(self.device) for x in rows))
 
     def _run(self, state: torch.Tensor) -> torch.Tensor:
         """The pruned residual stream behind the block, (B, T, hidden)."""
@@ -266,6 +279,11 @@ class _Layer:
         """The weights that are fitted here, "o.weight", ..."""
         modules = {"o": self.o} | ({} if self.down is None else {"down": self.down})
         return {f"{name}.{part}": p for name, module in modules.items() for part, p in module.named_parameters()}
+
+    def names(self) -> dict[str, str]:
+        """The same, and what the block calls them."""
+        known = {id(parameter): name for name, parameter in self.block.named_parameters()}
+        return {own: known[id(parameter)] for own, parameter in self.tensors().items()}
 
     def restore(
         self, tensors: dict[str, torch.Tensor], report: list[dict], states: list[torch.Tensor]
@@ -294,14 +312,9 @@ class _Layer:
         return Refitted(self.index, name, before / scale, errors[best] / scale, RIDGES[best])
 
 
-@contextmanager
-def _answering(module: nn.Module, output: Any) -> Iterator[None]:
+def _giving(module: nn.Module, output: Any) -> AbstractContextManager[None]:
     """`module` gives this output, whatever it is called with."""
-    module.forward = lambda *args, **kwargs: output
-    try:
-        yield
-    finally:
-        del module.forward
+    return answering(module, lambda *args, **kwargs: output)
 
 
 def split(batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -5,7 +5,6 @@ least in truth, all cuts at once, on the probed text; more layers are tried unti
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 
 import torch
 
@@ -15,6 +14,8 @@ from kvprune.channels.widths.asked import AUTO
 from kvprune.channels.widths.masking import masked
 from kvprune.errors import BadOption, UnreachableRatio
 from kvprune.measure.loss import next_token_loss
+from kvprune.models.held import held
+from kvprune.models.stream import enter
 from kvprune.models.tap import tapped
 from kvprune.models.view import ModelView
 
@@ -41,14 +42,15 @@ def masked_loss(
     view: ModelView, batches: Sequence[torch.Tensor], kept: Sequence[Kept], bases: Sequence[Basis]
 ) -> float:
     """Mean loss (nats) of the model with all layers cut, on token ids (B, T)."""
+    with tapped(view):
+        states, calls = enter(view, batches)
+        for index, block in enumerate(view.blocks):
+            with held(block), masked(view.attention[index], kept[index], bases[index]):
+                states = [calls.run(block, index, state) for state in states]
     total, scored = 0.0, 0
-    with tapped(view), ExitStack() as stack:
-        for attention, one, basis in zip(view.attention, kept, bases, strict=True):
-            stack.enter_context(masked(attention, one, basis))
-        for batch in batches:
-            hidden = view.lm.base_model(input_ids=batch.to(view.device), use_cache=False).last_hidden_state
-            loss, tokens, _ = next_token_loss(view.head, hidden, batch)
-            total, scored = total + loss, scored + tokens
+    for batch, state in zip(batches, states, strict=True):
+        loss, tokens, _ = next_token_loss(view.head, view.norm(state.to(view.device)), batch)
+        total, scored = total + loss, scored + tokens
     return total / scored
 
 

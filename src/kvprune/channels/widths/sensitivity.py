@@ -11,6 +11,7 @@ from kvprune.channels.journal import Journal
 from kvprune.channels.widths.masking import masked
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.finite import not_finite
+from kvprune.models.held import held
 from kvprune.models.stream import BlockRunner
 from kvprune.models.tap import tapped
 from kvprune.models.view import ModelView
@@ -84,7 +85,7 @@ def _probe_batch(
         journal.add(number, DENSE, _finite(dense, what, view))
     for index in missing:
         probe = probes[index]
-        with masked(view.attention[probe.block], probe.kept, probe.basis):
+        with held(view.blocks[probe.block]), masked(view.attention[probe.block], probe.kept, probe.basis):
             changed = loss(runner.rerun(probe.block))
         journal.add(number, index, _finite(changed, f"layer {probe.block}, probed", view))
         advance(1)

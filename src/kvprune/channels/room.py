@@ -1,0 +1,199 @@
+"""What of a prune is held where, whether that fits, and about how long it takes: said before work begins.
+
+A model that fits is loaded whole. Of one that does not the blocks stay on disk and come one at a time (models/held.py).
+The arithmetic is the same, so are plan and weights. docs/large-models.md has the formula, and figures.
+"""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kvprune.channels.choice.basis import slow_channels
+from kvprune.channels.record import basis_bytes, moments_bytes
+from kvprune.channels.repair.refit import RIDGES
+from kvprune.channels.settings import Settings
+from kvprune.errors import BadOption, NoSpace, TooLittleMemory
+from kvprune.measure import memory
+from kvprune.models.view import ModelView
+from kvprune.options import size_in_bytes
+
+BATCH_TOKENS = 4096  # that go through a block at once, where the memory allows it
+SHARE = 0.9  # of what is free: what may be taken unasked
+
+
+@dataclass(frozen=True)
+class Room:
+    """streamed: whether blocks come and go; batch_tokens: how many tokens pass a block at once; needs: bytes of working
+    memory, by what takes them; disk: bytes written at most, with what an interrupted run would go on from."""
+
+    streamed: bool
+    batch_tokens: int
+    needs: dict[str, int]
+    disk: int
+    seconds: float
+
+    def line(self, view: ModelView) -> str:
+        """What is held where, and about how long it takes."""
+        of, outside, block = (_gib(x) for x in (memory.weight_bytes(view.lm), _outside(view), _largest(view)))
+        return (
+            f"block by block: of {of} of weights {outside} are held, and a block of {block} at a time; "
+            f"{_gib(sum(self.needs.values()))} of memory and {_gib(self.disk)} of disk at most, about "
+            f"{max(self.seconds / 60, 1):.0f} minutes"
+        )
+
+
+def find_room(
+    s: Settings,
+    view: ModelView,
+    merge: int,
+    device: torch.device,
+    asked: str | None,
+    out: Path | None,
+    can_stream: bool,
+) -> Room:
+    """How to work within `asked` ("20GiB"; None: most of what is free on the device).
+
+    view: of a model without weights. can_stream: whether the source's blocks can stay on disk. Raises TooLittleMemory
+    where not even one block has room, NoSpace, BadOption.
+    """
+    limit = size_in_bytes(asked) if asked is not None else _free(device)
+    whole = _needs(s, view, merge, BATCH_TOKENS, streamed=False)
+    if limit is None or sum(whole.values()) <= limit or (asked is None and not (can_stream and out is not None)):
+        return Room(False, BATCH_TOKENS, whole, 0, 0.0)
+    if out is None:
+        raise BadOption(f"--memory {asked} is too little for the whole model, and block by block needs --out")
+    tokens = BATCH_TOKENS
+    needs = _needs(s, view, merge, tokens, streamed=True)
+    while sum(needs.values()) > limit and tokens > s.calibration_window:
+        tokens //= 2
+        needs = _needs(s, view, merge, tokens, streamed=True)
+    if sum(needs.values()) > limit:
+        largest = max(needs, key=lambda name: needs[name])
+        raise TooLittleMemory(
+            f"one block at a time still takes {_gib(sum(needs.values()))}, and there are {_gib(limit)}: give more "
+            f"--memory, or less to hold (most is: {largest}, {_gib(needs[largest])})"
+        )
+    room = Room(True, tokens, needs, _disk(s, view, merge), _seconds(s, view, device))
+    _check_disk(room, out)
+    return room
+
+
+def _free(device: torch.device) -> int | None:
+    found = memory.free(device)
+    return None if found is None else int(SHARE * found)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g} GiB"
+
+
+def _blocks(view: ModelView) -> list[int]:
+    return [memory.weight_bytes(block) for block in view.blocks]
+
+
+def _largest(view: ModelView) -> int:
+    return max(_blocks(view))
+
+
+def _outside(view: ModelView) -> int:
+    return memory.weight_bytes(view.lm) - sum(_blocks(view))
+
+
+def _refitted(view: ModelView) -> list[int]:
+    """How many inputs each matrix has that refit fits."""
+    shape, family = view.shape, view.family
+    found = [shape.kv_heads * shape.groups * shape.head_dim]
+    if family.down:
+        down = view.blocks[0].get_submodule(f"{family.mlp}.{family.down}".strip("."))
+        found.append(next(p for p in down.parameters() if p.dim() == 2).numel() // shape.hidden)
+    return found
+
+
+def _needs(s: Settings, view: ModelView, merge: int, batch: int, streamed: bool) -> dict[str, int]:
+    """Bytes by what takes them; of the phases those of the one that takes most."""
+    hidden, size, weights = view.shape.hidden, view.lm.dtype.itemsize, memory.weight_bytes(view.lm)
+    attention = sum(p.numel() for p in view.attention[0].parameters())
+    if streamed:
+        found = {"weights outside of the blocks": _outside(view), "a block, dense and cut": 2 * _largest(view)}
+    else:
+        found = {"weights": weights, "the cut model's own, and copies on the way": int(1.5 * weights)}
+    found["one layer's attention in float64, while it is cut"] = 4 * 8 * attention
+    found["what a batch makes in a block"] = 4 * batch * (8 * hidden + 3 * max(_refitted(view)))
+    return found | max(_phases(s, view, merge, hidden * size), key=lambda phase: sum(phase.values()))
+
+
+def _phases(s: Settings, view: ModelView, merge: int, row: int) -> list[dict[str, int]]:
+    """What each phase holds beside that; row: bytes of a token's hidden state."""
+    shape, size = view.shape, view.lm.dtype.itemsize
+    slow = max(len(slow_channels(a)) for a in view.attention)
+    one = moments_bytes(shape, merge, slow) + basis_bytes(shape, merge)
+    scores = {
+        "the calibration text before a block": s.calibration_tokens * row,
+        "one layer's moments and basis": 3 * one,
+    }
+    if 1 < merge < shape.kv_heads:
+        channels = shape.kv_heads * (shape.groups + 2) * shape.head_dim
+        scores["one layer's Q, K and V of the calibration text"] = s.calibration_tokens * channels * size
+    phases = [scores]
+    if s.probes == "estimated":
+        phases.append({"the probed text before every block": (s.probe_tokens or 0) * row * (shape.layers + 2)})
+    if s.refits:
+        widest = max(_refitted(view))
+        phases.append(
+            {
+                "the repair text before a block, dense and cut": 4 * s.repair_tokens * row,
+                "what reaches the MLP's last matrix of it": s.repair_tokens * widest * size,
+                "sums over that, and their factors": 8 * (5 * widest**2 + 4 * widest * shape.hidden),
+            }
+        )
+    evaluated = {"the evaluated text before a block": 2 * s.eval_tokens * row}
+    return [*phases, evaluated]
+
+
+def _disk(s: Settings, view: ModelView, merge: int) -> int:
+    """Bytes of the result, and of what is kept until it is written."""
+    shape, size = view.shape, view.lm.dtype.itemsize
+    slow = max(len(slow_channels(a)) for a in view.attention)
+    bases = shape.layers * (moments_bytes(shape, merge, slow) + basis_bytes(shape, merge)) if s.rotates else 0
+    cut = shape.layers * size * sum(p.numel() for p in view.attention[0].parameters())
+    fitted = shape.layers * size * shape.hidden * sum(_refitted(view)) if s.refits else 0
+    return memory.weight_bytes(view.lm) + bases + cut + fitted
+
+
+def _check_disk(room: Room, out: Path) -> None:
+    """Raise NoSpace for a disk that cannot take what will be written."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file()) if out.is_dir() else 0
+    free = shutil.disk_usage(place).free + there
+    if free < room.disk:
+        raise NoSpace(
+            f"the disk of {out} has {_gib(free)} left, and the result with what is kept on the way takes "
+            f"{_gib(room.disk)}: free some space or choose another --out"
+        )
+
+
+def _seconds(s: Settings, view: ModelView, device: torch.device) -> float:
+    """About how long it takes, by how fast two products are now."""
+    weights = sum(p.numel() for block in view.blocks for p in block.parameters())
+    windows = len(s.windows) * max(len(s.eval), 1)
+    passes = 3 * s.calibration_tokens + 5 * (s.probe_tokens or 0) + 2 * windows * s.eval_tokens
+    passes += 4 * s.repair_tokens if s.refits else 0
+    solved = sum((len(RIDGES) / 3 + 1) * n**3 for n in _refitted(view)) * view.shape.layers if s.refits else 0
+    rows = _rate((512, view.shape.hidden, 2048), view.lm.dtype, device)
+    return 2 * weights * passes / rows + 2 * solved / _rate((1024, 1024, 1024), torch.float64, device)
+
+
+def _rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second of a product, at its second try."""
+    a, b = torch.randn(shape[:2]).to(device, dtype), torch.randn(shape[1:]).to(device, dtype)
+    taken = 1.0
+    for _ in range(2):
+        start = time.perf_counter()
+        (a @ b).sum().item()
+        taken = time.perf_counter() - start
+    return 2 * shape[0] * shape[1] * shape[2] / max(taken, 1e-6)
