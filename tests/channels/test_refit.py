@@ -6,7 +6,8 @@ import torch
 import kvprune
 from kvprune.channels.cut.surgery import cut
 from kvprune.channels.journal import Journal
-from kvprune.channels.repair.refit import HELD_OUT, Moments, _Layer, refit, ridge_fit, split
+from kvprune.channels.repair.least_squares import Moments, Rows, ridge_fit, sums_of
+from kvprune.channels.repair.refit import HELD_OUT, _Layer, refit, split
 from kvprune.errors import TextTooShort
 from kvprune.models.view import ModelView
 from tiny import COARSE, VOCABULARY, make_plan, random_layers, tiny_model
@@ -17,13 +18,14 @@ def windows(count, length=24, seed=1):
 
 
 @pytest.mark.parametrize("ridge", [1e-3, 1.0, 100.0])
-def test_ridge_fit_is_the_minimum(ridge):
+@pytest.mark.parametrize(("sums", "rows"), [(Moments, 50), (Rows, 50), (Rows, 5)])
+def test_ridge_fit_is_the_minimum(sums, rows, ridge):
     """The same problem as one stacked system, solved by lstsq."""
     generator = torch.Generator().manual_seed(0)
-    x, y, old = (torch.randn(size, generator=generator) for size in ((50, 7), (50, 3), (3, 7)))
-    moments = Moments()
-    moments.add(x[:20], y[:20])
-    moments.add(x[20:].view(5, 6, 7), y[20:].view(5, 6, 3))
+    x, y, old = (torch.randn(size, generator=generator) for size in ((rows, 7), (rows, 3), (3, 7)))
+    moments = sums()
+    moments.add(x[:2], y[:2])
+    moments.add(x[2:].view(3, -1, 7), y[2:].view(3, -1, 3))
     found = ridge_fit(moments, old, ridge)
     pull = (ridge * x.double().square().sum() / 7).sqrt()
     stacked = torch.cat((x.double(), pull * torch.eye(7, dtype=torch.float64)))
@@ -33,8 +35,18 @@ def test_ridge_fit_is_the_minimum(ridge):
     def residual(weight):
         return (x.double() @ weight.double().T - y.double()).square().sum().item()
 
-    assert moments.error(found) == pytest.approx(residual(found), rel=1e-5)
+    assert moments.error(found) == pytest.approx(residual(found), rel=1e-4, abs=1e-6)
+    assert moments.is_finite()
+    assert float(moments.yy) == pytest.approx(float(y.square().sum()), rel=1e-6)
     assert residual(found) <= residual(old)  # the text's own residual never rises
+
+
+def test_few_rows_are_kept_themselves():
+    assert isinstance(sums_of(6, 7), Rows)
+    assert isinstance(sums_of(7, 7), Moments)
+    broken = Rows()
+    broken.add(torch.full((2, 3), torch.inf), torch.zeros(2, 1))
+    assert not broken.is_finite()
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen2-sliding", "llama-bias"])

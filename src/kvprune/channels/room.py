@@ -50,7 +50,7 @@ def find_room(
     view: ModelView,
     merge: int,
     device: torch.device,
-    asked: str | None,
+    asked: str | int | None,
     out: Path | None,
     can_stream: bool,
 ) -> Room:

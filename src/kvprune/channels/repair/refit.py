@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kvprune.channels.journal import Journal
+from kvprune.channels.repair.least_squares import Moments, Rows, ridge_fit, sums_of
 from kvprune.errors import TextTooShort
 from kvprune.models.finite import not_finite
 from kvprune.models.held import coming, held
@@ -21,7 +22,6 @@ from kvprune.runtime.dtype import stored_dtype
 
 # Of the inputs' mean square; the held-out slice chooses. Less than a tenth loses on text of another kind.
 RIDGES = (0.1, 1.0, 10.0, 100.0)
-PIECES = 4  # in which a symmetric product is computed: five eighths of the work
 HELD_OUT = 8  # every eighth window is held out, and of fewer the last
 
 
@@ -35,55 +35,6 @@ class Refitted:
     before: float
     after: float
     ridge: float | None
-
-
-class Moments:
-    """Sums over rows of x x^T, x y^T and |y|^2 in float64, (n, n), (n, m) and a number; x (..., n), y (..., m).
-
-    A row's weight (..., 1) multiplies both x and y.
-    """
-
-    def __init__(self) -> None:
-        self.xx: torch.Tensor | float = 0.0
-        self.xy: torch.Tensor | float = 0.0
-        self.yy: torch.Tensor | float = 0.0
-
-    def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | float = 1.0) -> None:
-        x, y = (x.float() * weight).flatten(0, -2), (y.float() * weight).flatten(0, -2)
-        self.xx = self.xx + gram(x).double()
-        self.xy = self.xy + (x.T @ y).double()
-        self.yy = self.yy + y.square().sum(dtype=torch.float64)
-
-    def is_finite(self) -> bool:
-        return all(torch.isfinite(torch.as_tensor(sums)).all() for sums in (self.xx, self.xy, self.yy))
-
-    def error(self, weight: torch.Tensor) -> float:
-        """Sum of |weight x - y|^2; weight (m, n)."""
-        weight = weight.double()
-        return float(((weight @ self.xx) * weight).sum() - 2 * (weight.T * self.xy).sum() + self.yy)
-
-
-def gram(x: torch.Tensor) -> torch.Tensor:
-    """x^T x of x (rows, n): one half of it, which the other mirrors."""
-    found = x.new_zeros(x.shape[1], x.shape[1])
-    for columns in torch.arange(x.shape[1], device=x.device).chunk(PIECES):
-        first, behind = int(columns[0]), int(columns[-1]) + 1
-        found[first:behind, first:] = x[:, first:behind].T @ x[:, first:]
-    return found.triu() + found.triu(1).T
-
-
-def ridge_fit(moments: Moments, weight: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The W (m, n) that minimises sum |W x - y|^2 + ridge * mean square of x * rows * |W - weight|^2, in float64.
-
-    The ridge pulls towards the matrix that was, not towards zero, so that directions which the text never
-    shows stay as they are. It never raises the first term above what `weight` has.
-    """
-    xx, xy = moments.xx, moments.xy
-    assert isinstance(xx, torch.Tensor)
-    assert isinstance(xy, torch.Tensor)
-    pull = (ridge * xx.diagonal().mean()).clamp_min(1e-300)
-    system = xx + pull * torch.eye(len(xx), dtype=torch.float64, device=xx.device)
-    return torch.cholesky_solve(xy + pull * weight.double().T, torch.linalg.cholesky(system)).T
 
 
 @torch.no_grad()
@@ -228,7 +179,7 @@ class _Layer:
     def _fit_o(self, states: list[torch.Tensor], attended: list[torch.Tensor], targets: list[torch.Tensor]) -> Refitted:
         """Fit O, so that behind the attention `states` become the targets; or, where a norm stands between, so that it
         puts out the targets themselves."""
-        moments = Moments(), Moments()
+        moments = self._sums(states, self.o)
         for number, (state, z, target) in enumerate(zip(states, attended, targets, strict=True)):
             missing = target.float()
             if not self.family.behind_attention:
@@ -242,7 +193,7 @@ class _Layer:
         """Fit the MLP's last matrix, so that behind the block `states` become the targets; or, where a norm stands
         between, so that it puts out the targets themselves. What reaches it is added to `inner`."""
         assert self.down is not None
-        moments = Moments(), Moments()
+        moments = self._sums(states, self.down)
         added: list[torch.Tensor] = []
 
         def keep(_module: nn.Module, args: tuple, output: torch.Tensor) -> None:  # some put all tokens in one dim
@@ -267,7 +218,14 @@ class _Layer:
             hook.remove()
         return self._fit("down", self.down, *moments)
 
-    def _add(self, moments: Moments, *rows: torch.Tensor) -> None:
+    def _sums(self, states: list[torch.Tensor], module: nn.Module) -> tuple[Moments | Rows, Moments | Rows]:
+        """For the fitted rows and those held out."""
+        rows = [state.shape[0] * state.shape[1] for state in states]
+        weight, bias = cast(torch.Tensor, module.weight), module.bias
+        inputs = weight.shape[0 if isinstance(module, Conv1D) else 1] + (bias is not None)
+        return sums_of(sum(rows[: self.fitted]), inputs), sums_of(sum(rows[self.fitted :]), inputs)
+
+    def _add(self, moments: Moments | Rows, *rows: torch.Tensor) -> None:
         """Where the matrices are: the text may wait elsewhere."""
         moments.add(*(x.to(self.device) for x in rows))
 
@@ -296,7 +254,7 @@ class _Layer:
             states[number] = self._run(state)
         return [Refitted(**row) for row in report]
 
-    def _fit(self, name: str, module: nn.Module, fitted: Moments, held: Moments) -> Refitted:
+    def _fit(self, name: str, module: nn.Module, fitted: Moments | Rows, held: Moments | Rows) -> Refitted:
         if not (fitted.is_finite() and held.is_finite()):
             raise not_finite(f"layer {self.index}: what {name} is fitted to", self.lm)
         old = _as_matrix(module)

@@ -1,0 +1,173 @@
+"""Pruning a model that is larger than the memory, block by block: how much of it is held, and how long it takes.
+
+    python benchmarks/large_model.py make FOLDER --tokenizer SOURCE      # LLaMA-7B's shape, random weights, 13.5 GB
+    python benchmarks/large_model.py run FOLDER --work DIR [--memory 6GiB] [--tokens 2048] [--out OUT]
+
+`run` times a dense pass over the text, streamed, and then prunes half of the KV bytes in a process of its own. Written
+down for each phase: seconds, and as multiples of that dense pass for the same number of tokens; the peak of the memory
+that is the process's own (RssAnon: mapped files are the operating system's, and can be taken back at any time); beside
+it what the formula says. Weights are random, so perplexities mean nothing and are left out.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import kvprune
+from kvprune.models.source import load_model, resolve
+from kvprune.progress import Progress
+from kvprune.versions import versions
+
+SHAPE = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+}
+
+
+def make(folder: Path, tokenizer: str) -> None:
+    """A sharded checkpoint of bfloat16 numbers, a shard a block; the vocabulary is the tokenizer's."""
+    words = kvprune.load_tokenizer(tokenizer)
+    config = LlamaConfig(vocab_size=len(words), tie_word_embeddings=False, dtype="bfloat16", **SHAPE)
+    config.architectures = ["LlamaForCausalLM"]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    shards: dict[str, list[str]] = {}
+    for name in model.state_dict():
+        part = name.split(".")[2] if ".layers." in name else "outside"
+        shards.setdefault(f"model-{part}.safetensors", []).append(name)
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    for file, names in shards.items():
+        tensors = {}
+        for name in names:
+            shape = model.state_dict()[name].shape
+            tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
+            if "norm" not in name:
+                tensors[name] = (torch.randn(shape, generator=generator) * 0.02).to(torch.bfloat16)
+        save_file(tensors, folder / file, {"format": "pt"})
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    total = sum(p.numel() * 2 for p in model.parameters())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config.save_pretrained(folder)
+    words.save_pretrained(folder)
+
+
+class Watch(Progress):
+    """Keeps the peak of the process's own memory in each phase, and tells the phases as they come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peaks: dict[str, int] = {}
+        self.now = ""
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while True:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            held = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+            self.peaks[self.now] = max(self.peaks.get(self.now, 0), held)
+            time.sleep(0.05)
+
+    @contextmanager
+    def phase(self, name: str, total: int = 1):
+        before, self.now = self.now, name
+        print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
+        with super().phase(name, total) as advance:
+            yield advance
+        self.now = before
+
+    def say(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+
+def dense_pass(folder: Path, work: Path, tokens: int) -> float:
+    """Seconds of one streamed pass of the text."""
+    lm = load_model(resolve(folder), offload=work / "aside")
+    ids = torch.randint(3, 30000, (tokens // 512, 512), generator=torch.Generator().manual_seed(0))
+    start = time.perf_counter()
+    kvprune.perplexity(lm, ids)
+    return time.perf_counter() - start
+
+
+def pruned(folder: Path, work: Path, memory: str, tokens: int) -> dict[str, Any]:
+    watch = Watch()
+    start = time.perf_counter()
+    result = kvprune.prune(
+        folder,
+        work / "pruned",
+        memory=memory,
+        ratio=0.5,
+        calibration_tokens=tokens,
+        repair_tokens=tokens,
+        eval_tokens=tokens,
+        windows=(512,),
+        resume=(work / "pruned").exists(),
+        progress=watch,
+    )
+    record = result.record
+    return {
+        "seconds": record["seconds"] | {"all": time.perf_counter() - start},
+        "peaks": {name: peak for name, peak in watch.peaks.items() if name},
+        "formula": record["memory_formula_bytes"],
+        "streamed": record["streamed"],
+        "merge": record["merge"],
+        "refit": sum(row["ridge"] is not None for row in record["refit"]),
+        "ratio_achieved": record["ratio_achieved"],
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    rows = ["| phase | minutes | dense passes | peak, GiB |", "| --- | ---: | ---: | ---: |"]
+    for name, seconds in found["seconds"].items():
+        peak = max(found["peaks"].values()) if name == "all" else found["peaks"].get(name, 0)
+        rows.append(f"| {name} | {seconds / 60:.1f} | {seconds / found['dense_pass']:.1f} | {peak / 2**30:.2f} |")
+    rows += ["", "| the formula | GiB |", "| --- | ---: |"]
+    rows += [f"| {name} | {size / 2**30:.2f} |" for name, size in found["formula"].items()]
+    rows.append(f"| together | {sum(found['formula'].values()) / 2**30:.2f} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["make", "run", "dense", "prune"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--tokenizer", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--memory", default="6GiB")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/large_model"))
+    given = parser.parse_args()
+    if given.what == "make":
+        make(given.folder, given.tokenizer)
+    elif given.what == "dense":
+        print(json.dumps(dense_pass(given.folder, given.work, given.tokens)))
+    elif given.what == "prune":
+        print(json.dumps(pruned(given.folder, given.work, given.memory, given.tokens)))
+    else:
+        again = [sys.executable, __file__, "", *sys.argv[2:]]
+        found: dict[str, Any] = {"tokens": given.tokens, "memory": given.memory, "shape": SHAPE, "versions": versions()}
+        for name in ("dense", "prune"):  # each in a process of its own, since memory is looked at
+            again[2] = name
+            told = json.loads(subprocess.run(again, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            found |= {"dense_pass": told} if name == "dense" else told
+        given.out.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
+        print(table(found))
+
+
+if __name__ == "__main__":
+    main()
