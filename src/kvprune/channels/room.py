@@ -141,12 +141,13 @@ def _phases(s: Settings, view: ModelView, merge: int, row: int) -> list[dict[str
     if s.probes == "estimated":
         phases.append({"the probed text before every block": (s.probe_tokens or 0) * row * (shape.layers + 2)})
     if s.refits:
-        widest = max(_refitted(view))
+        widest, hidden, rows = max(_refitted(view)), shape.hidden, s.repair_tokens
+        sums = 5 * widest**2 if rows >= widest else 2 * rows * (widest + hidden)
         phases.append(
             {
                 "the repair text before a block, dense and cut": 4 * s.repair_tokens * row,
                 "what reaches the MLP's last matrix of it": s.repair_tokens * widest * size,
-                "sums over that, and their factors": 8 * (5 * widest**2 + 4 * widest * shape.hidden),
+                "sums over that, and their factors": 8 * (sums + 4 * widest * hidden),
             }
         )
     evaluated = {"the evaluated text before a block": 2 * s.eval_tokens * row}
