@@ -29,6 +29,7 @@ from kvprune.cli_options import (
 from kvprune.cli_study import study
 from kvprune.errors import KVPruneError
 from kvprune.measure.memory import is_out_of_memory
+from kvprune.processes import is_main
 from kvprune.progress import on_stderr
 from kvprune.runtime.files import note_changed, read_shown
 
@@ -347,6 +348,8 @@ def _skipped(report: dict[str, Any]) -> str:
 
 
 def _show(record: dict[str, Any], as_json: bool) -> None:
+    if not is_main():
+        return
     if as_json:
         print(json.dumps(record))
         return

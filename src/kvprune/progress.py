@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, TextIO
 
+from kvprune import processes
+
 LONG = 1.0  # seconds from which on a phase is worth a line
 
 
@@ -63,7 +65,10 @@ def without_bars() -> Iterator[None]:
 
 
 def on_stderr() -> Progress:
-    """Bars where stderr is a terminal that can draw them, Lines where it is a file, a pipe or a plain one."""
+    """Bars where stderr is a terminal that can draw them, Lines where it is a file, a pipe or a plain one; of several
+    processes the main one's."""
+    if not processes.is_main():
+        return Progress()
     bars = Bars()
     drawn = sys.stderr.isatty() and bars.console.is_terminal and not bars.console.is_dumb_terminal
     return bars if drawn else Lines()

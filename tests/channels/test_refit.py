@@ -23,7 +23,7 @@ def test_ridge_fit_is_the_minimum(sums, rows, ridge):
     """The same problem as one stacked system, solved by lstsq."""
     generator = torch.Generator().manual_seed(0)
     x, y, old = (torch.randn(size, generator=generator) for size in ((rows, 7), (rows, 3), (3, 7)))
-    moments = sums()
+    moments = sums() if sums is Rows else sums(7, 3)
     moments.add(x[:2], y[:2])
     moments.add(x[2:].view(3, -1, 7), y[2:].view(3, -1, 3))
     found = ridge_fit(moments, old, ridge)
@@ -42,8 +42,8 @@ def test_ridge_fit_is_the_minimum(sums, rows, ridge):
 
 
 def test_few_rows_are_kept_themselves():
-    assert isinstance(sums_of(6, 7), Rows)
-    assert isinstance(sums_of(7, 7), Moments)
+    assert isinstance(sums_of(6, 7, 2), Rows)
+    assert isinstance(sums_of(7, 7, 2), Moments)
     broken = Rows()
     broken.add(torch.full((2, 3), torch.inf), torch.zeros(2, 1))
     assert not broken.is_finite()

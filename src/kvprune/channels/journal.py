@@ -11,12 +11,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from kvprune import processes
 from kvprune.channels.choice.basis import Basis
 from kvprune.channels.evidence.importance.base import Scores
 from kvprune.errors import OutputExists
 from kvprune.runtime.files import DENSE, RESUME, write_whole, writing_to
 
-_SETTINGS, _LOSSES, _ESTIMATES = "settings.json", "losses.jsonl", "estimates.jsonl"
+_SETTINGS, _LOSSES, _ESTIMATES = "settings.json", "losses{}.jsonl", "estimates{}.jsonl"
 _LAYER, _SCORES = "layer-{:04}.safetensors", "scores-{:04}.safetensors"
 _CUT, _REFIT = "cut-{:04}.safetensors", "refit-{:04}.safetensors"
 
@@ -32,21 +33,23 @@ class Journal:
         }
 
     def _lines(self, name: str) -> list[Any]:
-        """Of a file that grows by lines of JSON; a last one that was cut short would spoil the next, and goes."""
-        path = None if self.folder is None else self.folder / name
-        if path is None or not path.exists():
-            return []
-        written = path.read_text()
-        whole = written[: written.rfind("\n") + 1]
-        if whole != written:
-            with writing_to(path.parent.parent):
-                os.truncate(path, len(whole.encode()))
-        return [json.loads(line) for line in whole.splitlines()]
+        """Of files that grow by lines of JSON, one a process; a last one that was cut short would spoil the next, and
+        goes."""
+        found = []
+        for path in () if self.folder is None else sorted(self.folder.glob(name.format("*"))):
+            written = path.read_text()
+            whole = written[: written.rfind("\n") + 1]
+            if whole != written:
+                with writing_to(path.parent.parent):
+                    os.truncate(path, len(whole.encode()))
+            found += [json.loads(line) for line in whole.splitlines()]
+        return found
 
     def _add_line(self, name: str, line: Any) -> None:
         """On the disk before this returns."""
         if self.folder is not None:
-            with writing_to(self.folder.parent), (self.folder / name).open("a") as file:
+            own = name.format(processes.number() or "")
+            with writing_to(self.folder.parent), (self.folder / own).open("a") as file:
                 file.write(json.dumps(line) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
@@ -75,6 +78,8 @@ class Journal:
 
         Raises OutputExists unless `out` is missing, empty, or a run of the same settings and `resume` is set.
         """
+        if not processes.is_main():  # it is open in the main one
+            return cls(out / RESUME)
         folder = out / RESUME
         found = cls.check(out, resume)
         if found is not None:
@@ -122,8 +127,9 @@ class Journal:
         return Scores(**load_file(path)) if path is not None and path.exists() else None
 
     def save_estimates(self, block: int, changes: Sequence[float]) -> None:
-        """Keep the estimated sensitivities of a block's probes."""
-        self._add_line(_ESTIMATES, [block, list(changes)])
+        """Keep the estimated sensitivities of a block's probes, which all processes know."""
+        if processes.is_main():
+            self._add_line(_ESTIMATES, [block, list(changes)])
 
     def load_estimates(self) -> dict[int, list[float]]:
         """What save_estimates kept, by block."""
@@ -166,18 +172,21 @@ class Journal:
         """Write a file of the journal, whole or not at all. Raises NoSpace."""
         assert self.folder is not None
         partial = self.folder / (name + ".partial")
-        with writing_to(self.folder.parent):
-            save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, partial, metadata)
-            os.replace(partial, self.folder / name)
+        if processes.is_main():
+            with writing_to(self.folder.parent):
+                save_file({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, partial, metadata)
+                os.replace(partial, self.folder / name)
+        processes.wait()
 
     def close(self) -> None:
         """The run is finished: forget it."""
-        if self.folder is not None:
+        if self.folder is not None and processes.is_main():
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def discard(self) -> None:
         """The run is of no use: forget it, and remove the output folder if nothing else is in it."""
         self.close()
+        processes.wait()
         if self.folder is not None and self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
             self.folder.parent.rmdir()
 

@@ -5,12 +5,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kvprune import processes
 from kvprune.channels.cut import portable
 from kvprune.channels.cut.surgery import cut
 from kvprune.channels.evidence.texts import Texts, prepare
@@ -18,7 +20,7 @@ from kvprune.channels.journal import Journal
 from kvprune.channels.plan import PruningPlan
 from kvprune.channels.planning import Planner, choose_merge, grid_of, reachable
 from kvprune.channels.record import memory_of, record_of
-from kvprune.channels.repair.refit import Refitted, refit
+from kvprune.channels.repair.refit import Refitted, refit, split
 from kvprune.channels.room import find_room
 from kvprune.channels.settings import Settings, with_preset
 from kvprune.errors import BadOption, NotFinite, PlanMismatch, UnreachableRatio
@@ -126,7 +128,7 @@ class _Run:
         if given is not None:
             s = self.settings = replace(s, repair_tokens=given.method.get("repair_tokens", s.repair_tokens))
         if self.out is not None:
-            Journal.check(self.out, self.resume)
+            processes.after_main(partial(self._check, self.out))
         torch.manual_seed(s.seed)
         peak = memory.PeakMemory(find_device(s.device))
         with ExitStack() as stack:
@@ -156,7 +158,13 @@ class _Run:
         calibrate = s.ratio > 0 if given is None else given.is_rotated or _refits(given)
         texts = prepare(s, lm, tokenizer, calibrate, room.batch_tokens, self.progress)
         identity = self._identity(view, texts) | {"batch_tokens": room.batch_tokens}
-        journal = Journal.open(self.out, identity, self.resume) if self.out else Journal()
+        processes.check_same(identity)
+        for batches in (texts.scored, split(texts.repaired)[0] if texts.repaired else []):
+            if batches:
+                processes.check_enough(sum(map(len, batches)))
+        journal = Journal()
+        if self.out is not None:
+            journal = processes.after_main(partial(Journal.open, self.out, identity, self.resume))
         try:
             planner = Planner(s, view, merge, grid, texts.scored, journal, self.phase, self.progress.say)
             plan, bases = planner.plan(source) if given is None else (given, planner.bases(given))
@@ -183,10 +191,17 @@ class _Run:
 
         if self.out is None:
             return Pruned(pruned, tokenizer, plan, record())
+        saved = record()
         with self.phase("save"), quietly():
-            saved = save(pruned, tokenizer, plan.to_json(), record, self.out)
+            if processes.is_main():
+                saved = save(pruned, tokenizer, plan.to_json(), record, self.out)
+            processes.wait()
         journal.close()
         return Pruned(None if room.streamed else pruned, tokenizer, plan, saved)
+
+    def _check(self, out: Path) -> bool:
+        Journal.check(out, self.resume)
+        return True
 
     def _identity(self, view: ModelView, texts: Texts) -> dict[str, Any]:
         """What must be the same for an unfinished run to go on: the settings, and what they led to."""
@@ -217,13 +232,13 @@ class _Run:
 
     def _perplexities(self, model: PreTrainedModel, texts: list[tuple[str, torch.Tensor]], phase: str):
         with self.phase(phase, sum(len(ids) for _, ids in texts)) as advance:
-            return [(name, perplexity(model, ids, advance)) for name, ids in texts]
+            return [(name, perplexity(model, ids, advance, shared=True)) for name, ids in texts]
 
 
 @contextmanager
 def _aside(out: Path) -> Iterator[Path]:
     """A folder in `out` for weights that the source's files do not hold as the model wants them."""
-    folder = out / DENSE
+    folder = out / DENSE / str(processes.number())
     with writing_to(out):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -231,8 +246,9 @@ def _aside(out: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
+        for place in (folder.parent, out):
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
 
 
 def _refits(plan: PruningPlan) -> bool:

@@ -13,6 +13,7 @@ from kvprune.measure.loss import next_token_loss
 from kvprune.models.held import held
 from kvprune.models.stream import enter, frozen
 from kvprune.models.view import ModelView
+from kvprune.processes import mine
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,11 @@ class Step:
 def backward(view: ModelView, batches: Sequence[torch.Tensor]) -> Iterator[Step]:
     """A step for each block, the last one first, whose weights are there until the next step is asked for.
 
-    batches: token ids (B, T), which go through autograd one window at a time. Steps must be run in turn; their
-    parameters want no gradient unless the caller says so. Memory: the windows' hidden states before every block.
+    batches: token ids (B, T), of which each process takes its share; windows go through autograd one at a time. Steps
+    must be run in turn; their parameters want no gradient unless the caller says so. Memory: the windows' hidden states
+    before every block.
     """
-    windows = [window for batch in batches for window in batch.split(1)]
+    windows = [window for batch in mine(batches) for window in batch.split(1)]
     with frozen(view.lm):
         with torch.no_grad():
             states, calls = enter(view, windows)

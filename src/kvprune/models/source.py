@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from kvprune import processes
 from kvprune.errors import (
     BadOption,
     BrokenCheckpoint,
@@ -223,7 +224,8 @@ def _check_settings(source: Source) -> None:
 def find_device(name: str) -> torch.device:
     """The device that an option names, "auto" being the GPU if there is one. Raises BadOption."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        own = processes.device()
+        return own or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from kvprune import processes
 from kvprune.channels.choice.basis import Basis, Cut, Kept, identity
 from kvprune.channels.choice.merging import is_factored
 from kvprune.channels.choice.selection import leading
@@ -111,7 +112,9 @@ def _put_away(
 ) -> dict[str, torch.Tensor]:
     """A layer's new tensors on the shelf, rounded to what will be written, unless an interrupted run had put them
     there; returns them without their numbers, but for indices."""
-    if journal.load_cut(index) is None:
+    known = journal.load_cut(index) is not None
+    processes.wait()  # or one might find what another has put there
+    if not known:
         journal.save_cut(index, {n: t.to(stored) if t.is_floating_point() else t for n, t in make().items()})
     tensors = journal.load_cut(index)
     assert tensors is not None

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from kvprune.models.tap import Seen
+from kvprune.processes import summed
 
 TINY = 1e-100  # a variance that is taken for none
 
@@ -24,10 +25,10 @@ def likeness(seen: Sequence[Seen], units: torch.Tensor) -> torch.Tensor:
     """
     heads = seen[0].key.shape[1]
     found = torch.zeros(heads, heads, dtype=torch.float64)
-    total = sum(s.key.shape[0] * s.key.shape[2] for s in seen)
+    total = summed(torch.tensor([sum(s.key.shape[0] * s.key.shape[2] for s in seen)]))
     for name in ("key", "value"):
         of_name = [_by_token(s, name) for s in seen]
-        mean = sum(x.sum(0) for x in of_name) / total
+        mean = summed(torch.stack([x.sum(0) for x in of_name]).sum(0)) / total.to(of_name[0].device)
         covariance: torch.Tensor | float = 0.0
         for x in of_name:
             x = x - mean
@@ -38,6 +39,7 @@ def likeness(seen: Sequence[Seen], units: torch.Tensor) -> torch.Tensor:
                 flat = x.flatten(1)
                 covariance = covariance + flat.T @ flat
         assert isinstance(covariance, torch.Tensor)
+        summed(covariance)
         found += (_of_keys(covariance) if name == "key" else _of_values(covariance, heads)).cpu()
     return found
 

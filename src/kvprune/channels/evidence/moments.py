@@ -12,6 +12,7 @@ from kvprune.models.held import held
 from kvprune.models.stream import Calls, enter
 from kvprune.models.tap import Seen, hidden_in, tapped, watched, weights_of
 from kvprune.models.view import ModelView
+from kvprune.processes import count, mine, number, summed
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,15 @@ def attention_moments(
     if len(known) == view.shape.layers:
         return
     with tapped(view):
-        states, calls = enter(view, batches)
+        states, calls = enter(view, mine(batches))
+        tokens = sum(batch.numel() for batch in batches)
         for index, block in enumerate(view.blocks):
             with held(block):
                 if index in known:
-                    for number, state in enumerate(states):
-                        states[number] = calls.run(block, index, state)
+                    for place, state in enumerate(states):
+                        states[place] = calls.run(block, index, state)
                 else:
-                    yield _moments(view, index, states, calls, slow[index], merge)
+                    yield _moments(view, index, states, calls, slow[index], merge).means(tokens, index)
             if not all(torch.isfinite(state).all() for state in states):
                 raise not_finite(f"layer {index}: its output on the calibration text", view.lm)
             advance(1)
@@ -76,21 +78,21 @@ def attention_moments(
 
 def _moments(
     view: ModelView, index: int, states: list[torch.Tensor], calls: Calls, slow: torch.Tensor, merge: int
-) -> AttentionMoments:
+) -> "_Sums":
     """Of one layer; takes `states` behind the block, in place."""
     attention = view.attention[index]
     waiting: list[Seen] = []
     every = torch.arange(view.shape.kv_heads).view(-1, merge)
     chooses = 1 < merge < view.shape.kv_heads
     sums = None if chooses else _Sums(view, index, slow, every)
-    for number, state in enumerate(states):
+    for place, state in enumerate(states):
         with watched(attention, waiting.append if sums is None else sums.add):
-            states[number] = calls.run(view.blocks[index], index, state)
+            states[place] = calls.run(view.blocks[index], index, state)
     if sums is None:
         sums = _Sums(view, index, slow, group_heads(waiting, view.units, merge))
         for seen in waiting:
             sums.add(seen)
-    return sums.means(sum(state.shape[0] * state.shape[1] for state in states), index)
+    return sums
 
 
 class _Sums:
@@ -101,7 +103,7 @@ class _Sums:
         self.shape, self.heads, self.stretch = s, heads, attention.stretch
         weights = attention.weights()
         self.device, self.v_bias, self.o = attention.device, attention.constant, weights.o
-        self.draws = torch.Generator().manual_seed(index)
+        self.index, self.window = index, number()
         self.units, self.slow = view.units.to(self.device), slow.to(self.device)
         m, pairs, n = heads.shape[1], len(self.units), len(slow)
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
@@ -119,6 +121,8 @@ class _Sums:
         """A batch of windows."""
         s, hidden = self.shape, hidden_in(seen)
         for row in range(len(seen.query)):
+            draws = torch.Generator().manual_seed(self.index << 32 | self.window)  # whoever has the window
+            self.window += count()
             q = seen.query[row].float().unflatten(0, (s.kv_heads, s.groups)) * seen.scaling
             k, v = seen.key[row].float(), seen.value[row]
             if self.v_bias is not None:
@@ -126,19 +130,18 @@ class _Sums:
             v = v.float()
             slow_q, slow_k = seen.before_rope(q, self.slow), seen.before_rope(k, self.slow)
             self.sums.slow_means.add_(slow_k[self.heads.flatten()].sum(1))
-            for number, group in enumerate(self.heads):
+            for place, group in enumerate(self.heads):
                 of_group = _Seen.of(k[group], slow_k[group], v[group], self.units)
                 for member, head in enumerate(group.tolist()):
                     own = slice(head * s.groups, (head + 1) * s.groups)
                     weights = weights_of(seen, q[head] @ k[head].T, own, hidden)
-                    effects = v[head] @ self._directions(head).T  # (T, groups)
-                    place = number * len(group) + member
-                    self._add_head(place, weights, q[head], slow_q[head], of_group, effects.T)
+                    effects = v[head] @ self._directions(head, draws).T  # (T, groups)
+                    self._add_head(place * len(group) + member, weights, q[head], slow_q[head], of_group, effects.T)
 
-    def _directions(self, head: int) -> torch.Tensor:
+    def _directions(self, head: int, draws: torch.Generator) -> torch.Tensor:
         """A random direction of the attention's output for each query head, as values see it: W_o u, (groups, D)."""
         of_head = self.o[head].float()  # (groups, D, hidden)
-        drawn = torch.randn(len(of_head), of_head.shape[-1], generator=self.draws).to(self.device)
+        drawn = torch.randn(len(of_head), of_head.shape[-1], generator=draws).to(self.device)
         return torch.einsum("gdh,gh->gd", of_head, drawn)
 
     def _add_head(
@@ -167,6 +170,9 @@ class _Sums:
 
     def means(self, tokens: int, index: int) -> AttentionMoments:
         sums, groups = self.sums, self.shape.groups
+        for field in fields(sums):
+            if field.name != "heads":
+                summed(getattr(sums, field.name))
         found = AttentionMoments(
             self.heads,
             sums.queries / tokens,

@@ -15,6 +15,7 @@ from kvprune.models.held import held
 from kvprune.models.stream import enter
 from kvprune.models.tap import Seen, tapped, watched
 from kvprune.models.view import ModelView
+from kvprune.processes import mine, summed, wait
 
 Advance = Callable[[int], None]
 
@@ -35,6 +36,7 @@ def score_layers(
         return measure_attention(view, batches, importance, None, advance, journal)[0]
     journal, layers = journal or Journal(), range(view.shape.layers)
     found = {i: kept for i in layers if (kept := journal.load_scores(i)) is not None}
+    wait()
     advance(len(found))
     if len(found) == len(layers):
         return [found[i] for i in layers]
@@ -84,6 +86,7 @@ def measure_attention(
     none = torch.empty(0, dtype=torch.int64)
     slow = [slow_channels(a) if merge is not None and own else none for a in view.attention]
     layers = {i: kept for i in range(view.shape.layers) if (kept := journal.load_layer(i)) is not None}
+    wait()
     advance(len(layers))
     found = attention_moments(view, batches, slow, merge or 1, advance, set(layers))
     for index, moments in zip([i for i in range(view.shape.layers) if i not in layers], found, strict=True):
@@ -109,7 +112,7 @@ def _energies(
     shapes = {"q": (s.kv_heads, s.groups, s.head_dim), "k": (s.kv_heads, s.head_dim), "v": (s.kv_heads, s.head_dim)}
     tokens = sum(batch.numel() for batch in batches)
     with torch.no_grad(), tapped(view):
-        states, calls = enter(view, batches)
+        states, calls = enter(view, mine(batches))
         for index, block in enumerate(view.blocks):
             sums: dict[str, torch.Tensor] = {}
 
@@ -123,7 +126,7 @@ def _energies(
                     for number, state in enumerate(states):
                         states[number] = calls.run(block, index, state)
                 if index not in known:
-                    means = {name: (sums[name] / tokens).float().view(shape) for name, shape in shapes.items()}
+                    means = {name: (summed(sums[name]) / tokens).float().view(shape) for name, shape in shapes.items()}
                     yield index, Statistics(energy=means)
 
 
@@ -153,5 +156,5 @@ def _gradients(
             for hook, parameter in zip(hooks, parameters, strict=True):
                 hook.remove()
                 parameter.requires_grad_(False)
-        means = {parameter: total / scored for parameter, total in sums.items()}
+        means = {parameter: summed(total) / scored for parameter, total in sums.items()}
         yield step.block, Statistics(gradients=attention.weights(of=means.__getitem__))

@@ -8,6 +8,8 @@ from functools import cached_property
 
 import torch
 
+from kvprune import processes
+
 PIECES = 4  # in which a symmetric product is computed: five eighths of the work
 
 
@@ -17,22 +19,25 @@ class Moments:
     A row's weight (..., 1) multiplies both x and y.
     """
 
-    def __init__(self) -> None:
-        self.xx: torch.Tensor | float = 0.0
-        self.xy: torch.Tensor | float = 0.0
-        self.yy: torch.Tensor | float = 0.0
+    def __init__(self, inputs: int, outputs: int, device: torch.device | None = None) -> None:
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
+        self.yy = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | float = 1.0) -> None:
         x, y = (x.float() * weight).flatten(0, -2), (y.float() * weight).flatten(0, -2)
-        self.xx = self.xx + gram(x).double()
-        self.xy = self.xy + (x.T @ y).double()
-        self.yy = self.yy + y.square().sum(dtype=torch.float64)
+        self.xx += gram(x)
+        self.xy += x.T @ y
+        self.yy += y.square().sum(dtype=torch.float64)
+
+    def over_processes(self) -> None:
+        """Add up what each has summed."""
+        for sums in (self.xx, self.xy, self.yy):
+            processes.summed(sums)
 
     def fit(self, weight: torch.Tensor, ridge: float) -> torch.Tensor:
         """See ridge_fit."""
         xx, xy = self.xx, self.xy
-        assert isinstance(xx, torch.Tensor)
-        assert isinstance(xy, torch.Tensor)
         pull = (ridge * xx.diagonal().mean()).clamp_min(1e-300)
         system = xx + pull * torch.eye(len(xx), dtype=torch.float64, device=xx.device)
         return torch.cholesky_solve(xy + pull * weight.double().T, torch.linalg.cholesky(system)).T
@@ -56,6 +61,9 @@ class Rows:
     def add(self, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | float = 1.0) -> None:
         self._x.append((x.float() * weight).flatten(0, -2))
         self._y.append((y.float() * weight).flatten(0, -2))
+
+    def over_processes(self) -> None:
+        """Nothing: of one process alone."""
 
     @cached_property
     def x(self) -> torch.Tensor:
@@ -91,9 +99,10 @@ class Rows:
         return float((self.x @ weight.double().T - self.y).square().sum())
 
 
-def sums_of(rows: int, inputs: int) -> Moments | Rows:
-    """What takes less for so many rows."""
-    return Rows() if rows < inputs else Moments()
+def sums_of(rows: int, inputs: int, outputs: int, device: torch.device | None = None) -> Moments | Rows:
+    """What takes less for so many rows; processes share sums, and no rows."""
+    few = rows < inputs and processes.count() == 1
+    return Rows() if few else Moments(inputs, outputs, device)
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from kvprune import processes
 from kvprune.channels.journal import Journal
 from kvprune.channels.repair.least_squares import Moments, Rows, ridge_fit, sums_of
 from kvprune.errors import TextTooShort
@@ -59,6 +60,8 @@ def refit(
     """
     journal = journal or Journal()
     fitted, apart = split(batches)
+    rows = sum(batch.numel() for batch in fitted), sum(batch.numel() for batch in apart)
+    fitted, apart = processes.mine(fitted), processes.mine(apart)
     dense, calls = enter(view, [*fitted, *apart])
     ours = list(dense)
     blocks = view.family.blocks(pruned)
@@ -66,7 +69,7 @@ def refit(
     report: list[Refitted] = []
     for index, (dense_block, block) in enumerate(zip(view.blocks, blocks, strict=True)):
         with held(dense_block, block):
-            layer = _Layer(view, index, dense_block, block, (calls, own_calls), len(fitted), stored_dtype(pruned))
+            layer = _Layer(view, index, dense_block, block, (calls, own_calls), len(fitted), rows, stored_dtype(pruned))
             targets = layer.dense(dense)
             kept = journal.load_refit(index)
             if kept is None:
@@ -105,10 +108,11 @@ class _Layer:
         block: nn.Module,
         calls: tuple[Calls, Calls],
         fitted: int,
+        rows: tuple[int, int],
         stored: torch.dtype,
     ):
         self.family, self.lm = view.family, view.lm
-        self.index, self.dense_block, self.block, self.fitted = index, dense, block, fitted
+        self.index, self.dense_block, self.block, self.fitted, self.rows = index, dense, block, fitted, rows
         self.dense_calls, self.calls = calls
         self.stored = stored
         self.times = float(getattr(view.lm.config, self.family.times, 1.0)) if self.family.times else 1.0
@@ -179,7 +183,7 @@ class _Layer:
     def _fit_o(self, states: list[torch.Tensor], attended: list[torch.Tensor], targets: list[torch.Tensor]) -> Refitted:
         """Fit O, so that behind the attention `states` become the targets; or, where a norm stands between, so that it
         puts out the targets themselves."""
-        moments = self._sums(states, self.o)
+        moments = self._sums(self.o)
         for number, (state, z, target) in enumerate(zip(states, attended, targets, strict=True)):
             missing = target.float()
             if not self.family.behind_attention:
@@ -193,7 +197,7 @@ class _Layer:
         """Fit the MLP's last matrix, so that behind the block `states` become the targets; or, where a norm stands
         between, so that it puts out the targets themselves. What reaches it is added to `inner`."""
         assert self.down is not None
-        moments = self._sums(states, self.down)
+        moments = self._sums(self.down)
         added: list[torch.Tensor] = []
 
         def keep(_module: nn.Module, args: tuple, output: torch.Tensor) -> None:  # some put all tokens in one dim
@@ -218,12 +222,12 @@ class _Layer:
             hook.remove()
         return self._fit("down", self.down, *moments)
 
-    def _sums(self, states: list[torch.Tensor], module: nn.Module) -> tuple[Moments | Rows, Moments | Rows]:
+    def _sums(self, module: nn.Module) -> tuple[Moments | Rows, Moments | Rows]:
         """For the fitted rows and those held out."""
-        rows = [state.shape[0] * state.shape[1] for state in states]
         weight, bias = cast(torch.Tensor, module.weight), module.bias
         inputs = weight.shape[0 if isinstance(module, Conv1D) else 1] + (bias is not None)
-        return sums_of(sum(rows[: self.fitted]), inputs), sums_of(sum(rows[self.fitted :]), inputs)
+        sizes, device = (inputs, weight.shape[1] if isinstance(module, Conv1D) else weight.shape[0]), self.device
+        return sums_of(self.rows[0], *sizes, device), sums_of(self.rows[1], *sizes, device)
 
     def _add(self, moments: Moments | Rows, *rows: torch.Tensor) -> None:
         """Where the matrices are: the text may wait elsewhere."""
@@ -255,6 +259,8 @@ class _Layer:
         return [Refitted(**row) for row in report]
 
     def _fit(self, name: str, module: nn.Module, fitted: Moments | Rows, held: Moments | Rows) -> Refitted:
+        for sums in (fitted, held):
+            sums.over_processes()
         if not (fitted.is_finite() and held.is_finite()):
             raise not_finite(f"layer {self.index}: what {name} is fitted to", self.lm)
         old = _as_matrix(module)

@@ -18,6 +18,7 @@ from kvprune.models.held import held
 from kvprune.models.stream import enter
 from kvprune.models.tap import tapped
 from kvprune.models.view import ModelView
+from kvprune.processes import mine, summed
 
 PATIENCE = 2  # numbers of layers that may be worse than the best before the search ends
 
@@ -43,15 +44,16 @@ def masked_loss(
 ) -> float:
     """Mean loss (nats) of the model with all layers cut, on token ids (B, T)."""
     with tapped(view):
-        states, calls = enter(view, batches)
+        shares = mine(batches)
+        states, calls = enter(view, shares)
         for index, block in enumerate(view.blocks):
             with held(block), masked(view.attention[index], kept[index], bases[index]):
                 states = [calls.run(block, index, state) for state in states]
-    total, scored = 0.0, 0
-    for batch, state in zip(batches, states, strict=True):
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch, state in zip(shares, states, strict=True):
         loss, tokens, _ = next_token_loss(view.head, view.norm(state.to(view.device)), batch)
-        total, scored = total + loss, scored + tokens
-    return total / scored
+        sums += torch.tensor([loss, tokens], dtype=torch.float64)
+    return float(summed(sums)[0] / sums[1])
 
 
 def choose_depth(

@@ -6,6 +6,7 @@ square stands for the curvature, as the Fisher information does [ours]. It costs
 probed attentions alone, where probes run every block behind the one that they cut.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from kvprune.models.backward import Step, backward
 from kvprune.models.finite import not_finite
 from kvprune.models.tap import tapped
 from kvprune.models.view import ModelView
+from kvprune.processes import summed, wait
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ def estimate_sensitivity(
     for number, probe in enumerate(probes):
         of_block[probe.block].append(number)
     known = journal.load_estimates()
+    wait()
     if len(known) < view.shape.layers:
         with tapped(view):
             for step in backward(view, batches):
@@ -58,14 +61,14 @@ def estimate_sensitivity(
                     step.run()
                 else:
                     mine = [probes[number] for number in of_block[step.block]]
-                    known[step.block] = [change / scored for change in _changes(view.attention[step.block], step, mine)]
+                    changes = torch.tensor(list(_changes(view.attention[step.block], step, mine)), dtype=torch.float64)
+                    known[step.block] = (summed(changes) / scored).tolist()
                     journal.save_estimates(step.block, known[step.block])
                 advance(1)
     found = {n: change for block, numbers in of_block.items() for n, change in zip(numbers, known[block], strict=True)}
-    changes = [found[number] for number in range(len(probes))]
-    if not torch.isfinite(torch.tensor(changes)).all():
+    if not all(map(math.isfinite, found.values())):
         raise not_finite("the gradients on the calibration text", view.lm)
-    return changes
+    return [found[number] for number in range(len(probes))]
 
 
 def _changes(attention: Attention, step: Step, probes: list[Probe]) -> Iterator[float]:

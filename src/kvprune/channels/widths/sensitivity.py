@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvprune import processes
 from kvprune.channels.choice.basis import Basis, Kept
 from kvprune.channels.journal import Journal
 from kvprune.channels.widths.masking import masked
@@ -48,12 +49,14 @@ def measure_sensitivity(
     states are held at a time. Every finished probe goes to the journal at once and is not measured again. Raises
     NotFinite.
     """
-    for number, batch in enumerate(batches):
+    for number, batch in list(enumerate(batches))[processes.number() :: processes.count()]:
         missing = [probe for probe in range(len(probes)) if (number, probe) not in journal.losses]
         advance(len(probes) - len(missing))
         if missing:
             with tapped(view):
                 _probe_batch(view, number, batch, missing, probes, journal, advance)
+    for found in processes.gathered(journal.losses):
+        journal.losses |= found
     scored = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
 
     def mean(probe: int) -> float:
