@@ -152,6 +152,10 @@ def recover(
     eval_windows: Annotated[
         list[int] | None, typer.Option("--eval-window", help="evaluation window, repeatable  [default: 128 and 2048]")
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="what may be used, as 20GiB: the teacher comes block by block  [default: what is free]"),
+    ] = None,
     resume: Resume = False,
     device: Device = "auto",
     dtype: Dtype = "auto",

@@ -33,6 +33,26 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize(
+    "options", [{"loss": "logits"}, {"loss": "logits+attention"}, {"text": "self", "tokens": 1024}]
+)
+def test_a_teacher_that_comes_block_by_block(pruned, texts, tmp_path, quick, options, monkeypatch):
+    """The same weights as with the whole teacher in memory, whose blocks are never there together."""
+    whole = kvprune.recover(pruned, tmp_path / "whole", **{**quick, "steps": 4} | options)
+    seen = []
+
+    def spied(lm, teacher, settings):
+        seen.append(teacher)
+        return Trainee(lm, teacher, settings)
+
+    monkeypatch.setattr("kvprune.recovery.recover.Trainee", spied)
+    result = kvprune.recover(pruned, tmp_path / "out", memory="1KiB", **{**quick, "steps": 4} | options)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
+    assert result.record["recovered"]["curve"] == whole.record["recovered"]["curve"]
+    assert result.record["perplexity"] == whole.record["perplexity"]
+    assert all(p.is_meta for block in seen[0].model.layers for p in block.parameters())
+
+
 @pytest.mark.parametrize("loss", ["next-token", "logits", "logits+attention"])
 def test_it_recovers_and_the_record_says_how(pruned, texts, tmp_path, quick, loss):
     out = tmp_path / "out"

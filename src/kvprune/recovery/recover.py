@@ -1,6 +1,7 @@
 """`recover`: a pruned folder in, the same kind of folder with better weights out."""
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,8 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kvprune.errors import BadOption, KVPruneError, UnknownSource
 from kvprune.measure import memory
 from kvprune.models.family import family_of
-from kvprune.models.source import Source, find_device, load_model, resolve
+from kvprune.models.held import held
+from kvprune.models.source import Source, find_device, load_model, resolve, skeleton
 from kvprune.models.tokenizer import check_ids, load_tokenizer
+from kvprune.options import size_in_bytes
 from kvprune.progress import Progress
 from kvprune.recovery import evaluation
 from kvprune.recovery.checkpoints import Checkpoints
@@ -48,26 +51,32 @@ def recover(
     folder: str | Path,
     out: str | Path | None = None,
     *,
+    memory: str | int | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     **options,
 ) -> Recovered:
     """Train LoRA adapters on the pruned model in `folder`, merge the best of them, and, if `out` is given, save there.
 
+    memory: what may be used of the device ("20GiB"; None: what is free). Where it does not hold the teacher beside the
+    pruned model, the teacher's blocks stay on disk and come one at a time, in every step.
     options: the fields of Settings, and preset="kvpruner". Started by `accelerate launch`, the work is spread over its
     processes. Raises a KVPruneError for what the user can mend; nothing is written then but the checkpoints of an
     unfinished run, which `resume` continues.
     """
     preset = options.pop("preset", None)
     settings = from_options(str(folder), preset, options)
-    return _Run(settings, None if out is None else Path(out), resume, progress or Progress()).run()
+    return _Run(settings, None if out is None else Path(out), memory, resume, progress or Progress()).run()
 
 
 class _Run:
     """One run of `recover`, phase by phase."""
 
-    def __init__(self, settings: Settings, out: Path | None, resume: bool, progress: Progress):
+    def __init__(
+        self, settings: Settings, out: Path | None, memory: str | int | None, resume: bool, progress: Progress
+    ):
         self.settings, self.out, self.resume = settings, out, resume
+        self.limit = None if memory is None else size_in_bytes(memory)
         self.source = _pruned_source(settings.folder, out)
         check_name(settings.text)
         import peft  # noqa: F401  # so that the memory it takes is no part of the measured peak
@@ -80,6 +89,11 @@ class _Run:
         self.progress = progress if self.main else Progress()
 
     def run(self) -> Recovered:
+        with tempfile.TemporaryDirectory(prefix="kvprune-") as aside:
+            self.aside = Path(aside)
+            return self._recovered()
+
+    def _recovered(self) -> Recovered:
         self.peak = memory.PeakMemory(self.device)
         old = read_record(Path(self.settings.folder))
         s = self.settings = self.settings.for_cut(old["ratio_achieved"])
@@ -167,9 +181,10 @@ class _Run:
         name = s.teacher or old["source"]
         try:
             source = resolve(name, None if s.teacher else old.get("revision"))
-            teacher = load_model(source, str(self.device), s.dtype)
+            offload = None if self._holds_both(lm, source) else self.aside
+            teacher = load_model(source, str(self.device), s.dtype, offload)
             if teacher.dtype != lm.dtype:  # loaded so, since `to` would round the rotary table as well
-                teacher = load_model(source, str(self.device), name_of(lm.dtype))
+                teacher = load_model(source, str(self.device), name_of(lm.dtype), offload)
         except KVPruneError as error:
             raise UnknownSource(f"the teacher {name}: {error}; name the dense model with --teacher") from error
         for what in ("vocab_size", "hidden_size", "num_hidden_layers"):
@@ -177,6 +192,31 @@ class _Run:
             if mine != theirs:
                 raise BadOption(f"the teacher {name} has {what} {theirs}, the pruned model {mine}; name another")
         return teacher.requires_grad_(False)
+
+    def _holds_both(self, lm: PreTrainedModel, source: Source) -> bool:
+        """Whether the teacher has room beside the pruned model; a .gguf file's must."""
+        theirs = memory.weight_bytes(skeleton(source, str(self.device), name_of(lm.dtype)))
+        activations = self._activations(lm, self.settings.window)
+        free = memory.free(self.device)
+        if self.limit is not None:
+            holds = self.weight_bytes + theirs + activations <= self.limit
+        else:
+            holds = free is None or theirs + activations <= free
+        if not holds and source.gguf_file is None:
+            self.progress.say(f"the teacher's blocks stay on disk: there is no room for its {theirs / 2**30:.3g} GiB")
+            return False
+        return True
+
+    def _activations(self, lm: PreTrainedModel, window: int) -> int:
+        """Bytes of those of one piece of a batch."""
+        s, config = self.settings, lm.config
+        tokens = min(MICRO_TOKENS, max(s.batch // self.accelerator.num_processes, 1) * window)
+        h, m = config.hidden_size, config.intermediate_size
+        a_layer = (16 * h + 6 * m) * lm.dtype.itemsize
+        if lm.dtype.itemsize < 4:
+            a_layer += 4 * (6 * h + m)  # the adapters' inputs, in float32
+        layers = 1 + config.num_hidden_layers / 8 if s.gradient_checkpointing else config.num_hidden_layers
+        return int(tokens * a_layer * layers)
 
     def _identity(
         self, old: dict[str, Any], data: tuple[Data, Data], teacher: PreTrainedModel | None
@@ -258,18 +298,11 @@ class _Run:
 
     def _formula(self, training: Training, lm: PreTrainedModel) -> dict[str, int]:
         """What a process may need at its peak, in bytes; docs/recovery.md says where it comes from."""
-        s, config = self.settings, lm.config
-        tokens = min(MICRO_TOKENS, max(s.batch // self.accelerator.num_processes, 1) * training.train.ids.shape[1])
-        h, m = config.hidden_size, config.intermediate_size
-        a_layer = (16 * h + 6 * m) * lm.dtype.itemsize
-        if lm.dtype.itemsize < 4:
-            a_layer += 4 * (6 * h + m)  # the adapters' inputs, in float32
-        layers = 1 + config.num_hidden_layers / 8 if s.gradient_checkpointing else config.num_hidden_layers
         adapter = sum(t.numel() * t.element_size() for t in training.best.values())
         return {
-            "weights": self.weight_bytes * (2 if s.needs_dense else 1),
+            "weights": self.weight_bytes * (2 if self.settings.needs_dense else 1),
             "adapters, gradients, moments, best": 6 * adapter,
-            "activations of one piece": int(tokens * a_layer * layers),
+            "activations of one piece": self._activations(lm, training.train.ids.shape[1]),
             "one copy of the weights to save": self.weight_bytes,
         }
 
@@ -303,8 +336,9 @@ def _fingerprint(lm: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     name = family_of(lm.config.model_type).attention
     for block in blocks(lm)[1]:
-        for parameter in getattr(block, name).parameters():
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+        with held(block):
+            for parameter in getattr(block, name).parameters():
+                digest.update(parameter.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
