@@ -1,6 +1,6 @@
 """Pruning a model that is larger than the memory, block by block: how much of it is held, and how long it takes.
 
-    python benchmarks/large_model.py make FOLDER --tokenizer SOURCE      # LLaMA-7B's shape, random weights, 13.5 GB
+    python benchmarks/large_model.py make FOLDER --tokenizer SOURCE [--layers 32]  # LLaMA-7B's shape, random weights
     python benchmarks/large_model.py run FOLDER --work DIR [--memory 6GiB] [--tokens 2048] [--out OUT]
 
 `run` times a dense pass over the text, streamed, and then prunes half of the KV bytes in a process of its own. Written
@@ -38,10 +38,11 @@ SHAPE = {
 }
 
 
-def make(folder: Path, tokenizer: str) -> None:
+def make(folder: Path, tokenizer: str, layers: int) -> None:
     """A sharded checkpoint of bfloat16 numbers, a shard a block; the vocabulary is the tokenizer's."""
     words = kvprune.load_tokenizer(tokenizer)
-    config = LlamaConfig(vocab_size=len(words), tie_word_embeddings=False, dtype="bfloat16", **SHAPE)
+    shape: dict[str, Any] = SHAPE | {"num_hidden_layers": layers}
+    config = LlamaConfig(vocab_size=len(words), tie_word_embeddings=False, dtype="bfloat16", **shape)
     config.architectures = ["LlamaForCausalLM"]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -147,13 +148,14 @@ def main() -> None:
     parser.add_argument("what", choices=["make", "run", "dense", "prune"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokenizer", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--work", type=Path)
     parser.add_argument("--memory", default="6GiB")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/large_model"))
     given = parser.parse_args()
     if given.what == "make":
-        make(given.folder, given.tokenizer)
+        make(given.folder, given.tokenizer, given.layers)
     elif given.what == "dense":
         print(json.dumps(dense_pass(given.folder, given.work, given.tokens)))
     elif given.what == "prune":

@@ -178,15 +178,45 @@ def _check_disk(room: Room, out: Path) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Work:
+    """What one phase computes: tokens that pass all blocks (a backward counts twice), operations of float64, and how
+    often all blocks are read."""
+
+    tokens: int
+    double: float
+    reads: int
+
+
+def work(s: Settings, view: ModelView) -> dict[str, Work]:
+    """By phase. Moments are taken to cost as much as the pass that they are made in."""
+    judged = len(s.windows) * max(len(s.eval), 1)
+    found = {"importance": Work(2 * s.calibration_tokens, 0, 1)}
+    if s.probes == "estimated":
+        found["sensitivity"] = Work(5 * (s.probe_tokens or 0), 0, 2)
+    found["evaluate dense"] = Work(judged * s.eval_tokens, 0, judged)
+    found["surgery"] = Work(0, 0, 1)
+    if s.refits:
+        solved = sum(_solving(s, inputs, view.shape.hidden) for inputs in _refitted(view))
+        found["refit"] = Work(4 * s.repair_tokens, view.shape.layers * solved, 2)
+    found["evaluate pruned"] = Work(judged * s.eval_tokens, 0, judged)
+    found["save"] = Work(0, 0, 2)
+    return found
+
+
+def _solving(s: Settings, inputs: int, outputs: int) -> float:
+    """Operations of one matrix's fits: for each ridge a factor, a solution, and its error on what is held out."""
+    size = min(s.repair_tokens, inputs)
+    beside = 2 * size * inputs * outputs if size < inputs else 0.0
+    return len(RIDGES) * (size**3 / 3 + 2 * size**2 * outputs + 2 * size * inputs * outputs + beside)
+
+
 def _seconds(s: Settings, view: ModelView, device: torch.device) -> float:
     """About how long it takes, by how fast two products are now."""
     weights = sum(p.numel() for block in view.blocks for p in block.parameters())
-    windows = len(s.windows) * max(len(s.eval), 1)
-    passes = 3 * s.calibration_tokens + 5 * (s.probe_tokens or 0) + 2 * windows * s.eval_tokens
-    passes += 4 * s.repair_tokens if s.refits else 0
-    solved = sum((len(RIDGES) / 3 + 1) * n**3 for n in _refitted(view)) * view.shape.layers if s.refits else 0
-    rows = _rate((512, view.shape.hidden, 2048), view.lm.dtype, device)
-    return 2 * weights * passes / rows + 2 * solved / _rate((1024, 1024, 1024), torch.float64, device)
+    single = _rate((512, view.shape.hidden, 2048), view.lm.dtype, device)
+    double = _rate((1024, 1024, 1024), torch.float64, device)
+    return sum(2 * weights * part.tokens / single + part.double / double for part in work(s, view).values())
 
 
 def _rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
