@@ -115,12 +115,10 @@ def _refitted(view: ModelView) -> list[int]:
 def _needs(s: Settings, view: ModelView, merge: int, batch: int, streamed: bool) -> dict[str, int]:
     """Bytes by what takes them; of the phases those of the one that takes most."""
     hidden, size, weights = view.shape.hidden, view.lm.dtype.itemsize, memory.weight_bytes(view.lm)
-    attention = sum(p.numel() for p in view.attention[0].parameters())
     if streamed:
         found = {"weights outside of the blocks": _outside(view), "a block, dense and cut": 2 * _largest(view)}
     else:
         found = {"weights": weights, "the cut model's own, and copies on the way": int(1.5 * weights)}
-    found["one layer's attention in float64, while it is cut"] = 4 * 8 * attention
     found["what a batch makes in a block"] = 4 * batch * (8 * hidden + 3 * max(_refitted(view)))
     return found | max(_phases(s, view, merge, hidden * size), key=lambda phase: sum(phase.values()))
 
@@ -150,8 +148,9 @@ def _phases(s: Settings, view: ModelView, merge: int, row: int) -> list[dict[str
                 "sums over that, and their factors": 8 * (sums + 4 * widest * hidden),
             }
         )
-    evaluated = {"the evaluated text before a block": 2 * s.eval_tokens * row}
-    return [*phases, evaluated]
+    attention = sum(p.numel() for p in view.attention[0].parameters())
+    phases.append({"one layer's attention in float64, while it is cut": 4 * 8 * attention})
+    return [*phases, {"the evaluated text before a block": 2 * s.eval_tokens * row}]
 
 
 def _disk(s: Settings, view: ModelView, merge: int) -> int:
