@@ -113,8 +113,9 @@ def test_keeping_half_of_the_tokens(tmp_path):
     assert read["pruned"]["kv_cache"] / read["dense"]["kv_cache"] == pytest.approx(kept / 400, abs=0.01)
 
 
-def test_what_a_filtered_step_reads(checkpoint):
-    """Layer 1 skips nine tokens in ten: a tenth of its kept K/V, and Q and O unless both sequences skip."""
+def test_what_a_filtered_step_reads(checkpoint, monkeypatch):
+    """Layer 1 skips nine tokens in ten: a tenth of its kept K/V, and Q and O unless both sequences skip. Where a device
+    decides by itself, all that is kept, and all weights."""
     model = kvprune.load(checkpoint)
     side = speed.Side(model, kvprune.TokenFilter(0.225, layers=(1,)))
     with side.running():
@@ -126,6 +127,8 @@ def test_what_a_filtered_step_reads(checkpoint):
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     weights = sum(p.nbytes for p in model.parameters()) - (0 if tied else model.get_input_embeddings().weight.nbytes)
     assert side.bytes_read() == pytest.approx(weights + 3 * 2 * 96 * a_token + 0.1 * kept - 0.81 * seldom)
+    monkeypatch.setattr(speed, "decides_on", lambda device: True)
+    assert side.bytes_read() == weights + 3 * 2 * 96 * a_token + kept
 
 
 @pytest.mark.parametrize("shape", list(shapes.SHAPES))

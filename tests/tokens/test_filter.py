@@ -140,9 +140,13 @@ def test_a_layer_decides_for_the_next_if_they_drop_alike(drop, drops):
 
 def test_a_layer_that_follows_decides_nothing(monkeypatch):
     model, ids, calls = model_of(), ids_of(60), []
-    kind = kvprune.tokens.attention.FilteredAttention
-    similarity = kind._similarity
-    monkeypatch.setattr(kind, "_similarity", lambda self, *a: calls.append(self.index) or similarity(self, *a))
+    similarity = kvprune.tokens.attention.similarity
+
+    def counting(layer, k, v, step, *a):
+        calls.extend(i for i, one in step.layers.items() if one is layer)
+        return similarity(layer, k, v, step, *a)
+
+    monkeypatch.setattr(kvprune.tokens.attention, "similarity", counting)
     _, each = filtered(model, ids, ratio=0.5, tail=1.0)
     assert calls == [1, 2, 3]
     _, f = filtered(model, ids, ratio=0.5, tail=1.0, decide_every=2)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvprune.tokens.anchors import BLOCK, cosine, moving_average
-from kvprune.tokens.attention import uniform
 from kvprune.tokens.fusion import FUSIONS
-from kvprune.tokens.threshold import HISTORY, THRESHOLDS, Fixed, Rule
+from kvprune.tokens.similarity import uniform
+from kvprune.tokens.threshold import HISTORY, THRESHOLDS, Fixed, Places, Rule
 
 
 @given(
@@ -102,12 +102,20 @@ def loop(kind, rule, similarity, never):
     return flags
 
 
+def take(threshold, similarity, start, never, on_host=True):
+    """NumPy: similarity (B, T), with NaN behind the last token of a shorter sequence, start (B,), never (B, T)."""
+    similarity, start, never = map(torch.from_numpy, (similarity, start, never))
+    rule = threshold.rule
+    places = Places.of(~similarity.isnan(), start, never, rule.first, rule.block, on_host)
+    return threshold.take(similarity, places).numpy()
+
+
 @pytest.mark.parametrize("kind", list(THRESHOLDS))
 @given(data=st.data())
 @settings(deadline=None, max_examples=40)
 def test_thresholds_are_their_loops_in_any_pieces_and_any_batch(kind, data):
     """Sequences of different lengths, fed in pieces that cross the blocks, each as if it were alone."""
-    block = data.draw(st.sampled_from([1, 4, 16]))
+    block = data.draw(st.sampled_from([1, 4, 16, 300]))  # the last is longer than what is remembered
     rule = Rule(
         data.draw(st.sampled_from([0.2, 0.5, 0.9])), block * data.draw(st.integers(1, 3)), block, 0.1, 0.97, 0.01
     )
@@ -126,7 +134,7 @@ def test_thresholds_are_their_loops_in_any_pieces_and_any_batch(kind, data):
         for b, n in enumerate(step):
             piece[b, :n] = texts[b][done[b] : done[b] + n]
             forbidden[b, :n] = never[b][done[b] : done[b] + n]
-        taken = threshold.take(piece, done, forbidden)
+        taken = take(threshold, piece, done, forbidden, data.draw(st.booleans()))
         for b, n in enumerate(step):
             found[b] += taken[b, :n].tolist()
         done = done + step
@@ -148,21 +156,31 @@ def test_thresholds_reach_their_target(kind, shape):
     }[shape]
     for target in (0.0, 0.2, 0.5, 0.8):
         threshold = THRESHOLDS[kind](Rule(target, 32, 16, 0.1, 0.98, 0.005), 1)
-        taken = threshold.take(similarity[None], np.zeros(1, dtype=np.int64), np.zeros((1, n), dtype=bool))
+        taken = take(threshold, similarity[None], np.zeros(1, dtype=np.int64), np.zeros((1, n), dtype=bool))
         assert taken[0, 32:].mean() == pytest.approx(target, abs=0.02)
         assert not taken[0, :32].any()
         assert target or not taken.any()
 
 
+def split_mix(position, seed, layer):
+    """In whole numbers of Python, cut to 64 bits."""
+    x = (position + seed * 0x632BE59BD9B4E019) % 2**64
+    x = x * 0x9E3779B97F4A7C15 % 2**64 ^ (layer + 1) * 0xD1342543DE82EF95 % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return ((x ^ x >> 31) >> 11) / 2**53
+
+
 def test_the_random_baseline_is_uniform_and_knows_seed_and_layer_only():
-    positions = np.arange(20000)[None]
-    x = uniform(positions, 0, 3)
+    positions = torch.arange(20000)[None]
+    x = uniform(positions, 0, 3).numpy()
     assert np.histogram(x, 10, (0, 1))[0] == pytest.approx(2000, rel=0.1)
     assert np.array_equal(uniform(positions[:, 500:], 0, 3), x[:, 500:])
-    for other in (uniform(positions, 1, 3), uniform(positions, 0, 4)):
+    for seed, layer in ((1, 3), (0, 4)):
+        other = uniform(positions, seed, layer).numpy()
+        assert other[0, :99].tolist() == [split_mix(t, seed, layer) for t in range(99)]
         assert abs(np.corrcoef(x[0], other[0])[0, 1]) < 0.03
     assert abs(np.corrcoef(x[0, 1:], x[0, :-1])[0, 1]) < 0.03
     threshold = Fixed(Rule(0.3, 16, 16, 0.1, 0.9, 0.01), 1)
-    assert threshold.take(x, np.zeros(1, dtype=np.int64), np.zeros(x.shape, dtype=bool)).mean() == pytest.approx(
-        0.3, abs=0.01
-    )
+    taken = take(threshold, x, np.zeros(1, dtype=np.int64), np.zeros(x.shape, dtype=bool))
+    assert taken.mean() == pytest.approx(0.3, abs=0.01)

@@ -22,6 +22,7 @@ from kvprune.models.family import family_of
 from kvprune.runtime.cache import GrowingCache, GrowingLayer
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import is_quantized, quantized_cache
+from kvprune.tokens.cache import decides_on
 
 ENOUGH = 120.0  # seconds of timing, behind which no further round begins
 
@@ -101,9 +102,10 @@ class Side:
         return sum((1 - rates.get(i, 0.0)) * memory.kv_bytes(layer) for i, layer in enumerate(self.cache.layers))
 
     def _rates(self) -> dict[int, float]:
-        """The share of tokens that skips, of the layers in which some do."""
+        """The share of tokens whose rows are not computed, of the layers in which some skip."""
         f = self.token_filter
-        return {} if f is None else f.rates(len(self.cache.layers))
+        is_whole = self.kv_bits is None and decides_on(self.model.device)  # then all rows are, whatever skips
+        return {} if f is None or is_whole else f.rates(len(self.cache.layers))
 
 
 @dataclass(frozen=True)

@@ -1,74 +1,48 @@
-"""The attention of a layer that skips: keys and values of all tokens, queries and outputs of the active ones only."""
+"""The attention of a layer that skips: keys and values of all tokens, queries and outputs of the active ones.
+
+Where the host decides, only the active tokens' queries and outputs are computed, sequence after sequence. A step of
+decoding that decides where the model is computes all of them in one call, in which those that skip see no key but
+their own, and reads nothing back.
+"""
 
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvprune.models.family import Family
+from kvprune.runtime.attention import packed_attention
 from kvprune.runtime.modeling import rotate_half, window_of
-from kvprune.tokens.anchors import cosine, moving_average
-from kvprune.tokens.cache import FilteredLayer
+from kvprune.tokens.anchors import moving_average
+from kvprune.tokens.cache import HOST, FilteredLayer
 from kvprune.tokens.fusion import FUSIONS
 from kvprune.tokens.settings import Settings
+from kvprune.tokens.similarity import similarity, uniform
+from kvprune.tokens.step import Step
 from kvprune.tokens.threshold import THRESHOLDS, Fixed
 
-TIES = 1e-5  # what similarities may differ by and count as equal: then the position decides
-GOLDEN = 0.6180339887498949
 QUERIES = 1024  # that share a mask: one for a whole long prompt would be larger than its cache
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one call of the model is about, worked out once for all its layers.
-
-    real (B, T) bool: what is no padding; numbers (B,): how many that are. order (B, T): the columns, real tokens first,
-    or None where all are real. positions (B, T): absolute ones, of the tokens in that order. ties (B, T): what tells
-    equal similarities apart, so that text that repeats itself is not all or nothing. final (B, T) bool, in that
-    order: the prompts' final tokens. total, late: how many are real, and of those behind the warm-up. layers: those of
-    the cache that filters use, by number.
-    """
-
-    real: np.ndarray
-    numbers: np.ndarray
-    order: np.ndarray | None
-    positions: np.ndarray
-    ties: np.ndarray
-    final: np.ndarray
-    total: int
-    late: int
-    layers: dict[int, FilteredLayer]
-
-    @classmethod
-    def of(cls, real: np.ndarray, prompt_ends: np.ndarray, layers: dict[int, FilteredLayer], warmup: int) -> "Step":
-        """prompt_ends (B,): absolute positions behind the prompts' final tokens, 0 for none; warmup: tokens."""
-        some = next(iter(layers.values()))
-        counts = some.counts if some.is_initialized else np.zeros(len(real), dtype=np.int64)
-        order = None if real.all() else np.argsort(~real, axis=1, kind="stable")
-        positions = counts[:, None] + np.arange(real.shape[1])
-        ties = TIES * (positions * GOLDEN % 1)
-        numbers = real.sum(1)
-        late = (counts + numbers - counts.clip(min=warmup)).clip(min=0)
-        final = positions == prompt_ends[:, None] - 1
-        return cls(real, numbers, order, positions, ties, final, int(numbers.sum()), int(late.sum()), layers)
 
 
 @dataclass
 class Counts:
-    """Of one layer, summed over sequences and calls."""
+    """Of one layer, summed over sequences and calls. Tensors, where a step of decoding does not read them."""
 
-    tokens: int = 0  # real ones
-    late: int = 0  # of them behind the warm-up
-    skipped: int = 0
-    dropped: int = 0
+    tokens: Any = 0  # real ones
+    late: Any = 0  # of them behind the warm-up
+    skipped: Any = 0
+    dropped: Any = 0
     rows: dict[str, int] = field(default_factory=lambda: dict.fromkeys("qkvo", 0))  # that reached each projection
     seconds: float = 0.0  # spent deciding
+
+    def read(self) -> "Counts":
+        """The same as numbers, for which the host waits."""
+        numbers: dict[str, Any] = {n: int(getattr(self, n)) for n in ("tokens", "late", "skipped", "dropped")}
+        return replace(self, **numbers)
 
 
 class FilteredAttention:
@@ -94,40 +68,40 @@ class FilteredAttention:
         self.q, self.o = getattr(module, "queries", q), getattr(module, "outputs", o)
         self.rates = skip_rate, drop_rate
         self.leader: FilteredAttention | None = None
-        self.decided: tuple[np.ndarray, np.ndarray] | None = None  # in the last call
+        self.decided: tuple[torch.Tensor, torch.Tensor] | None = None  # in the last call
         self.fusion = FUSIONS[settings.fusion]()
         self.counts = Counts()
-        self.decisions: list[np.ndarray] | None = None  # (B, T) bool a call, where they are recorded
+        self.decisions: list[torch.Tensor] | None = None  # (B, T) bool a call, where they are recorded
         self.step: Step | None = None
         self.window = window_of(module, self.module.config)
 
     def forward(self, hidden_states: torch.Tensor, position_embeddings: Any = None, *args, **kwargs):
         """hidden_states (B, T, hidden) -> (B, T, hidden), None."""
         assert self.step is not None
-        layer, real = self.step.layers[self.index], self.step.real
+        layer = self.step.layers[self.index]
+        on_device = layer.decides_next(hidden_states.shape[1])
         d = self.module.head_dim
         k, v = (p(hidden_states).unflatten(-1, (-1, d)).transpose(1, 2) for p in (self.k, self.v))
         cos, sin = self._rotary(position_embeddings)
         rotated = k * cos + rotate_half(k) * sin
         if not layer.is_initialized:
             layer.lazy_initialization(rotated, v)
-        skipped, dropped = self._decide(layer, k if self.settings.keys == "pre-rope" else rotated, v)
-        active = real & ~skipped
-        columns = torch.arange(layer.seen, layer.seen + real.shape[1], device=k.device)
-        before = layer.lengths.copy()
-        layer.append(rotated, v, columns, real & ~dropped)
-        output = torch.zeros_like(hidden_states)
-        computed = None
-        if active.any():
-            query = self._queries(hidden_states, active, cos, sin, k.shape[1])
-            computed = self._attend(layer, query, active, dropped, before, (rotated, v, columns))
-        self._write(layer, output, computed, active, skipped)
-        layer.seen += real.shape[1]
-        layer.counts = layer.counts + self.step.numbers
-        layer.trim()
-        self._count(self.step, skipped, dropped)
-        if self.decisions is not None:
-            self.decisions.append(skipped)
+        step = self.step.to(layer.home if on_device else HOST)
+        skipped, dropped = self._decide(layer, k if self.settings.keys == "pre-rope" else rotated, v, step)
+        active = step.real & ~skipped
+        place = layer.append(rotated, v, active if dropped is skipped else step.real & ~dropped)
+        if on_device:
+            computed = self._attend_together(layer, hidden_states, active, place, cos, sin)
+            output = self._next_output(layer, computed.to(hidden_states.dtype), active, skipped, step)
+        else:
+            found = self._attend_active(layer, hidden_states, active, dropped, place, (rotated, v), (cos, sin))
+            output = self._outputs(layer, hidden_states, found, active, skipped, step)
+        layer.seen += step.tokens
+        layer.counts = layer.counts + step.numbers.to(layer.home)
+        if not on_device:
+            layer.has_padding |= not step.all_real
+            layer.trim()
+        self._count(step, skipped, dropped, on_device)
         return output, None
 
     def _rotary(self, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,62 +111,103 @@ class FilteredAttention:
             return cast(tuple[torch.Tensor, torch.Tensor], self.module.turns(cos, sin))
         return cos.unsqueeze(1), sin.unsqueeze(1)
 
-    def _queries(
-        self, hidden: torch.Tensor, active: np.ndarray, cos: torch.Tensor, sin: torch.Tensor, kv_heads: int
-    ) -> torch.Tensor:
-        """The rotated queries of the active tokens, sequence after sequence, (rows, heads, head_dim)."""
-        b, t = (torch.from_numpy(i).to(hidden.device) for i in np.nonzero(active))
-        query = self.q(hidden[b, t]).unflatten(-1, (-1, self.module.head_dim))
+    def _queries(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        """The rotated queries (rows, heads, head_dim) of hidden (rows, hidden); cos, sin (rows or 1, KV heads or 1,
+        head_dim)."""
+        query = self.q(hidden).unflatten(-1, (-1, self.module.head_dim))
         self.counts.rows["q"] += len(query)
-        groups = query.shape[1] // kv_heads
-        cos, sin = (x[b if len(x) > 1 else torch.zeros_like(b), :, t] for x in (cos, sin))  # (rows, KV heads or 1, d)
         if cos.shape[1] > 1:
-            cos, sin = (x.repeat_interleave(groups, dim=1) for x in (cos, sin))
+            cos, sin = (x.repeat_interleave(query.shape[1] // kv_heads, dim=1) for x in (cos, sin))
         return query * cos + rotate_half(query) * sin
+
+    def _attend_together(
+        self,
+        layer: FilteredLayer,
+        hidden: torch.Tensor,
+        active: torch.Tensor,
+        place: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> torch.Tensor:
+        """Outputs behind O of one new token of each sequence, (B, hidden). A token that skips costs a column of the
+        cache: its output is not used."""
+        assert layer.keys is not None
+        assert layer.values is not None
+        query = self._queries(hidden[:, 0], cos[:, :, 0], sin[:, :, 0], layer.keys.shape[1]).unsqueeze(2)
+        output, _ = packed_attention(
+            self.module,
+            query,
+            layer.keys,
+            layer.values,
+            layer.visible(place, active),
+            scaling=self.module.scaling,
+        )
+        self.counts.rows["o"] += len(query)
+        return cast(torch.Tensor, self.o(output.flatten(2)[:, 0]))
+
+    def _attend_active(
+        self,
+        layer: FilteredLayer,
+        hidden: torch.Tensor,
+        active: torch.Tensor,
+        dropped: torch.Tensor,
+        place: torch.Tensor,
+        new: tuple[torch.Tensor, torch.Tensor],
+        turns: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor | None:
+        """Outputs behind O of the active tokens, sequence after sequence, (rows, hidden), if there are any. new: keys
+        and values of all new tokens; turns: cos and sin."""
+        b, t = (i.to(hidden.device) for i in active.nonzero(as_tuple=True))
+        if not len(b):
+            return None
+        cos, sin = (x[b if len(x) > 1 else torch.zeros_like(b), :, t] for x in turns)
+        query = self._queries(hidden[b, t], cos, sin, new[0].shape[1])
+        return self._attend(layer, query, active, dropped, place, new)
 
     def _attend(
         self,
         layer: FilteredLayer,
         query: torch.Tensor,
-        active: np.ndarray,
-        dropped: np.ndarray,
-        before: np.ndarray,
-        new: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        active: torch.Tensor,
+        dropped: torch.Tensor,
+        place: torch.Tensor,
+        new: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        """Outputs behind O of the active tokens, (rows, hidden)."""
-        found, row = [], 0
-        for b, flags in enumerate(active):
-            n = int(np.count_nonzero(flags))
-            if n:
-                mine = query[row : row + n].transpose(0, 1).unsqueeze(0)  # (1, heads, n, d)
-                row += n
-                keys, values, columns = layer.of(b)
-                alone = flags & dropped[b]  # tokens that attend but are not kept see themselves all the same
-                if alone.any():
-                    extra = torch.from_numpy(np.flatnonzero(alone)).to(query.device)
-                    keys = torch.cat((keys, new[0][b : b + 1, :, extra]), dim=2)
-                    values = torch.cat((values, new[1][b : b + 1, :, extra]), dim=2)
-                    columns = torch.cat((columns, new[2][extra]))
-                if self._needs_no_mask(flags, layer.lengths[b] - before[b], before[b], bool(alone.any())):
-                    found.append(self._attention(mine, keys, values, None))
-                    continue
-                queries = new[2][torch.from_numpy(np.flatnonzero(flags)).to(query.device)]
-                for start in range(0, n, QUERIES):
-                    piece = slice(start, start + QUERIES)
-                    mask = self._mask(queries[piece], columns, int(alone.sum()))
-                    found.append(self._attention(mine[:, :, piece], keys, values, mask))
+        """The same for their queries (rows, heads, head_dim)."""
+        found, row, lengths, starts = [], 0, layer.lengths.tolist(), place.tolist()
+        columns = torch.arange(layer.seen, layer.seen + active.shape[1], device=query.device)
+        lone = active & dropped  # tokens that attend but are not kept see themselves all the same
+        numbers, alones = active.sum(1).tolist(), lone.sum(1).tolist()
+        for b, (n, alone) in enumerate(zip(numbers, alones, strict=True)):
+            if not n:
+                continue
+            mine = query[row : row + n].transpose(0, 1).unsqueeze(0)  # (1, heads, n, d)
+            row += n
+            keys, values, seen = layer.of(b, lengths[b])
+            if alone:
+                extra = lone[b].nonzero()[:, 0].to(query.device)
+                keys = torch.cat((keys, new[0][b : b + 1, :, extra]), dim=2)
+                values = torch.cat((values, new[1][b : b + 1, :, extra]), dim=2)
+                seen = torch.cat((seen, columns[extra]))
+            if self._needs_no_mask(active.shape[1], n, lengths[b] - starts[b], starts[b], bool(alone)):
+                found.append(self._attention(mine, keys, values, None))
+                continue
+            queries = columns[active[b].nonzero()[:, 0].to(query.device)]
+            for start in range(0, n, QUERIES):
+                piece = slice(start, start + QUERIES)
+                mask = self._mask(queries[piece], seen, alone)
+                found.append(self._attention(mine[:, :, piece], keys, values, mask))
         outputs = torch.cat(found) if len(found) > 1 else found[0]
         self.counts.rows["o"] += len(outputs)
         return cast(torch.Tensor, self.o(outputs))
 
-    def _needs_no_mask(self, active: np.ndarray, kept: int, before: int, alone: bool) -> bool:
+    def _needs_no_mask(self, tokens: int, active: int, kept: int, before: int, alone: bool) -> bool:
         """Whether a sequence's queries see all keys (there is one new token), or each those up to its own (there was no
         token before, and those that attend are those that are kept): attention functions know that without a mask."""
         if self.window is not None or alone:
             return False
-        n = np.count_nonzero(active)
-        causal = before == 0 and n == kept > 1 and self.module.config._attn_implementation != "eager"
-        return len(active) == 1 or bool(causal)
+        causal = before == 0 and active == kept > 1 and self.module.config._attn_implementation != "eager"
+        return tokens == 1 or causal
 
     def _mask(self, queries: torch.Tensor, keys: torch.Tensor, alone: int) -> torch.Tensor:
         """Which keys (K,) each query (n,) sees, (1, 1, n, K), from their columns; the last `alone` are not cached."""
@@ -216,135 +231,93 @@ class FilteredAttention:
         output, _ = attend(module, query, keys, values, mask, dropout=0.0, scaling=module.scaling)
         return cast(torch.Tensor, output.reshape(query.shape[2], -1))
 
-    def _write(
+    def _outputs(
         self,
         layer: FilteredLayer,
-        output: torch.Tensor,
+        hidden: torch.Tensor,
         computed: torch.Tensor | None,
-        active: np.ndarray,
-        skipped: np.ndarray,
-    ) -> None:
-        """Put the computed outputs, and for skipped tokens what stands for them, into output (B, T, hidden)."""
-        if computed is not None:
-            output[tuple(torch.from_numpy(i).to(output.device) for i in np.nonzero(active))] = computed.to(output.dtype)
+        active: torch.Tensor,
+        skipped: torch.Tensor,
+        step: Step,
+    ) -> torch.Tensor:
+        """The computed outputs (rows, hidden), and for skipped tokens what stands for them, (B, T, hidden)."""
+        if computed is not None and len(computed) == active.numel():
+            output = computed.to(hidden.dtype).view_as(hidden)
+        else:
+            output = torch.zeros_like(hidden)
+            if computed is not None:
+                output[tuple(i.to(output.device) for i in active.nonzero(as_tuple=True))] = computed.to(output.dtype)
+        if step.tokens == 1:
+            return self._next_output(layer, output[:, 0], active, skipped, step)
         if self.settings.on_skip == "zero":
-            return
-        if layer.output_anchor is None:
-            layer.output_anchor = output.new_zeros(output.shape[0], output.shape[2], dtype=torch.float32)
-        if active.shape[1] == 1:
-            self._write_step(layer, output, computed, active[:, 0], skipped[:, 0])
-            return
-        row, anchors = 0, []
-        for b, flags in enumerate(active):
-            n = int(np.count_nonzero(flags))
-            mine = None if computed is None else computed[row : row + n].float()
-            row += n
-            first = None if (layer.counts[b] == 0) else layer.output_anchor[b]
-            if mine is not None and n:
-                averages = moving_average(mine, first, self.settings.output_gamma)
-            else:
-                averages = layer.output_anchor[b : b + 1]
-            if skipped[b].any():
-                tokens = np.flatnonzero(skipped[b])
-                met = torch.from_numpy(np.cumsum(flags)[tokens]).to(output.device)
-                output[b, torch.from_numpy(tokens).to(output.device)] = averages[met].to(output.dtype)
-            anchors.append(averages[n])
+            return output
+        old, anchors = self._output_anchor(layer, output), []
+        for b, has_begun in enumerate(step.begun.tolist()):
+            mine = output[b, active[b].nonzero()[:, 0].to(output.device)].float()
+            first = old[b] if has_begun else None
+            averages = moving_average(mine, first, self.settings.output_gamma) if len(mine) else old[b : b + 1]
+            tokens = skipped[b].nonzero()[:, 0]
+            met = active[b].cumsum(0)[tokens].to(output.device)
+            output[b, tokens.to(output.device)] = averages[met].to(output.dtype)
+            anchors.append(averages[len(mine)])
         layer.output_anchor = torch.stack(anchors)
+        return output
 
-    def _write_step(
-        self,
-        layer: FilteredLayer,
-        output: torch.Tensor,
-        computed: torch.Tensor | None,
-        active: np.ndarray,
-        skipped: np.ndarray,
-    ) -> None:
-        """The anchors' part of `_write` for one token a sequence, without a loop over them."""
-        assert layer.output_anchor is not None
-        if skipped.any():
-            rows = torch.from_numpy(np.flatnonzero(skipped)).to(output.device)
-            output[rows, 0] = layer.output_anchor[rows].to(output.dtype)
-        if computed is not None:
-            rows = torch.from_numpy(np.flatnonzero(active)).to(output.device)
-            mine, new = computed.float(), torch.from_numpy(layer.counts[active] == 0).to(output.device)
-            moved = torch.lerp(mine, layer.output_anchor[rows], self.settings.output_gamma)
-            layer.output_anchor = layer.output_anchor.index_copy(0, rows, torch.where(new[:, None], mine, moved))
+    def _next_output(
+        self, layer: FilteredLayer, computed: torch.Tensor, active: torch.Tensor, skipped: torch.Tensor, step: Step
+    ) -> torch.Tensor:
+        """The same of one token of each sequence, (B, 1, hidden); computed (B, hidden): what does not attend is not
+        used. active, skipped (B, 1)."""
+        active, skipped, has_begun = (x.to(computed.device) for x in (active, skipped, step.begun.unsqueeze(1)))
+        if self.settings.on_skip == "zero":
+            return computed.masked_fill(~active, 0.0).unsqueeze(1)
+        old, mine = self._output_anchor(layer, computed), computed.float()
+        moved = torch.lerp(mine, torch.where(has_begun, old, mine), self.settings.output_gamma)
+        layer.output_anchor = torch.where(active, moved, old)
+        return torch.where(active, computed, old.masked_fill(~skipped, 0.0).to(computed.dtype)).unsqueeze(1)
 
-    def _decide(self, layer: FilteredLayer, k: torch.Tensor, v: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Which tokens are skipped, and which are not cached: (B, T) bool each. Moves anchors and thresholds on."""
-        assert self.step is not None
-        started, s, step = time.perf_counter(), self.settings, self.step
+    def _output_anchor(self, layer: FilteredLayer, output: torch.Tensor) -> torch.Tensor:
+        """The layer's, (B, hidden) float32; zeros before there is one."""
+        anchor = layer.output_anchor
+        return output.new_zeros(len(output), output.shape[-1], dtype=torch.float32) if anchor is None else anchor
+
+    def _decide(
+        self, layer: FilteredLayer, k: torch.Tensor, v: torch.Tensor, step: Step
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tokens are skipped, and which are not cached: (B, T) bool each, where the step's decisions are made.
+        Moves anchors and thresholds on."""
+        started, s, place = time.perf_counter(), self.settings, step.real.device
         layer.settings = s
         if self.leader is not None:
             assert self.leader.decided is not None
-            return self.leader.decided
+            skipped, dropped = (x.to(place) for x in self.leader.decided)
+            return skipped, dropped
         if layer.skip is None:
             kind = Fixed if s.signal == "random" else THRESHOLDS[s.threshold]
             skip_rate, drop_rate = self.rates
             layer.skip = kind(s.rule(skip_rate), len(step.real))
             layer.drop = None if drop_rate is None else kind(s.rule(drop_rate), len(step.real))
         if s.signal == "random":
-            similarity = uniform(step.positions, s.seed, self.index)
+            found = uniform(step.positions, s.seed, self.index)
         else:
-            mixed = torch.is_autocast_enabled(k.device.type)
-            with torch.autocast(k.device.type, enabled=False) if mixed else nullcontext():
-                similarity = self._similarity(layer, k, v, step.order, step.numbers) + step.ties
-        if step.order is not None:
-            similarity[np.arange(step.real.shape[1]) >= step.numbers[:, None]] = np.nan
-        skipped = dropped = _back(layer.skip.take(similarity, layer.counts, step.final), step.order)
-        if layer.drop is not None:
-            dropped = _back(layer.drop.take(similarity, layer.counts, step.final), step.order)
-        self.decided = skipped, dropped
+            found = similarity(layer, k, v, step, s.gamma, self.fusion)
+        taken = []
+        for threshold in (layer.skip, layer.drop):
+            if threshold is not None:
+                threshold.to(place)
+                taken.append(threshold.take(found, step.places))
+                threshold.to(layer.home)  # behind a prompt, for the step that comes next
+        self.decided = taken[0], taken[-1]
         self.counts.seconds += time.perf_counter() - started
         return self.decided
 
-    def _similarity(
-        self, layer: FilteredLayer, k: torch.Tensor, v: torch.Tensor, order: np.ndarray | None, numbers: np.ndarray
-    ) -> np.ndarray:
-        """Similarity of every token to the anchors before it, in `order`, (B, T) float64. Moves the anchors on."""
-        x = torch.stack((k, v), dim=1).float()  # (B, 2, KV heads, T, head_dim)
-        if x.shape[3] == 1 and order is None and layer.anchor is not None and layer.counts.all():
-            cosines = cosine(x, layer.anchor.unsqueeze(3))  # a step of decoding, with as few operations as can be
-            layer.anchor = torch.lerp(x[:, :, :, 0], layer.anchor, self.settings.gamma)
-            return self.fusion(cosines).cpu().double().numpy()
-        if order is not None:
-            index = torch.from_numpy(order).to(x.device)[:, None, None, :, None]
-            x = x.gather(3, index.expand(-1, *x.shape[1:3], -1, x.shape[4]))
-        start = x[:, :, :, 0]
-        if layer.anchor is not None:
-            new = torch.from_numpy(layer.counts == 0).to(x.device)  # padding so far: they start here
-            start = torch.where(new[:, None, None, None], start, layer.anchor) if new.any() else layer.anchor
-        anchors = moving_average(x, start, self.settings.gamma)
-        cosines = cosine(x, anchors[..., :-1, :])
-        rows = torch.arange(len(numbers), device=x.device)
-        layer.anchor = anchors[rows, :, :, torch.from_numpy(numbers).to(x.device)]
-        return self.fusion(cosines).cpu().double().numpy()
-
-    def _count(self, step: Step, skipped: np.ndarray, dropped: np.ndarray) -> None:
+    def _count(self, step: Step, skipped: torch.Tensor, dropped: torch.Tensor, on_device: bool) -> None:
         counts = self.counts
-        counts.tokens += step.total
-        counts.late += step.late
-        counts.skipped += int(skipped.sum())
-        counts.dropped += int(dropped.sum())
+        counts.tokens = counts.tokens + step.total
+        counts.late = counts.late + step.late
+        for name, flags in (("skipped", skipped), ("dropped", dropped)):
+            setattr(counts, name, getattr(counts, name) + (flags.sum() if on_device else int(flags.sum())))
         for name in "kv":
-            counts.rows[name] += step.real.size
-
-
-def uniform(positions: np.ndarray, seed: int, layer: int) -> np.ndarray:
-    """Numbers in [0, 1) that look random and depend on seed, layer and absolute position only (SplitMix64's mix)."""
-    with np.errstate(over="ignore"):
-        x = positions.astype(np.uint64) + np.uint64(seed) * np.uint64(0x632BE59BD9B4E019)
-        x = (x * np.uint64(0x9E3779B97F4A7C15)) ^ (np.uint64(layer + 1) * np.uint64(0xD1342543DE82EF95))
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-        x ^= x >> np.uint64(31)
-    return (x >> np.uint64(11)).astype(np.float64) / 2.0**53
-
-
-def _back(flags: np.ndarray, order: np.ndarray | None) -> np.ndarray:
-    """Flags of the ordered tokens, at the tokens' own columns."""
-    if order is None:
-        return flags
-    found = np.zeros_like(flags)
-    np.put_along_axis(found, order, flags, axis=1)
-    return found
+            counts.rows[name] += step.real.numel()
+        if self.decisions is not None:
+            self.decisions.append(skipped)

@@ -4,8 +4,8 @@ Positions are true: `columns` says where in the padded batch a kept token stood,
 windows are about. Absolute positions (real tokens so far, `counts`) are what warm-up and thresholds are about.
 """
 
-import numpy as np
 import torch
+from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
 from kvprune.errors import CacheMismatch
@@ -13,12 +13,21 @@ from kvprune.tokens.settings import Settings
 from kvprune.tokens.threshold import Threshold
 
 STEP = 64  # tokens: by this much, or by an eighth, a full cache grows
+HOST = torch.device("cpu")
+
+
+def decides_on(device: torch.device) -> bool:
+    """Whether a step of decoding leaves its decisions on a device, and computes all rows: reading them back would make
+    the host wait. Elsewhere the host reads them, and computes only the rows that attend."""
+    return device.type == "cuda"
 
 
 class FilteredLayer(CacheLayerMixin):
     """keys, values (B, KV heads, room, head_dim), of which the first lengths[b] tokens are sequence b's.
 
-    window: of a sliding-window layer, tokens; what has left it is dropped, at the latest when it is STEP tokens.
+    lengths, counts (B,) and thresholds stand where a step of decoding decides. bound: what the host knows of the
+    longest length, which is no more than that. window: of a sliding-window layer, tokens; what has left it is dropped,
+    at the latest when it is STEP tokens.
     """
 
     is_compileable = False
@@ -33,10 +42,13 @@ class FilteredLayer(CacheLayerMixin):
     def _forget(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
+        self.is_on_device = False  # whether a step of decoding decides where the model is
         self.columns = torch.empty(0)  # (B, room)
-        self.lengths = np.zeros(0, dtype=np.int64)
-        self.counts = np.zeros(0, dtype=np.int64)
+        self.lengths = torch.zeros(0, dtype=torch.long)
+        self.counts = torch.zeros(0, dtype=torch.long)
+        self.bound = 0
         self.seen = 0  # columns so far, with padding
+        self.has_padding = False  # among them
         self.anchor: torch.Tensor | None = None  # (B, 2, KV heads, head_dim): of keys, of values
         self.output_anchor: torch.Tensor | None = None  # (B, hidden)
         self.settings: Settings | None = None  # of the filter that made it
@@ -47,78 +59,121 @@ class FilteredLayer(CacheLayerMixin):
         """Without room yet; states (B, KV heads, T, head_dim)."""
         batch = key_states.shape[0]
         self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_on_device = decides_on(self.device)
         self.keys, self.values = key_states[:, :, :0].clone(), value_states[:, :, :0].clone()
         self.columns = torch.zeros(batch, 0, dtype=torch.long, device=self.device)
-        self.lengths = np.zeros(batch, dtype=np.int64)
-        self.counts = np.zeros(batch, dtype=np.int64)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=self.home)
+        self.counts = torch.zeros(batch, dtype=torch.long, device=self.home)
         self.is_initialized = True
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, kept: np.ndarray) -> None:
-        """Keep some of the new tokens: keys, values (B, KV heads, T, head_dim), columns (T,), kept (B, T) bool."""
-        new = kept.sum(1)
-        if self.keys is not None and self.keys.is_inference() and not torch.is_inference_mode_enabled():
-            self._resize(self.lengths * 0, self.keys.shape[2])  # a copy, which can be written to
-        self._make_room(int((self.lengths + new).max()))
+    @property
+    def home(self) -> torch.device:
+        """Where a step of decoding decides."""
+        return self.device if self.is_on_device else HOST
+
+    def decides_next(self, tokens: int) -> bool:
+        """Whether decisions about so many new tokens of each sequence stay where the model is: of a step of decoding,
+        behind a prompt."""
+        return self.is_on_device and tokens == 1
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Keep some of the new tokens: keys, values (B, KV heads, T, head_dim), kept (B, T) bool, on the host if there
+        are several. Of one token a sequence each is written, kept or not, behind those that are kept: it can be read
+        there until the next one comes. Returns where that is, (B,)."""
+        tokens, new = keys.shape[2], kept.sum(1)
+        most = 1 if tokens == 1 else int(new.max())
+        self._make_room(most)
         assert self.keys is not None
         assert self.values is not None
-        if keys.shape[2] == 1:
-            rows = np.flatnonzero(kept[:, 0])
-            at = (torch.from_numpy(rows), slice(None), torch.from_numpy(self.lengths[rows]))
-            if len(rows):
-                self.keys[at], self.values[at] = keys[rows, :, 0], values[rows, :, 0]
-                self.columns[at[0], at[2]] = self.seen
+        place = self.lengths
+        if tokens == 1:
+            index = place.to(self.device).view(-1, 1, 1, 1)
+            self.keys.scatter_(2, index.expand_as(keys), keys.to(self.keys.dtype))
+            self.values.scatter_(2, index.expand_as(values), values.to(self.values.dtype))
+            self.columns.scatter_(1, index.view(-1, 1), self.seen)
         else:
-            for b in range(len(kept)):
-                tokens = torch.from_numpy(np.flatnonzero(kept[b])).to(self.device)
-                place = slice(self.lengths[b], self.lengths[b] + new[b])
-                self.keys[b, :, place], self.values[b, :, place] = keys[b][:, tokens], values[b][:, tokens]
-                self.columns[b, place] = columns[tokens]
-        self.lengths = self.lengths + new
+            for b, (first, n) in enumerate(zip(place.tolist(), new.tolist(), strict=True)):
+                chosen = kept[b].nonzero()[:, 0].to(self.device)
+                there = slice(first, first + n)
+                self.keys[b, :, there], self.values[b, :, there] = keys[b][:, chosen], values[b][:, chosen]
+                self.columns[b, there] = self.seen + chosen
+        self.lengths = place + new.to(place.device)
+        self.bound += most
+        return place
 
-    def _make_room(self, needed: int) -> None:
-        """For `needed` tokens of the longest sequence, with some to spare."""
+    def _make_room(self, more: int) -> None:
+        """For so many more tokens of each sequence. Only where the room that is known may be too small the host asks
+        how long the longest sequence is, which it does not again for STEP steps of decoding."""
         assert self.keys is not None
-        if needed > self.keys.shape[2]:
-            self._resize(self.lengths * 0, needed + max(STEP, needed // 8))
+        room = self.keys.shape[2]
+        if self.bound + more > room:
+            gone = self.stale()
+            self.bound = int((self.lengths - gone).max())
+            if self.window is not None or self.bound + more + STEP > room:
+                self._resize(gone, self.bound + more + max(STEP, (self.bound + more) // 8))
+        if self.keys.is_inference() and not torch.is_inference_mode_enabled():
+            self._resize(torch.zeros_like(self.lengths), self.keys.shape[2])  # a copy, which can be written to
 
     def trim(self) -> None:
-        """Drop what has left the window, if that is worth a copy."""
-        stale = self.stale()
-        if stale.max(initial=0) >= STEP:
-            self._resize(stale, int((self.lengths - stale).max()) + STEP)
+        """Behind a prompt: drop what has left the window, if that is worth a copy."""
+        if self.window is None:
+            return
+        gone = self.stale()
+        if int(gone.max()) >= STEP:
+            self.bound = int((self.lengths - gone).max())
+            self._resize(gone, self.bound + STEP)
 
-    def stale(self) -> np.ndarray:
+    def stale(self) -> torch.Tensor:
         """How many of each sequence's first tokens no later query can see, (B,)."""
         if self.window is None:
-            return np.zeros_like(self.lengths)
-        old = self.columns <= self.seen - self.window
-        return np.array([int(old[b, :n].sum()) for b, n in enumerate(self.lengths)], dtype=np.int64)
+            return torch.zeros_like(self.lengths)
+        old = (self.columns <= self.seen - self.window) & self._are_before(self.lengths)
+        return old.sum(1).to(self.home)
 
-    def _resize(self, gone: np.ndarray, room: int) -> None:
-        """Copy into tensors with `room`, without the first gone[b] tokens of sequence b."""
+    def _are_before(self, place: torch.Tensor) -> torch.Tensor:
+        """Which slots are, (B, room) bool; place (B,)."""
+        return torch.arange(self.columns.shape[1], device=self.device) < place.to(self.device).unsqueeze(1)
+
+    def visible(self, place: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+        """What one new token of each sequence sees, (B, 1, 1, room) bool: itself, which stands at `place` (B,), and
+        where it is active (B, 1) what was kept before."""
+        seen = self._are_before(place) & active
+        if self.window is not None:
+            seen &= self.columns > self.seen - self.window
+        itself = torch.zeros_like(seen).scatter_(1, place.unsqueeze(1), True)
+        return (seen | itself)[:, None, None]
+
+    def _resize(self, gone: torch.Tensor, room: int) -> None:
+        """Copy into tensors with `room`, without the first gone[b] tokens of sequence b; what is left is `bound` at
+        most."""
         assert self.keys is not None
         assert self.values is not None
-        keys = self.keys.new_zeros(*self.keys.shape[:2], room, self.keys.shape[3])
-        values = self.values.new_zeros(*self.values.shape[:2], room, self.values.shape[3])
-        columns = self.columns.new_zeros(len(gone), room)
-        left = self.lengths - gone
-        for b, (first, last, n) in enumerate(zip(gone, self.lengths, left, strict=True)):
-            keys[b, :, :n], values[b, :, :n] = self.keys[b, :, first:last], self.values[b, :, first:last]
-            columns[b, :n] = self.columns[b, first:last]
-        self.keys, self.values, self.columns, self.lengths = keys, values, columns, left
+        n = self.bound
+        if self.window is None:
+            keys, values, columns = self.keys[:, :, :n], self.values[:, :, :n], self.columns[:, :n]
+        else:
+            index = gone.to(self.device).unsqueeze(1) + torch.arange(n, device=self.device)
+            index = index.clamp(max=max(self.columns.shape[1] - 1, 0))
+            keys, values = (
+                x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+                for x in (self.keys, self.values)
+            )
+            columns = self.columns.gather(1, index)
+        self.keys, self.values = (pad(x, (0, 0, 0, room - n)) for x in (keys, values))
+        self.columns, self.lengths = pad(columns, (0, room - n)), self.lengths - gone
 
-    def of(self, b: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sequence b's keys and values (1, KV heads, kept, head_dim), and their columns (kept,); views."""
+    def of(self, b: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sequence b's keys and values (1, KV heads, length, head_dim), and their columns (length,); views. length: of
+        lengths, which the host has read."""
         assert self.keys is not None
         assert self.values is not None
-        n = self.lengths[b]
-        return self.keys[b : b + 1, :, :n], self.values[b : b + 1, :, :n], self.columns[b, :n]
+        return self.keys[b : b + 1, :, :length], self.values[b : b + 1, :, :length], self.columns[b, :length]
 
-    def real_tokens(self) -> np.ndarray:
+    def real_tokens(self) -> torch.Tensor:
         """How many each sequence has had, (B,)."""
         return self.counts
 
-    def kept_tokens(self) -> np.ndarray:
+    def kept_tokens(self) -> torch.Tensor:
         """How many of each sequence's are held and may be seen, (B,)."""
         return self.lengths - self.stale()
 
@@ -166,13 +221,12 @@ class FilteredLayer(CacheLayerMixin):
         """Sequences `indices` of the batch, with all that is known of them."""
         if not self.is_initialized:
             return
-        chosen = indices.to(self.device)
+        chosen, at_home = indices.to(self.device), indices.to(self.home)
         for name in ("keys", "values", "columns", "anchor", "output_anchor"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor.index_select(0, chosen))
-        host = indices.cpu().numpy()
-        self.lengths, self.counts = self.lengths[host], self.counts[host]
+        self.lengths, self.counts = self.lengths.index_select(0, at_home), self.counts.index_select(0, at_home)
         for threshold in (self.skip, self.drop):
             if threshold is not None:
-                threshold.select(host)
+                threshold.select(at_home)

@@ -3,15 +3,16 @@
 import copy
 from typing import Any
 
-import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from kvprune.runtime.quantized import copied_but_stores
 from kvprune.tokens.cache import FilteredLayer
 
 
 class QuantizedFilteredLayer(FilteredLayer):
-    """Every sequence has a store of its own, a quantised cache layer of batch 1, since each keeps other tokens.
+    """Every sequence has a store of its own, a quantised cache layer of batch 1, since each keeps other tokens: the
+    host decides on any device.
 
     empty: such a layer without tokens, which the stores are copies of. keys and values stay empty; they have the shape.
     """
@@ -27,29 +28,32 @@ class QuantizedFilteredLayer(FilteredLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
+        self.is_on_device = False
+        self.lengths, self.counts = self.lengths.to(self.home), self.counts.to(self.home)
         self.stores = [copy.copy(self.empty) for _ in key_states]
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, kept: np.ndarray) -> None:
+    def append(self, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Keep some of the new tokens, as FilteredLayer does; the others are nowhere."""
         self.read = {}
-        self.lengths = self.lengths + kept.sum(1)
+        place, self.lengths = self.lengths, self.lengths + kept.sum(1)
         if self.columns.is_inference() and not torch.is_inference_mode_enabled():
             self.columns = self.columns.clone()  # can be written to
-        room = self.columns.shape[1]
-        if self.lengths.max() > room:
-            more = int(self.lengths.max()) - room
-            self.columns = torch.nn.functional.pad(self.columns, (0, max(more, room // 8)))
-        for b, flags in enumerate(kept):
-            tokens = torch.from_numpy(np.flatnonzero(flags)).to(self.device)
+        room, ends = self.columns.shape[1], self.lengths.tolist()
+        if max(ends) > room:
+            self.columns = pad(self.columns, (0, max(max(ends) - room, room // 8)))
+        for b, end in enumerate(ends):
+            tokens = kept[b].nonzero()[:, 0].to(self.device)
             if len(tokens):
-                self.columns[b, self.lengths[b] - len(tokens) : self.lengths[b]] = columns[tokens]
+                self.columns[b, end - len(tokens) : end] = self.seen + tokens
                 self.read[b] = self.stores[b].update(keys[b : b + 1, :, tokens], values[b : b + 1, :, tokens])
+        return place
 
-    def of(self, b: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sequence b's keys and values (1, KV heads, kept, head_dim) at full size, and their columns (kept,)."""
+    def of(self, b: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sequence b's keys and values (1, KV heads, length, head_dim) at full size, and their columns (length,)."""
         assert self.keys is not None
         assert self.values is not None
-        columns = self.columns[b, : self.lengths[b]]
-        if not len(columns):
+        columns = self.columns[b, :length]
+        if not length:
             return self.keys[b : b + 1], self.values[b : b + 1], columns
         if b not in self.read:  # this call has kept nothing of it
             nothing = self.keys[b : b + 1], self.values[b : b + 1]

@@ -15,7 +15,8 @@ def report(model: Any, settings: Settings, layers: list[tuple[int, Counts]]) -> 
     """ratio_asked, ratio_achieved (of all attention behind the warm-up) and per_layer (a rate for every layer);
     drop_ratio_asked and _achieved, the same for K/V; tokens; rows that reached each projection, summed over the layers
     that skip, and rows_dense, what the dense model's would be (both with padding, which reaches K and V); and
-    deciding_seconds, which on a GPU begins with waiting for what was queued before."""
+    deciding_seconds, which on a GPU begins with waiting for what was queued before, or, in a step of decoding, is the
+    time of queueing."""
     total = model.config.num_hidden_layers
     late = max((counts.late for _, counts in layers), default=0)
     rates = [0.0] * total

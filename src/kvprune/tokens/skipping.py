@@ -14,7 +14,7 @@ from kvprune.errors import CacheMismatch, FilterMisuse
 from kvprune.models.family import check_config, family_of
 from kvprune.runtime.modeling import CACHE, take_cache
 from kvprune.runtime.quantized import is_quantized
-from kvprune.tokens.attention import FilteredAttention, Step
+from kvprune.tokens.attention import FilteredAttention
 from kvprune.tokens.binding import (
     begun_call,
     check_attention,
@@ -28,10 +28,11 @@ from kvprune.tokens.binding import (
     replaced,
     setting_of,
 )
-from kvprune.tokens.cache import FilteredLayer
+from kvprune.tokens.cache import HOST, FilteredLayer
 from kvprune.tokens.quantized import QuantizedFilteredLayer
 from kvprune.tokens.report import bytes_of, no_bytes, report
 from kvprune.tokens.settings import Settings
+from kvprune.tokens.step import Step
 
 
 class Skipping:
@@ -45,7 +46,7 @@ class Skipping:
         self._cache: Any = None
         self._bytes = no_bytes()
         self._active = False
-        self._prompt_ends: np.ndarray | None = None
+        self._prompt_ends: torch.Tensor | None = None
         self._undo = ExitStack()
         self._own_generate: Callable[..., Any] = _nothing
 
@@ -115,7 +116,7 @@ class Skipping:
         if self._model is None:
             raise FilterMisuse("this TokenFilter has no model yet, and nothing to report")
         found = bytes_of(self._model, self._cache) if self._active else self._bytes
-        counts = [(layer.index, layer.counts) for layer in self._layers]
+        counts = [(layer.index, layer.counts.read()) for layer in self._layers]
         return report(self._model, self.settings, counts) | found
 
     @property
@@ -123,11 +124,10 @@ class Skipping:
         """Which tokens skipped which layer, (layers, B, tokens) bool, with record=True and one batch in the context."""
         if not self.record or self._model is None:
             raise FilterMisuse("decisions are not recorded; make the filter with TokenFilter(..., record=True)")
-        found = {
-            layer.index: np.concatenate(layer.decisions or [np.zeros((1, 0), bool)], axis=1) for layer in self._layers
-        }
-        nothing = np.zeros_like(next(iter(found.values())))
-        return np.stack([found.get(i, nothing) for i in range(self._model.config.num_hidden_layers)])
+        none = torch.zeros(1, 0, dtype=torch.bool)
+        found = {layer.index: torch.cat([d.cpu() for d in layer.decisions or [none]], 1) for layer in self._layers}
+        nothing = torch.zeros_like(next(iter(found.values())))
+        return torch.stack([found.get(i, nothing) for i in range(self._model.config.num_hidden_layers)]).numpy()
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own, told where the prompts end."""
@@ -139,10 +139,10 @@ class Skipping:
             if mask is None and ids is not None:
                 mask = self._padding(ids, kwargs, config)
             if mask is not None:
-                self._prompt_ends = mask.sum(1).cpu().numpy()
+                self._prompt_ends = mask.sum(1)
             elif embeds is not None:
                 seen = 0 if cache is None else cache.get_seq_length()
-                self._prompt_ends = np.full(len(embeds), seen + embeds.shape[1])
+                self._prompt_ends = torch.full((len(embeds),), seen + embeds.shape[1], device=embeds.device)
         try:
             return self._own_generate(*args, **kwargs)
         finally:
@@ -162,21 +162,27 @@ class Skipping:
         batch, tokens = ids.shape[:2]
         mask, cache = kwargs.get("attention_mask"), kwargs[CACHE]
         layers = self._cached(cache) if cache is not None else {i.index: FilteredLayer(i.window) for i in self._layers}
-        real = np.ones((batch, tokens), dtype=bool)
-        if mask is not None:
-            real = mask[:, -tokens:].cpu().numpy().astype(bool)
-        step = Step.of(real, self._ends(batch), layers, self.settings.first)
+        some = next(iter(layers.values()))
+        on_device = some.decides_next(tokens)
+        all_real = mask is None or (on_device and not some.has_padding)
+        real = torch.ones(batch, tokens, dtype=torch.bool, device=some.device if on_device else HOST)
+        if mask is not None and not all_real:
+            real = mask[:, -tokens:].to(real)
+        if on_device and (all_real or len(layers) == self._model.config.num_hidden_layers):
+            kwargs["attention_mask"] = None  # nobody needs it, and models look into it, which makes the host wait
+        step = Step.of(real, self._ends(batch), layers, self.settings, not on_device, all_real)
         for layer in self._layers:
             layer.step = step
         self._cache = cache
         return (), kwargs
 
-    def _ends(self, batch: int) -> np.ndarray:
+    def _ends(self, batch: int) -> torch.Tensor:
         """Absolute positions behind the prompts' final tokens, (B,)."""
         ends = self._prompt_ends
         if ends is None or batch % len(ends):
-            return np.full(batch, self.settings.prompt_length or 0)
-        return np.repeat(ends, batch // len(ends))  # beams, or several answers to a prompt
+            assert self._model is not None
+            return torch.full((batch,), self.settings.prompt_length or 0, device=self._model.device)
+        return ends.repeat_interleave(batch // len(ends))  # beams, or several answers to a prompt
 
     def _cached(self, cache: Any) -> dict[int, FilteredLayer]:
         """The filtered layers of a cache; of an empty one they are put in. Raises CacheMismatch."""
@@ -184,12 +190,15 @@ class Skipping:
         windows = {attention.index: attention.window for attention in self._layers}
         found = own_layers(self._model, cache, windows, FilteredLayer, lambda i, layer: _filtered(layer, windows[i]))
         others = any(isinstance(layer, FilteredLayer) and i not in found for i, layer in enumerate(cache.layers))
-        mine = replace(self.settings, prompt_length=None)
-        made_by = [layer.settings for layer in found.values() if layer.settings is not None]
-        if others or any(replace(settings, prompt_length=None) != mine for settings in made_by):
+        if others or not all(_are_alike(layer.settings, self.settings) for layer in found.values()):
             raise CacheMismatch("this cache was made with another TokenFilter; start with an empty one")
         check_even(cache)
         return found
+
+
+def _are_alike(made_by: Settings | None, mine: Settings) -> bool:
+    """Whether a layer with settings made_by, or one that is new, can go on with these."""
+    return made_by in (None, mine) or replace(cast(Settings, made_by), prompt_length=mine.prompt_length) == mine
 
 
 def _share_decisions(layers: list[FilteredAttention], every: int) -> None:

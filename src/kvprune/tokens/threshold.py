@@ -1,15 +1,17 @@
 """Thresholds: which tokens of a layer are alike enough, so that the asked share of them is taken.
 
 A threshold is kept per layer and sequence and moves at fixed absolute positions, every `block` tokens, so that a prompt
-gives the same decisions whether it comes at once, in pieces or token by token. All of this is a few numbers a layer: it
-lives on the host, in float64 NumPy arrays with one entry a sequence.
+gives the same decisions whether it comes at once, in pieces or token by token. All of this is a few float64 numbers a
+sequence, in tensors that stand where decisions are made; what a token does to them is arithmetic on tensors alone.
 
 One class a rule, and a line in THRESHOLDS.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-import numpy as np
+import torch
 
 HISTORY = 256  # similarities that are remembered, in each layer and sequence
 CATCH_UP = 32  # tokens
@@ -19,8 +21,8 @@ CATCH_UP = 32  # tokens
 class Rule:
     """What all thresholds are told.
 
-    target: the share to take. first: tokens before this absolute position are never taken. block: tokens between two
-    moves. alpha, eta: step and tolerance of `adaptive`; beta: memory of its running rate, per token.
+    target: the share to take. first: tokens before this absolute position, a multiple of block, are never taken. block:
+    tokens between two moves. alpha, eta: step and tolerance of `adaptive`; beta: memory of its running rate, per token.
     """
 
     target: float
@@ -31,101 +33,139 @@ class Rule:
     eta: float
 
 
+class Piece(NamedTuple):
+    """Some tokens of a call, of every sequence those of one block, or a part of it.
+
+    free (B, n) bool: may be taken; slot (B, n): where each is remembered, HISTORY for nowhere; over (B,) bool: the
+    block ends with them; behind (B,): the absolute position that it ends before; moves: whether some block may end, so
+    False only where the host knows.
+    """
+
+    free: torch.Tensor
+    slot: torch.Tensor
+    over: torch.Tensor
+    behind: torch.Tensor
+    moves: bool
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a call stand in blocks, worked out once for all layers.
+
+    pieces: one after the other. index (B, T): the column of each token in all pieces side by side, and the one behind
+    the last for padding; None: one piece, which holds the tokens as they are.
+    """
+
+    pieces: list[Piece]
+    index: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, real: torch.Tensor, start: torch.Tensor, never: torch.Tensor, first: int, block: int, on_host: bool
+    ) -> "Places":
+        """real (B, T) bool: what is no padding; start (B,): the absolute position of each sequence's next token; never
+        (B, T): tokens that must not be taken; first, block: of the rule; on_host: whether values may be looked at, as
+        they must for more than one token."""
+        if real.shape[1] > 1:
+            return cls._of_many(real, start, never, first, block)
+        position = start.unsqueeze(1)
+        free = real & (position >= first) & ~never
+        slot = torch.where(real & (position > 0), position % HISTORY, HISTORY)  # the first token is its own anchor
+        behind = start + 1
+        over = real[:, 0] & (behind % block == 0)
+        return cls([Piece(free, slot, over, behind, not on_host or bool(over.any()))])
+
+    @classmethod
+    def _of_many(cls, real: torch.Tensor, start: torch.Tensor, never: torch.Tensor, first: int, block: int) -> "Places":
+        shift, numbers = start % block, real.sum(1)
+        stop = shift + numbers
+        width = max(-(-int(stop.max()) // block), 1) * block
+        index = torch.where(real, shift.unsqueeze(1) + real.cumsum(1) - 1, width)
+        columns = torch.arange(width)
+        position = (start - shift).unsqueeze(1) + columns
+        is_there = (columns >= shift.unsqueeze(1)) & (columns < stop.unsqueeze(1))
+        forbidden = torch.zeros(len(real), width + 1, dtype=torch.bool).scatter(1, index, never)[:, :width]
+        free = is_there & (position >= first) & ~forbidden
+        behind = position[:, block - 1 :: block] + 1
+        last = torch.minimum(behind, (start + numbers).unsqueeze(1)).repeat_interleave(block, 1)
+        remembered = is_there & (position > 0) & (position >= last - HISTORY)
+        slot = torch.where(remembered, position % HISTORY, HISTORY)
+        over = behind <= (start + numbers).unsqueeze(1)
+        of_blocks = free.split(block, 1), slot.split(block, 1), over.unbind(1), behind.unbind(1), over.any(0).tolist()
+        return cls([Piece(*piece) for piece in zip(*of_blocks, strict=True)], index)
+
+    def to(self, device: torch.device) -> "Places":
+        moved = [
+            Piece(p.free.to(device), p.slot.to(device), p.over.to(device), p.behind.to(device), p.moves)
+            for p in self.pieces
+        ]
+        return replace(self, pieces=moved, index=None if self.index is None else self.index.to(device))
+
+
 class Threshold:
-    """The state of a layer, entry b of every array for sequence b of the batch."""
+    """The state of a layer, entry b of every tensor for sequence b of the batch. Tensors are replaced, not written to:
+    some may have been made in inference mode."""
 
-    def __init__(self, rule: Rule, batch: int):
+    def __init__(self, rule: Rule, batch: int, device: torch.device | None = None):
+        zeros = torch.zeros(batch, dtype=torch.float64, device=device)
         self.rule = rule
-        self.level = np.full(batch, np.inf)  # take what is above it; nothing before it is set
-        self.rate = np.full(batch, rule.target)
-        self.taken = np.zeros(batch)  # of all tokens from `first` on
-        self.counted = np.zeros(batch)
-        self.block_taken = np.zeros(batch)  # of the block that is not complete yet
-        self.block_counted = np.zeros(batch)
-        self.history = np.full((batch, HISTORY), np.nan)
+        self.level = zeros + torch.inf  # take what is above it; nothing before it is set
+        self.rate = zeros + rule.target
+        self.taken = zeros  # so far
+        self.before = zeros  # of them, up to the last block's end
+        self.history = torch.full((batch, HISTORY + 1), torch.inf, dtype=torch.float64, device=device)
 
-    def select(self, sequences: np.ndarray) -> None:
+    def select(self, sequences: torch.Tensor) -> None:
         """Keep these sequences, in this order; one may come twice (beam search)."""
+        self._replace(lambda state: state.index_select(0, sequences))
+
+    def to(self, device: torch.device) -> None:
+        if self.level.device != device:
+            self._replace(lambda state: state.to(device))
+
+    def _replace(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, np.ndarray):
-                setattr(self, name, value[sequences].copy())
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, change(value))
 
-    def take(self, similarity: np.ndarray, start: np.ndarray, never: np.ndarray) -> np.ndarray:
-        """Which tokens are taken, (B, T) bool.
+    def take(self, similarity: torch.Tensor, places: Places) -> torch.Tensor:
+        """Which tokens are taken, (B, T) bool; similarity (B, T) float64."""
+        if places.index is None:
+            return self._piece(similarity, places.pieces[0])
+        width = sum(piece.free.shape[1] for piece in places.pieces)
+        grid = similarity.new_zeros(len(similarity), width + 1).scatter(1, places.index, similarity)
+        parts = grid[:, :width].split(places.pieces[0].free.shape[1], 1)
+        taken = [self._piece(part, piece) for part, piece in zip(parts, places.pieces, strict=True)]
+        nothing = torch.zeros_like(taken[0][:, :1])
+        return torch.cat((*taken, nothing), 1).gather(1, places.index)
 
-        similarity (B, T), with NaN behind the last token of a shorter sequence; start (B,): the absolute position of
-        each sequence's first token; never (B, T): tokens that must not be taken.
-        """
-        block = self.rule.block
-        batch, tokens = similarity.shape
-        if tokens == 1 and not np.isnan(similarity).any():
-            return self._step(similarity[:, 0], start, never[:, 0])[:, None]
-        shift = start % block
-        blocks = int((shift.max() + tokens + block - 1) // block)
-        rows, places = np.arange(batch)[:, None], shift[:, None] + np.arange(tokens)
-        grid = np.full((batch, blocks * block), np.nan)
-        grid[rows, places] = similarity
-        forbidden = np.ones((batch, blocks * block), dtype=bool)
-        forbidden[rows, places] = never
-        lengths = shift + (~np.isnan(similarity)).sum(1)
-        taken = np.zeros((batch, blocks * block), dtype=bool)
-        for j in range(blocks):
-            piece = slice(j * block, (j + 1) * block)
-            positions = (start - shift)[:, None] + np.arange(piece.start, piece.stop)
-            here = lengths > piece.start
-            complete = lengths >= piece.stop
-            taken[:, piece] = self._block(grid[:, piece], positions, forbidden[:, piece], complete, here)
-        return taken[rows, places]
-
-    def _step(self, similarity: np.ndarray, position: np.ndarray, never: np.ndarray) -> np.ndarray:
-        """One token of every sequence, (B,) each: what `_block` does, with as few operations as can be."""
-        counted = position >= self.rule.first
-        taken = counted & ~never & (similarity > self.level)
-        self.block_taken += taken
-        self.block_counted += counted
-        known = np.flatnonzero(position)  # the first token is its own anchor
-        self.history[known, position[known] % HISTORY] = similarity[known]
-        complete = (position + 1) % self.rule.block == 0
-        if complete.any():
-            self._complete(complete, position + 1)
+    def _piece(self, similarity: torch.Tensor, piece: Piece) -> torch.Tensor:
+        taken = piece.free & (similarity > self.level.unsqueeze(1))
+        self.taken = self.taken + taken.sum(1)
+        self.history = self.history.scatter(1, piece.slot, similarity)
+        if piece.moves and self.rule.target:
+            moves = piece.over & (piece.behind >= self.rule.first)
+            self.level = torch.where(moves, self._moved(moves, piece.behind), self.level)
+            self.before = torch.where(piece.over, self.taken, self.before)
         return taken
 
-    def _block(
-        self, similarity: np.ndarray, positions: np.ndarray, never: np.ndarray, complete: np.ndarray, here: np.ndarray
-    ) -> np.ndarray:
-        """One block, or a part of one: (B, n) each, complete and here (B,)."""
-        counted = ~np.isnan(similarity) & (positions >= self.rule.first)
-        taken = counted & ~never & (similarity > self.level[:, None])
-        self.block_taken += taken.sum(1)
-        self.block_counted += counted.sum(1)
-        self._remember(similarity, positions)
-        over = complete & here
-        if over.any():
-            self._complete(over, positions[:, -1] + 1)
-        return taken
-
-    def _remember(self, similarity: np.ndarray, positions: np.ndarray) -> None:
-        rows, columns = np.nonzero(~np.isnan(similarity) & (positions > 0))  # the first token is its own anchor
-        self.history[rows, positions[rows, columns] % HISTORY] = similarity[rows, columns]
-
-    def _complete(self, complete: np.ndarray, position: np.ndarray) -> None:
-        """The block before absolute `position` (B,) is over for the sequences that `complete` marks."""
-        self.taken[complete] += self.block_taken[complete]
-        self.counted[complete] += self.block_counted[complete]
-        for b in np.flatnonzero(complete & (position >= self.rule.first)):
-            self.level[b] = self._move(int(b)) if self.rule.target else np.inf
-        self.block_taken[complete] = self.block_counted[complete] = 0.0
-
-    def _move(self, b: int) -> float:
-        """The threshold of sequence b from the next block on."""
+    def _moved(self, moves: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+        """The thresholds (B,) from absolute position `behind` (B,) on; those of sequences that `moves` (B,) leaves out
+        are not used."""
         raise NotImplementedError
 
-    def _quantile(self, b: int, share: float) -> float:
-        """The similarity that `share` of the remembered ones are above: of 0 or less no one can be, of 1 any is."""
-        if not 0 < share < 1:
-            return np.inf if share <= 0 else -np.inf
-        known = self.history[b][~np.isnan(self.history[b])]
-        return float(np.quantile(known, 1 - share)) if len(known) else np.inf
+    def _quantile(self, share: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+        """The similarity that `share` (B,) of the remembered ones are above: of 0 or less no one can be, of 1 any is;
+        behind (B,): how many tokens there have been, of which the first is not remembered."""
+        ranked = self.history[:, :HISTORY].sort(1).values  # what is not known is infinite
+        last = (behind - 1).clamp(max=HISTORY) - 1
+        rank = (1 - share).clamp(0, 1) * last.clamp(min=0)
+        low = rank.floor()
+        near = torch.stack((low, (low + 1).minimum(last)), 1).clamp(min=0).long()
+        below, above = ranked.gather(1, near).unbind(1)
+        found = torch.lerp(below, above, rank - low)
+        found = found.masked_fill((share <= 0) | (last < 0), torch.inf)
+        return found.masked_fill(share >= 1, -torch.inf)
 
 
 class Adaptive(Threshold):
@@ -136,32 +176,30 @@ class Adaptive(Threshold):
     warm-up, and the move every block instead of every token are ours.
     """
 
-    def _move(self, b: int) -> float:
-        rule = self.rule
-        if not np.isfinite(self.level[b]):
-            return self._quantile(b, rule.target)
-        if self.block_counted[b]:
-            memory = rule.beta ** self.block_counted[b]
-            mean = self.block_taken[b] / self.block_counted[b]
-            self.rate[b] = memory * self.rate[b] + (1 - memory) * mean
-        error = self.rate[b] - rule.target
-        return float(self.level[b] + (rule.alpha * error if abs(error) > rule.eta else 0.0))
+    def _moved(self, moves: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+        rule, has_begun = self.rule, self.level.isfinite()
+        memory = rule.beta**rule.block
+        rate = memory * self.rate + (1 - memory) * (self.taken - self.before) / rule.block
+        self.rate = torch.where(moves & has_begun, rate, self.rate)
+        error = self.rate - rule.target
+        stepped = self.level + torch.where(error.abs() > rule.eta, rule.alpha * error, 0.0)
+        return torch.where(has_begun, stepped, self._quantile(torch.full_like(error, rule.target), behind))
 
 
 class Quantile(Threshold):
     """The running quantile of the last HISTORY similarities, moved so that what is missing of the target, or too much,
     is made up for within CATCH_UP tokens [ours]."""
 
-    def _move(self, b: int) -> float:
-        missing = self.rule.target * self.counted[b] - self.taken[b]
-        return self._quantile(b, self.rule.target + missing / CATCH_UP)
+    def _moved(self, moves: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+        missing = self.rule.target * (behind - self.rule.first).double() - self.taken
+        return self._quantile(self.rule.target + missing / CATCH_UP, behind)
 
 
 class Fixed(Threshold):
     """A level that does not move: for similarities that are uniform in [0, 1], as the random baseline's are."""
 
-    def _move(self, b: int) -> float:
-        return 1 - self.rule.target
+    def _moved(self, moves: torch.Tensor, behind: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(self.level, 1 - self.rule.target)
 
 
 THRESHOLDS: dict[str, type[Threshold]] = {"adaptive": Adaptive, "quantile": Quantile}
