@@ -27,7 +27,8 @@ from kvprune.errors import BadOption, NotFinite, PlanMismatch, UnreachableRatio
 from kvprune.measure import memory
 from kvprune.measure.fit import fit
 from kvprune.measure.perplexity import perplexity
-from kvprune.models.held import each_parameter, quietly
+from kvprune.models.held import each_parameter
+from kvprune.models.shelf import quietly
 from kvprune.models.source import Source, find_device, load_config, load_model, resolve, skeleton
 from kvprune.models.tokenizer import load_tokenizer
 from kvprune.models.view import ModelView

@@ -2,7 +2,7 @@
 
 import copy
 import struct
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from kvprune.errors import (
     UnsafeWeights,
     UnsupportedArchitecture,
 )
-from kvprune.models import gguf, held
+from kvprune.models import gguf
 from kvprune.models.check import check_adapter, check_folder, check_quantised, first_line
 from kvprune.models.family import family_of, supported
 from kvprune.progress import without_bars
@@ -120,7 +120,7 @@ def load_model(
     else:
         arguments["dtype"] = dtype if dtype == "auto" else find_dtype(dtype)
         arguments["use_safetensors"] = True
-    with _as_user_error(source), without_bars(), held.quietly():
+    with _as_user_error(source), without_bars(), _quietly(offload):
         loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **arguments)
     model: PreTrainedModel
     model, found = loaded
@@ -137,10 +137,12 @@ def load_model(
         if dtype == "auto":
             compute_in_auto(model, target)
         return model.to(target).eval()  # type: ignore[arg-type]
-    shelf = held.as_it_came(model)
+    from kvprune.models import shelf  # accelerate is wanted here alone
+
+    weights = shelf.as_it_came(model)
     if dtype == "auto":
         compute_in_auto(model, target)
-    held.let_come(model, _path_of_blocks(model), shelf, target)
+    shelf.let_come(model, _path_of_blocks(model), weights, target)
     return model.eval()
 
 
@@ -158,6 +160,14 @@ def skeleton(source: Source, device: str = "auto", dtype: str = "auto") -> PreTr
     return model
 
 
+def _quietly(offload: Path | None) -> AbstractContextManager[None]:
+    if offload is None:
+        return nullcontext()
+    from kvprune.models.shelf import quietly
+
+    return quietly()
+
+
 def _path_of_blocks(model: PreTrainedModel) -> str:
     return f"{model.base_model_prefix}.{family_of(model.config.model_type).layers}"
 
@@ -169,12 +179,14 @@ def _left_on_disk(source: Source, device: torch.device, folder: Path) -> dict[st
             f"{source.name} cannot be read block by block, since transformers unpacks a .gguf file whole: give more "
             "--memory, or the checkpoint that it was made from"
         )
+    from kvprune.models.shelf import around
+
     model = skeleton(source)
     path = _path_of_blocks(model)
     blocks = {f"{path}.{number}": "disk" for number in range(len(model.get_submodule(path)))}  # type: ignore[arg-type]
     there = str(device) if device.type != "cuda" else device
     return {
-        "device_map": dict.fromkeys(held.around(model, path), there) | blocks,
+        "device_map": dict.fromkeys(around(model, path), there) | blocks,
         "offload_folder": str(folder),
     }
 

@@ -18,7 +18,8 @@ from kvprune.channels.journal import Journal
 from kvprune.channels.plan import LayerPlan, PruningPlan
 from kvprune.errors import PlanMismatch
 from kvprune.models.attention import Attention, AttentionWeights
-from kvprune.models.held import Shelf, coming, held, let_come
+from kvprune.models.held import coming, held
+from kvprune.models.shelf import Shelf, let_come
 from kvprune.models.view import ModelView
 from kvprune.runtime import modeling
 from kvprune.runtime.dtype import stored_dtype

@@ -1,0 +1,180 @@
+"""Weights that stay on disk, and how they come to a block; see held.py.
+
+A model that is larger than the machine is loaded without the weights of its blocks: transformers and accelerate know
+where in the checkpoint's files each one lies, and the files are mapped, not copied.
+"""
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
+from accelerate.utils import OffloadedWeightsLoader, find_device, send_to_device, set_module_tensor_to_device
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvprune.errors import BrokenCheckpoint
+
+CACHES = ("cache", "past_key_values", "past_key_value")  # arguments that stay where they are
+
+
+class Shelf(OffloadedWeightsLoader):
+    """Weights on disk, by their names in the model. Raises BrokenCheckpoint for a file that changed since it was put
+    here: what was measured on the one would be cut from the other."""
+
+    def __init__(self, index: Mapping[str, Any], folder: str | None = None):
+        """index: accelerate's, name -> {"safetensors_file", "weight_name", "dtype"}; folder: where the others are."""
+        super().__init__(index=dict(index), save_folder=folder)
+        self._seen = {file: _state(file) for file in self._files()}
+
+    def _files(self) -> set[str]:
+        return {entry["safetensors_file"] for entry in self.index.values() if entry.get("safetensors_file")}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        file = self.index[name].get("safetensors_file")
+        if file and _state(file) != self._seen[file]:
+            what = "has changed" if Path(file).exists() else "is gone"
+            raise BrokenCheckpoint(f"{file} {what} while it was read; start again, once nothing writes there")
+        return super().__getitem__(name)
+
+    def also(self, names: Mapping[str, str], file: Path, dtype: torch.dtype) -> None:
+        """Take some weights from `file` from now on: name in the model -> name in the file."""
+        told = {"safetensors_file": str(file), "dtype": str(dtype).removeprefix("torch.")}
+        self.index |= {name: told | {"weight_name": own} for name, own in names.items()}
+        self.all_keys = list(self.index)
+        self._seen[str(file)] = _state(str(file))
+
+    def copy(self) -> "Shelf":
+        return Shelf(self.index, self.save_folder)
+
+    def read_ahead(self, prefix: str) -> None:
+        """Have the operating system read what begins with `prefix` while something else is computed."""
+        for name, entry in self.index.items():
+            file = entry.get("safetensors_file")
+            if name.startswith(prefix) and file and hasattr(os, "posix_fadvise"):
+                first, size = _places(file).get(entry.get("weight_name", name), (0, 0))
+                descriptor = os.open(file, os.O_RDONLY)
+                try:
+                    os.posix_fadvise(descriptor, first, size, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(descriptor)
+
+
+def _state(file: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+@lru_cache(maxsize=1024)
+def _places(file: str) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a safetensors file lies, and how many bytes it has."""
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    ends = {name: told["data_offsets"] for name, told in header.items() if name != "__metadata__"}
+    return {name: (8 + length + first, last - first) for name, (first, last) in ends.items()}
+
+
+class Coming(ModelHook):
+    """Of one block: brings its weights to `device` and lets them go. weights_map is also read by transformers when the
+    model is saved."""
+
+    def __init__(self, shelf: Shelf, prefix: str, device: torch.device, following: str | None):
+        self.shelf, self.prefix, self.device, self.following = shelf, prefix, device, following
+        self.holders = 0
+        self._asked_from: Any = None
+
+    @property
+    def weights_map(self) -> Mapping[str, torch.Tensor]:
+        return _Below(self.shelf, self.prefix)
+
+    def fetch(self, block: nn.Module) -> None:
+        if not self.holders:
+            for name, _ in list(block.named_parameters()):
+                set_module_tensor_to_device(block, name, self.device, value=self.shelf[self.prefix + name])
+        self.holders += 1
+
+    def release(self, block: nn.Module) -> None:
+        self.holders -= 1
+        if not self.holders:
+            for name, _ in list(block.named_parameters()):
+                set_module_tensor_to_device(block, name, "meta")
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
+        self._asked_from = find_device([args, kwargs])
+        self.fetch(module)
+        return send_to_device(args, self.device), send_to_device(kwargs, self.device, skip_keys=CACHES)
+
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        self.release(module)
+        return output if self._asked_from is None else send_to_device(output, self._asked_from)
+
+
+class _Below(Mapping):
+    """The part of a shelf whose names begin with `prefix`."""
+
+    def __init__(self, shelf: Shelf, prefix: str):
+        self.shelf, self.prefix = shelf, prefix
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.shelf[self.prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self.prefix) for name in self.shelf if name.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def let_come(lm: PreTrainedModel, path: str, shelf: Shelf, device: torch.device) -> None:
+    """Let the blocks below `path` of the model, whose weights are not there, come to `device` from the shelf."""
+    blocks: Any = lm.get_submodule(path)
+    lm.hf_device_map = {"": str(device), path: "disk"}  # type: ignore[assignment]  # transformers saves by it
+    for number, block in enumerate(blocks):
+        following = f"{path}.{number + 1}." if number + 1 < len(blocks) else None
+        add_hook_to_module(block, Coming(shelf, f"{path}.{number}.", device, following))
+
+
+def around(lm: PreTrainedModel, path: str) -> list[str]:
+    """The names of the modules beside the blocks below `path`, each with all that it holds."""
+    found, prefix, node = [], "", cast(nn.Module, lm)
+    for part in path.split("."):
+        found += [prefix + name for name, _ in node.named_children() if name != part]
+        node, prefix = getattr(node, part), f"{prefix}{part}."
+    return found
+
+
+def as_it_came(lm: PreTrainedModel) -> Shelf:
+    """Take off what transformers hangs on a model whose weights it has left on disk; returns where they are."""
+    maps = (getattr(getattr(module, "_hf_hook", None), "weights_map", None) for module in lm.modules())
+    loader: Any = next(found for found in maps if found is not None)
+    loader = loader.dataset
+    remove_hook_from_submodules(lm)
+    for module in lm.modules():  # the class's own again
+        for name in ("forward", "to", "cuda"):
+            vars(module).pop(name, None)
+    return Shelf(loader.index, loader.save_folder)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """accelerate and transformers say nothing of weights that are on disk."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    before = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded")
+            yield
+    finally:
+        logger.setLevel(before)
