@@ -38,8 +38,8 @@ class Progress:
 
 
 @contextmanager
-def replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
-    """Within, a module has other attributes; those that it has not at all are left alone."""
+def replaced(module: ModuleType | type, **attributes: Any) -> Iterator[None]:
+    """Within, a module or class has other attributes; those that it has not at all are left alone."""
     before = {name: getattr(module, name) for name in attributes if hasattr(module, name)}
     for name in before:
         setattr(module, name, attributes[name])

@@ -141,6 +141,9 @@ class _Run:
             load_config(source)  # refuses what is not supported, before anything is said of the tokenizer
             tokenizer = load_tokenizer(source)
             view = ModelView(skeleton(source, s.device, s.dtype))
+        if source.is_wrapper:
+            wrapper = source.settings["model_type"]
+            self.progress.say(f"the text model of {wrapper} alone; what it has for images is left out")
         merge = given.merge if given is not None else choose_merge(s, view.shape, self.progress.say)
         grid = grid_of(s, view, merge)
         if given is None:

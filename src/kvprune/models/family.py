@@ -180,11 +180,20 @@ WHY_NOT = {  # model_type -> why it is out of scope
     **dict.fromkeys(("bloom", "mpt", "falcon", "gptj", "codegen", "gpt_neo"), "its attention has no interface"),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"), "it has no KV cache"),
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "jamba", "bamba", "lfm2"), "not all of its layers have attention"),
-    **dict.fromkeys(
-        ("gemma3", "gemma4", "llava", "qwen2_vl", "mistral3"),
-        "it is a wrapper with a vision tower; save its text model apart and prune that",
-    ),
+    **dict.fromkeys(("aya_vision", "cohere2_vision"), "it leaves out its text model's logit_scale"),
+    "paligemma": "on text alone too, its prompt looks ahead",
+    "mllama": "some of its layers have keys and values of an image",
 }
+
+# Multimodal models that compute on text alone what their text model does, which is what a checkpoint of theirs is
+# loaded as (see wrapped.py): those that are tested.
+# fmt: off
+WRAPPERS = (
+    "gemma3", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl",
+    "qwen3_vl", "smolvlm",
+)
+# fmt: on
+WHY_NOT_ALL = "of such a model only the text model: give kvprune the checkpoint, not the loaded model"
 
 
 def family_of(model_type: str) -> Family:
@@ -192,7 +201,8 @@ def family_of(model_type: str) -> Family:
     dense = model_type.removeprefix(PREFIX)
     if dense not in FAMILIES:
         near = difflib.get_close_matches(dense, FAMILIES, 1, 0.5)
-        why = WHY_NOT.get(dense) or (f"the nearest that is: {near[0]}; {supported()}" if near else supported())
+        why = WHY_NOT_ALL if dense in WRAPPERS else WHY_NOT.get(dense)
+        why = why or (f"the nearest that is: {near[0]}; {supported()}" if near else supported())
         raise UnsupportedArchitecture(f"architecture {dense!r} is not supported; {why}")
     return FAMILIES[dense]
 

@@ -27,7 +27,7 @@ from kvprune.errors import (
     UnsafeWeights,
     UnsupportedArchitecture,
 )
-from kvprune.models import gguf
+from kvprune.models import gguf, wrapped
 from kvprune.models.check import check_adapter, check_folder, check_quantised, first_line
 from kvprune.models.family import family_of, supported
 from kvprune.progress import without_bars
@@ -53,6 +53,16 @@ class Source:
     @property
     def is_pruned(self) -> bool:
         return self.gguf_file is None and (Path(self.folder) / RECORD).is_file()
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """config.json as it is; empty for a .gguf file."""
+        return {} if self.gguf_file else _read_settings(self)
+
+    @property
+    def is_wrapper(self) -> bool:
+        """Whether a vision tower comes with the text model, and is left out."""
+        return wrapped.is_wrapper(self.settings)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -120,10 +130,15 @@ def load_model(
     else:
         arguments["dtype"] = dtype if dtype == "auto" else find_dtype(dtype)
         arguments["use_safetensors"] = True
-    with _as_user_error(source), without_bars(), _quietly(offload):
+    if source.is_wrapper:
+        arguments["key_mapping"] = wrapped.TENSORS
+    others = wrapped.without_others() if source.is_wrapper else nullcontext()
+    with _as_user_error(source), without_bars(), _quietly(offload), others:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **arguments)
     model: PreTrainedModel
     model, found = loaded
+    if source.is_wrapper:  # by which save_pretrained would name the tensors as they were here
+        vars(model).pop("_weight_conversions", None)
     _check_prefix(source, found)
     for problem in ("missing_keys", "mismatched_keys"):
         if found.get(problem):  # transformers only warns, and fills in random numbers
@@ -212,14 +227,23 @@ def _read_config(source: Source) -> PreTrainedConfig:
     register()
     if not source.gguf_file:
         _check_settings(source)
+    config: Any
     with _as_user_error(source):
         config = AutoConfig.from_pretrained(source.folder, **source.arguments())
     if source.gguf_file:
         family_of(config.model_type)
         gguf.complete(config, gguf.read_header(Path(source.name)))
+    if source.is_wrapper:
+        config = wrapped.text_config(config)
     if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
         config.pad_token_id = None  # nothing is computed with it, but transformers builds no embedding with it
     return config
+
+
+def _read_settings(source: Source) -> dict[str, Any]:
+    with _as_user_error(source):
+        revision = {"revision": source.revision} if source.revision else {}
+        return PreTrainedConfig.get_config_dict(source.folder, **revision)[0]
 
 
 def _check_settings(source: Source) -> None:
@@ -227,10 +251,9 @@ def _check_settings(source: Source) -> None:
     with _as_user_error(source):
         if not source.is_local:
             check_adapter(source.folder, source.revision)
-        revision = {"revision": source.revision} if source.revision else {}
-        settings, _ = PreTrainedConfig.get_config_dict(source.folder, **revision)
-    family_of(settings.get("model_type", "unknown"))
-    check_quantised(source.name, settings)
+    if not source.is_wrapper:
+        family_of(source.settings.get("model_type", "unknown"))
+    check_quantised(source.name, source.settings)
 
 
 def find_device(name: str) -> torch.device:

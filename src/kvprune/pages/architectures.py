@@ -1,6 +1,6 @@
 """docs/architectures.md, made from the descriptors: python -m kvprune.pages.architectures > docs/architectures.md"""
 
-from kvprune.models.family import FAMILIES, WHY_NOT, Family
+from kvprune.models.family import FAMILIES, WHY_NOT, WRAPPERS, Family
 
 ABOVE = """# Architectures
 
@@ -24,6 +24,11 @@ What a cell means:
 - **joins the stream**: behind a norm, refit fits the matrix to what the dense one puts out, before the norm; behind a
   multiplier it divides by it.
 - **refitted**: the matrices that refit may change. Experts stay as they are.
+
+A checkpoint of a multimodal model is loaded as its text model alone, where that is one of the families above:
+{wrappers}.
+What such a model computes on text is what its text model does, tested alike; the tensors of its vision tower are not
+read, and a pruned folder is that of the text model (`models/wrapped.py`).
 
 Not supported, and why:
 
@@ -56,7 +61,14 @@ def page() -> str:
     refused = "".join(f"- {', '.join(names)}: {why}\n" for why, names in reasons.items())
     options = [f"`{f.model_type}` with `{name}`" for f in FAMILIES.values() for name in f.unless]
     refused += f"- {', '.join(options)}: LayerNorm on q and k\n"
-    return ABOVE + "\n".join(row(family) for family in FAMILIES.values()) + "\n" + BELOW + refused
+    wrappers = ", ".join(f"`{name}`" for name in WRAPPERS)
+    return (
+        ABOVE
+        + "\n".join(row(family) for family in FAMILIES.values())
+        + "\n"
+        + BELOW.format(wrappers=wrappers)
+        + refused
+    )
 
 
 if __name__ == "__main__":
