@@ -15,12 +15,22 @@ ALONE = {"num_key_value_heads": HEADS}  # no grouped queries in this family
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 SLIDING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
+WARM = {  # queries grow with their position
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 16.0,
+        "original_max_position_embeddings": 8,
+        "llama_4_scaling_beta": 0.5,
+    }
+}
 
 OPTIONS = {  # model_type -> what its config says beside the sizes
     "llama": {},
     "mistral": {"sliding_window": 6},
     "qwen2": {},
     "ministral": {"layer_types": SLIDING, "sliding_window": 6},
+    "ministral3": {"sliding_window": None} | WARM,
     "arcee": {},
     "seed_oss": {},
     "internlm3": {"qkv_bias": True, "bias": True},
@@ -61,6 +71,8 @@ OPTIONS = {  # model_type -> what its config says beside the sizes
     "helium": {},
     "gpt_oss": {"layer_types": SLIDING, "sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2},
     "apertus": {},
+    "hunyuan_v1_dense": {"attention_bias": True},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "gpt2": ALONE,
     "opt": ALONE | {"ffn_dim": 40, "word_embed_proj_dim": 64},
     "gpt_neox": ALONE | PARTIAL,

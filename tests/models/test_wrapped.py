@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from every_family import HEADS, KV, VOCABULARY, D
+from every_family import HEADS, KV, LAYERS, OPTIONS, VOCABULARY, D
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 
@@ -50,15 +50,17 @@ def test_every_wrapper_is_tested():
     assert set(WRAPPED) == set(WRAPPERS)
 
 
-def wrapper(name, **settings):
-    """A random one in eval mode, float32."""
+def wrapper(name, model_type=None, **settings):
+    """A random one in eval mode, float32; model_type: of another text model."""
     _, inner, text, vision = WRAPPED[name]
+    if model_type is not None:
+        inner, text = model_type, OPTIONS[model_type]
     text = text | {
         "model_type": inner,
         "vocab_size": VOCABULARY,
         "hidden_size": HEADS * D,
         "intermediate_size": 40,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": LAYERS if model_type else 2,
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV,
         "head_dim": D,
@@ -112,6 +114,20 @@ def test_the_text_model_alone_is_the_wrapper_on_text(name, age, tmp_path):
     padded = model(ids, **given).logits
     torch.testing.assert_close(found(ids, **given).logits[mask.bool()], padded[mask.bool()], rtol=0, atol=1e-5)
     assert found.base_model.num_parameters() == model.get_decoder().num_parameters()
+
+
+@pytest.mark.parametrize(("name", "model_type"), [
+    ("mistral3", "ministral3"), ("llava", "phi3"), ("llava_next", "qwen3_moe"), ("internvl", "gpt_oss"),
+])  # fmt: skip
+@torch.no_grad()
+def test_other_text_models_of_a_wrapper(name, model_type, tmp_path):
+    model = wrapper(name, model_type)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    ids = torch.randint(3, VOCABULARY, (2, 17))
+    found = kvprune.load(tmp_path)
+    assert found.config.model_type == model_type
+    torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen2_5_vl"])

@@ -70,7 +70,8 @@ class Attention:
     ):
         self.module, self.family, self.shape, self.context = module, family, shape, context
         turning = inv_freq if inv_freq is not None and family.turns(module) else torch.empty(0)
-        self.stretch = stretch if len(turning) else 1.0
+        # A norm behind RoPE takes it out again
+        self.stretch = stretch if len(turning) and not family.norm_behind_rope else 1.0
         if shape.head_dim % 2 or 2 * len(turning) > shape.head_dim:
             raise UnsupportedArchitecture(f"heads of {shape.head_dim} channels, of which RoPE turns {2 * len(turning)}")
         still = shape.head_dim // 2 - len(turning)

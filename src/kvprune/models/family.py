@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvprune.errors import UnsupportedArchitecture
 from kvprune.runtime import FAMILIES as TWINS
 from kvprune.runtime import PREFIX
+from kvprune.runtime.modeling import WORDS
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Family:
     and "interleaved" likewise, "once" the column c for both, "narrow" too, of a table of half the width. rotates: the
     attribute of the attention that tells the layers with RoPE from those without ("is_sliding": all have it where the
     model has no window).
-    norm_of: what the norm on q and k (q_norm, k_norm) takes together: "head", "all" heads, or "" for no norm.
+    norm_of: what the norm on q and k (q_norm, k_norm) takes together: "head", "all" heads, or "" for no norm;
+    norm_behind_rope: RoPE turns first.
+    temperature: the name among rope_parameters of how much queries grow with the logarithm of their position.
     behind_attention, behind_mlp: norms of the block between what they put out and the residual stream; times: the
     config's name for what both are multiplied by there.
     logits: what the config's number of that name does to logits: ("divide" | "times" | "cap", name).
@@ -58,6 +61,8 @@ class Family:
     norm_of: str = ""
     q_norm: str = "q_norm"
     k_norm: str = "k_norm"
+    norm_behind_rope: bool = False
+    temperature: str = ""
     behind_attention: str = ""
     behind_mlp: str = ""
     times: str = ""
@@ -83,15 +88,14 @@ class Family:
     @property
     def is_plain(self) -> bool:
         """Whether the attention is Llama's, by names, RoPE and arithmetic."""
-        return (self.qkv, self.rope, self.table, self.rotates, self.norm_of) == ("", "half", "half", "", "")
+        own = (self.qkv, self.rope, self.table, self.rotates, self.norm_of, self.temperature)
+        return own == ("", "half", "half", "", "", "")
 
     def words(self) -> dict[str, Any]:
         """By which the pruned twin finds its way in the dense modules; see runtime/modeling.py."""
-        names = ("layers", "attention", "q", "k", "v", "o", "qkv", "norm_of", "q_norm", "k_norm")
-        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(DEFAULT, name)}
+        return {name: getattr(self, name) for name, usual in WORDS.items() if getattr(self, name) != usual}
 
 
-DEFAULT = Family("")
 POST_NORMS: dict[str, Any] = {
     "behind_attention": "post_attention_layernorm",
     "behind_mlp": "post_feedforward_layernorm",
@@ -100,6 +104,12 @@ EXPERTS: dict[str, Any] = {"down": ""}  # the router and the experts stay as the
 CAP = ("cap", "final_logit_softcapping")
 TIMES = ("times", "logit_scale")
 INTERLEAVED: dict[str, Any] = {"rope": "interleaved", "table": "interleaved"}
+BEHIND_ROPE: dict[str, Any] = {
+    "norm_of": "head",
+    "q_norm": "query_layernorm",
+    "k_norm": "key_layernorm",
+    "norm_behind_rope": True,
+}
 ONCE: dict[str, Any] = {"rope": "interleaved", "table": "once"}
 
 FAMILIES = {
@@ -109,6 +119,7 @@ FAMILIES = {
         Family("mistral", portable_as="mistral"),
         Family("qwen2", portable_as="llama"),
         Family("ministral"),
+        Family("ministral3", temperature="llama_4_scaling_beta"),
         Family("arcee"),
         Family("seed_oss"),
         Family("internlm3"),
@@ -149,6 +160,8 @@ FAMILIES = {
         Family("helium", **ONCE),
         Family("gpt_oss", table="narrow", **EXPERTS),
         Family("apertus", norm_of="head"),
+        Family("hunyuan_v1_dense", **BEHIND_ROPE),
+        Family("hunyuan_v1_moe", **BEHIND_ROPE, **EXPERTS),
         Family("gpt2", layers="h", norm="ln_f", attention="attn", qkv="c_attn", o="c_proj", down="c_proj", rope="none"),
         Family(
             "opt",

@@ -30,7 +30,8 @@ class Seen:
     """One call of one layer's attention: query (B, heads, T, D), key and value (B, kv_heads, T, D), all behind RoPE, in
     the order of channels of `Attention`; mask (B or 1, 1, T, T), bool or what is added, or None for a causal one.
 
-    turn: cos and sin (T, D) in that order, None without RoPE. softcap, sinks (heads,): None where there are none.
+    turn: cos and sin (T, D) in that order, None without RoPE, and with a norm behind it. softcap, sinks (heads,):
+    None where there are none.
     """
 
     query: torch.Tensor
@@ -80,9 +81,10 @@ def _tap(inner: Any, module: nn.Module, query, key, value, attention_mask, scali
 
 
 def _turn(attention: Attention, module: nn.Module, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """cos and sin (T, D) of this call, one for all of a batch, in the order of channels of `Attention`."""
+    """cos and sin (T, D) of this call, one for all of a batch, in the order of channels of `Attention`; None where RoPE
+    turns nothing, and where what is seen cannot be turned back, for a norm stands behind it."""
     tables = vars(module).get(NAME)
-    if tables is None or not bool((attention.frequencies != 0).any()):
+    if tables is None or attention.family.norm_behind_rope or not bool((attention.frequencies != 0).any()):
         return None
     columns = attention.columns[:-1].to(query.device)
     cos, sin = (table.float()[0] for table in tables)

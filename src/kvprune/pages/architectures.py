@@ -20,7 +20,8 @@ What a cell means:
 - **RoPE**: *half* pairs channel c with c + half, *interleaved* 2c with 2c + 1. Channels that no RoPE turns (partial,
   layers or families without it) are mixed freely, across heads too.
 - **norm on q, k**: over each head, or over all at once. Q and K then keep all their rows, and what is kept is chosen
-  behind the norm: the cache is as narrow, the weights of Q and K are not.
+  behind the norm: the cache is as narrow, the weights of Q and K are not. Where RoPE stands before the norm, all
+  channels turn, and what is kept of a pair is chosen behind both.
 - **joins the stream**: behind a norm, refit fits the matrix to what the dense one puts out, before the norm; behind a
   multiplier it divides by it.
 - **refitted**: the matrices that refit may change. Experts stay as they are.
@@ -38,13 +39,15 @@ Not supported, and why:
 def row(family: Family) -> str:
     """One line of the table."""
     rope = family.rope + (", in some layers" if family.rotates else "")
+    rope += "; queries grow with position" if family.temperature else ""
+    norm = {"": "", "head": "each head", "all": "all heads"}[family.norm_of]
     joins = "behind norms" if family.behind_attention else "times " + family.times if family.times else "plainly"
     logits = " ".join(family.logits) if family.logits else "plain"
     cells = (
         f"`{family.model_type}`",
         f"`{family.qkv}`, by {family.split}" if family.qkv else "apart",
         rope,
-        {"": "", "head": "each head", "all": "all heads"}[family.norm_of],
+        norm + (", behind RoPE" if family.norm_behind_rope else ""),
         joins,
         logits,
         "O and down" if family.down else "O",

@@ -53,9 +53,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 FAMILIES = (
     "apertus", "arcee", "cohere", "cohere2", "cwm", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma", "gemma2",
     "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granite", "granitemoe", "helium",
-    "hyperclovax", "internlm3", "jais2", "llama", "minimax_m2", "ministral", "mistral", "mixtral", "nemotron", "olmo",
-    "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss",
-    "smollm3", "solar_open", "stablelm", "starcoder2",
+    "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax", "internlm3", "jais2", "llama", "minimax_m2", "ministral",
+    "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "phimoe",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
 )
 # fmt: on
 PREFIX = "kvprune_"  # model_type of the twin: kvprune_llama, ...
@@ -73,10 +73,12 @@ HEADS = (AutoModelForSequenceClassification, AutoModelForTokenClassification, Au
 
 
 # Where a family has what PrunedAttention needs, below the base model, a block and its attention; what `words` in the
-# config leave out. norm_of: what the norms on queries and keys take together, "head", "all" heads, or "" for none.
-WORDS = {
+# config leave out. norm_of: what the norms on queries and keys take together, "head", "all" heads, or "" for none;
+# norm_behind_rope: RoPE comes first, at the dense width. temperature: the name among rope_parameters of how much
+# queries grow with the logarithm of their position.
+WORDS: dict[str, Any] = {
     **{"layers": "layers", "attention": "self_attn", "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
-    **{"qkv": "", "norm_of": "", "q_norm": "q_norm", "k_norm": "k_norm"},
+    **{"qkv": "", "norm_of": "", "q_norm": "q_norm", "k_norm": "k_norm", "norm_behind_rope": False, "temperature": ""},
 }
 
 
@@ -238,26 +240,43 @@ class PrunedAttention(nn.Module):
         grouped = grouped * own_cos.unsqueeze(2) + rotate_half(grouped) * own_sin.unsqueeze(2)
         return grouped.flatten(1, 2), key
 
-    def normed(self, projected: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-        """Queries or keys (..., heads * dense head_dim) behind the family's norm, over each head or all of them."""
+    def normed(self, projected: torch.Tensor, norm: nn.Module, turn: Any = None) -> torch.Tensor:
+        """Queries or keys (..., heads * dense head_dim) behind the family's norm, over each head or all of them. turn:
+        cos and sin, where RoPE comes first."""
         if self.words["norm_of"] == "all":
             return norm(projected)
-        return norm(projected.unflatten(-1, (-1, self.config.dense_head_dim))).flatten(-2)
+        heads = projected.unflatten(-1, (-1, self.config.dense_head_dim))
+        if turn is not None:
+            cos, sin = (x[..., : heads.shape[-1]].unsqueeze(-2).to(heads.dtype) for x in turn)
+            heads = heads * cos + rotate_half(heads) * sin
+        return norm(heads).flatten(-2)
 
-    def dense_queries(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (..., hidden) -> queries before `q_mix`."""
+    def dense_queries(self, hidden: torch.Tensor, turn: Any = None) -> torch.Tensor:
+        """hidden (..., hidden) -> queries before `q_mix`; turn: see `normed`."""
         query = self.q_proj(hidden)
-        return query if self.k_mix is None else self.normed(query, self.q_norm)
+        return query if self.k_mix is None else self.normed(query, self.q_norm, turn)
 
-    def queries(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (..., hidden) -> queries before RoPE, (..., heads * width)."""
-        query = self.dense_queries(hidden)
+    def queries(self, hidden: torch.Tensor, turn: Any = None) -> torch.Tensor:
+        """hidden (..., hidden) -> queries before RoPE, (..., heads * width); turn: see `normed`."""
+        query = self.dense_queries(hidden, turn)
         return query if self.q_mix is None else self.q_mix(query)
 
-    def keys(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (..., hidden) -> keys before RoPE, (..., kv_heads * width)."""
+    def keys(self, hidden: torch.Tensor, turn: Any = None) -> torch.Tensor:
+        """hidden (..., hidden) -> keys before RoPE, (..., kv_heads * width); turn: see `normed`."""
         key = self.k_proj(hidden)
-        return key if self.k_mix is None else self.k_mix(self.normed(key, self.k_norm))
+        return key if self.k_mix is None else self.k_mix(self.normed(key, self.k_norm, turn))
+
+    def _warmed(self, query: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """query (B, heads, T, width) times 1 + beta log(1 + floor(position / original length)), where the family has it
+        (Ministral 3, after Llama 4); positions (B or 1, T)."""
+        if not self.words["temperature"]:
+            return query
+        if positions is None:
+            raise TypeError(f"layer {self.layer_idx}: queries depend on position_ids, and none came")
+        rope = self.config.rope_parameters
+        steps = torch.floor(positions / rope["original_max_position_embeddings"])
+        warmth = 1 + rope[self.words["temperature"]] * torch.log(1 + steps)
+        return query * warmth[:, None, :, None].to(query.dtype)
 
     def outputs(self, attended: torch.Tensor) -> torch.Tensor:
         """Mixed values (..., heads * width) -> (..., hidden)."""
@@ -310,16 +329,20 @@ class PrunedAttention(nn.Module):
         input_shape = hidden_states.shape[:-1]
         is_rebuilt = self._is_rebuilt(input_shape[-1], cache, kwargs)
         hidden_shape = (*input_shape, -1, self.head_dim)
+        turn = None
+        if self.words["norm_behind_rope"]:
+            turn, position_embeddings = position_embeddings, None
         if is_rebuilt:
-            query_states = self.dense_queries(hidden_states)
+            query_states = self.dense_queries(hidden_states, turn)
             query_states = query_states.view(*input_shape, -1, self.config.dense_head_dim).transpose(1, 2)
         else:
-            query_states = self.queries(hidden_states).view(hidden_shape).transpose(1, 2)
-        key_states = self.keys(hidden_states).view(hidden_shape).transpose(1, 2)
+            query_states = self.queries(hidden_states, turn).view(hidden_shape).transpose(1, 2)
+        key_states = self.keys(hidden_states, turn).view(hidden_shape).transpose(1, 2)
         value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
 
         if position_embeddings is not None:
             query_states, key_states = self._rotate(query_states, key_states, *position_embeddings)
+        query_states = self._warmed(query_states, kwargs.get("position_ids"))
 
         if cache is not None:
             key_states, value_states = self._update(cache, key_states, value_states, kwargs)

@@ -154,6 +154,8 @@ def _maps(attention: Attention, basis: Basis, kept: Kept, order: torch.Tensor | 
     """The maps to the kept coordinates and back, on the layer's device. order (width,): which of the kept coordinates
     of Q and K stands where; None: as they are. stretch: what RoPE multiplies queries and keys by as it turns them."""
     maps = basis.cut(kept)
+    if attention.family.norm_behind_rope:  # what is kept does not turn any more
+        maps = replace(maps, rope=torch.full_like(maps.rope, attention.shape.head_dim))
     if stretch != 1:  # what RoPE leaves alone has it from the queries
         still = (maps.rope == attention.shape.head_dim).repeat_interleave(basis.heads.shape[1], 0).unsqueeze(1)
         maps = replace(maps, queries=torch.where(still, maps.queries * stretch**2, maps.queries))
@@ -242,7 +244,7 @@ def _behind_norms(attention: Attention, basis: Basis, maps: Cut) -> dict[str, to
         for part, values in attention.module.get_submodule(norm).named_parameters():
             over_all = values.numel() > s.head_dim
             heads = values.unflatten(0, (-1, s.head_dim)) if over_all else values
-            state[f"{norm}.{part}"] = _grouped(heads, s.kv_heads, members).flatten() if over_all else values
+            state[f"{name}_norm.{part}"] = _grouped(heads, s.kv_heads, members).flatten() if over_all else values
     m = basis.heads.shape[1]
     keys = maps.keys.unflatten(-1, (m, s.head_dim))[..., there].flatten(-2)  # (groups, width, m * D)
     return state | {"k_mix.weight": keys.mT, "q_mix.weight": maps.queries[:, there]}
