@@ -21,7 +21,7 @@ from kvprune.measure.context import held_tokens
 from kvprune.measure.evaluate import bytes_per_token
 from kvprune.measure.shapes import dense_config, pruned_config, random_model
 from kvprune.measure.speed import Side, alternate
-from kvprune.models.family import dense_head_dim, dense_kv_heads
+from kvprune.models.family import dense_head_dim, dense_kv_heads, mlp_width
 from kvprune.models.source import Source, find_device, load_config, load_model, resolve
 from kvprune.models.tokenizer import one_tokenizer
 from kvprune.options import size_in_bytes, whole_numbers
@@ -287,7 +287,7 @@ def _refuse_what_cannot_fit(sides: tuple[Side, Side], batch: int, context: int, 
     a_token *= 1.125 / config.num_hidden_layers  # of one layer
     caches = batch * held_tokens(config, context + new) * a_token
     queries = max(side.model.config.num_attention_heads * _widest(side.model.config) for side in sides)
-    numbers = 2 * config.intermediate_size + 2 * config.hidden_size + 4 * max(queries, config.hidden_size)
+    numbers = 2 * mlp_width(config) + 2 * config.hidden_size + 4 * max(queries, config.hidden_size)
     layer = batch * context * numbers * item
     if caches + layer > available:
         raise MemoryError

@@ -5,13 +5,30 @@ import sys
 from contextlib import contextmanager
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 VOCABULARY, LAYERS, KV, GROUPS, D = 300, 4, 2, 2, 16
 HEADS = KV * GROUPS
-ALONE = {"num_key_value_heads": HEADS}  # no grouped queries in this family
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HEADS * D,
+    "intermediate_size": 40,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 SLIDING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
@@ -73,29 +90,18 @@ OPTIONS = {  # model_type -> what its config says beside the sizes
     "apertus": {},
     "hunyuan_v1_dense": {"attention_bias": True},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
-    "gpt2": ALONE,
-    "opt": ALONE | {"ffn_dim": 40, "word_embed_proj_dim": 64},
-    "gpt_neox": ALONE | PARTIAL,
+    "gpt2": {"n_inner": 40},
+    "opt": {"ffn_dim": 40, "word_embed_proj_dim": 64},
+    "gpt_neox": PARTIAL,
 }  # fmt: skip
 
 
 def family_model(model_type, attention="eager", seed=0):
     """A random model in eval mode, float32, with biases and norms that are not their defaults."""
-    given = {"num_key_value_heads": KV} | OPTIONS[model_type]
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(
-        model_type,
-        vocab_size=VOCABULARY,
-        hidden_size=HEADS * D,
-        intermediate_size=40,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **given,
-    )
+    usual = CONFIG_MAPPING[model_type]()
+    sizes = {name: size for name, size in SIZES.items() if hasattr(usual, name)}  # as real configs have them
+    config = AutoConfig.for_model(model_type, **sizes | OPTIONS[model_type])
     if getattr(config, "head_dim", D) != D:
         config.head_dim = D
     config._attn_implementation = attention

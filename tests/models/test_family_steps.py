@@ -15,6 +15,7 @@ from kvprune.channels.evidence.moments import attention_moments
 from kvprune.channels.repair.refit import refit
 from kvprune.channels.widths.masking import masked
 from kvprune.measure.fit import fit
+from kvprune.measure.shapes import pruned_config, random_model
 from kvprune.models.logits import Head
 from kvprune.models.tap import tapped
 from kvprune.models.view import ModelView
@@ -86,6 +87,20 @@ def test_the_head_is_the_familys(name):
     model, ids = family_model(name), torch.randint(3, VOCABULARY, (1, 9))
     hidden = model.base_model(ids, use_cache=False).last_hidden_state
     torch.testing.assert_close(Head.of(model)(hidden), model(ids).logits)
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@torch.no_grad()
+def test_a_pruned_shape_is_that_of_the_cut_model(name):
+    model = family_model(name)
+    bases, plan = half(model)
+    expected = cut(ModelView(model), plan, bases)
+    config = pruned_config(model.config, 0.5, 2, plan.merge)
+    found = random_model(config, torch.device("cpu"), torch.float32)
+    assert {k: v.shape for k, v in found.state_dict().items()} == {k: v.shape for k, v in expected.state_dict().items()}
+    for said in ("words", "rope_columns", "rebuilds"):
+        assert getattr(config, said) == getattr(expected.config, said)
+    assert found(torch.randint(3, VOCABULARY, (2, 9))).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("name", WHOLE)

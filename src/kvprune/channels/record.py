@@ -12,6 +12,7 @@ from kvprune.channels.repair.refit import Refitted
 from kvprune.channels.settings import Settings
 from kvprune.measure import memory
 from kvprune.models.attention import AttentionShape
+from kvprune.models.family import mlp_width
 from kvprune.models.view import ModelView
 from kvprune.runtime.dtype import name_of, stored_dtype
 from kvprune.versions import versions
@@ -81,7 +82,7 @@ def memory_of(
     }
     if s.probes == "estimated" and batches:
         h, layers = shape.hidden, shape.layers
-        activations = (16 * h + 6 * view.lm.config.intermediate_size) * layers * size
+        activations = (16 * h + 6 * mlp_width(view.lm.config)) * layers * size
         formula["a window's activations"] = min(s.calibration_window, tokens) * activations
         formula["inputs and gradients of all attentions on a batch"] = 2 * tokens * h * layers * size
     if batches:
@@ -89,7 +90,7 @@ def memory_of(
     if repaired:
         tokens = sum(batch.numel() for batch in repaired)
         formula["hidden states of the repair text, three times"] = 3 * tokens * shape.hidden * size
-        formula["what reaches the MLP's last matrix of it"] = tokens * view.lm.config.intermediate_size * size
+        formula["what reaches the MLP's last matrix of it"] = tokens * mlp_width(view.lm.config) * size
     return {"peak_memory_bytes": peak.bytes(), "memory_formula_bytes": formula}
 
 

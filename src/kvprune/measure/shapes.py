@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from kvprune.channels.choice.merging import AUTO, asked_merge, is_factored, merge_of
 from kvprune.errors import BadOption, UnreachableRatio
-from kvprune.models.attention import AttentionShape
 from kvprune.models.family import dense_head_dim, dense_kv_heads
 from kvprune.models.source import load_config, resolve
+from kvprune.models.view import ModelView
 from kvprune.runtime.twin import twin_config
 
 _LLAMA_7B = {
@@ -70,7 +70,8 @@ def dense_config(
 
 def pruned_config(dense: PreTrainedConfig, ratio: float, align: int = 8, merge: int | str = AUTO) -> PreTrainedConfig:
     """A pruned twin as `prune --layout uniform` makes it, with one width for all layers: 1 - ratio of the channels of
-    the KV heads that become one. merge: how many these are, a number or auto. Raises UnreachableRatio and BadOption."""
+    the KV heads that become one. merge: how many these are, a number or auto. Raises UnreachableRatio, BadOption and
+    UnsupportedArchitecture."""
     head_dim, kv_heads = dense_head_dim(dense), dense_kv_heads(dense)
     if not 0 < ratio < 1:
         raise BadOption(f"--ratio {ratio:g} must lie between 0 and 1")
@@ -82,10 +83,9 @@ def pruned_config(dense: PreTrainedConfig, ratio: float, align: int = 8, merge: 
             f"ratio {ratio:g} of {merge} x {head_dim} channels is no multiple of {align}; the nearest is "
             f"{1 - min(max(width, align), channels) / channels:g}"
         )
-    layers, groups = dense.num_hidden_layers, dense.num_attention_heads // kv_heads
-    shape = AttentionShape(layers, dense.hidden_size, kv_heads, groups, head_dim)
-    factored = [is_factored(shape, width)] * layers
-    return twin_config(dense, head_dim, [width] * layers, merge, factored, kv_heads=kv_heads)
+    view = ModelView(random_model(dense, torch.device("meta"), torch.bfloat16))
+    factored = [is_factored(view.shape, width)] * view.shape.layers
+    return twin_config(dense, head_dim, [width] * view.shape.layers, merge, factored, **view.twin)
 
 
 def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -27,6 +27,7 @@ class Family:
     they are not apart, and split how: "rows" (all of Q, all of K, all of V) or "heads" (of each head Q, K and V).
     mlp, down: the MLP, from a block, and its last matrix, whose output is the MLP's and joins the residual stream; mlp
     "": down is the block's own; down "": there is no one such matrix (a mixture of experts).
+    routers: linear layers of the MLP that choose among experts or weigh them, by name.
     rope: how RoPE pairs the channels of a head, of which the first `partial_rotary_factor` turn: "half" is (c, c +
     turned / 2), "interleaved" (2c, 2c + 1), "none" no RoPE. table: which columns of cos and sin are the pair's: "half"
     and "interleaved" likewise, "once" the column c for both, "narrow" too, of a table of half the width. rotates: the
@@ -55,6 +56,7 @@ class Family:
     split: str = "rows"
     mlp: str = "mlp"
     down: str = "down_proj"
+    routers: tuple[str, ...] = ()
     rope: str = "half"
     table: str = "half"
     rotates: str = ""
@@ -133,8 +135,8 @@ FAMILIES = {
         Family("granite", times="residual_multiplier", logits=("divide", "logits_scaling")),
         Family("hyperclovax", times="residual_multiplier", logits=("times", "logits_scaling")),
         Family("mixtral", **EXPERTS),
-        Family("qwen2_moe", **EXPERTS),
-        Family("phimoe", **EXPERTS),
+        Family("qwen2_moe", routers=("shared_expert_gate",), **EXPERTS),
+        Family("phimoe", routers=("router",), **EXPERTS),
         Family("solar_open", **EXPERTS),
         Family("granitemoe", times="residual_multiplier", logits=("divide", "logits_scaling"), **EXPERTS),
         Family("glm4_moe", unless=("use_qk_norm",), **EXPERTS),
@@ -161,7 +163,7 @@ FAMILIES = {
         Family("gpt_oss", table="narrow", **EXPERTS),
         Family("apertus", norm_of="head"),
         Family("hunyuan_v1_dense", **BEHIND_ROPE),
-        Family("hunyuan_v1_moe", **BEHIND_ROPE, **EXPERTS),
+        Family("hunyuan_v1_moe", routers=("wg",), **BEHIND_ROPE, **EXPERTS),
         Family("gpt2", layers="h", norm="ln_f", attention="attn", qkv="c_attn", o="c_proj", down="c_proj", rope="none"),
         Family(
             "opt",
@@ -243,6 +245,13 @@ def dense_kv_heads(config: PreTrainedConfig) -> int:
     """KV heads of the dense model, from its own config or that of its pruned twin, whose heads may be merged."""
     names = ("dense_kv_heads", "num_key_value_heads", "num_attention_heads")
     return next(getattr(config, name) for name in names if getattr(config, name, None))
+
+
+def mlp_width(config: PreTrainedConfig) -> int:
+    """Channels between the MLP's matrices, of one expert where there are only experts; four times the hidden size where
+    the config does not say."""
+    names = ("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size")
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), 4 * config.hidden_size)
 
 
 def supported() -> str:

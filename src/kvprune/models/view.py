@@ -60,6 +60,16 @@ class ModelView:
         return cast(nn.Module | None, getattr(self.lm.base_model, "rotary_emb", None))
 
     @property
+    def twin(self) -> dict[str, Any]:
+        """What the config of a pruned twin says beside its widths: arguments of `twin_config`."""
+        return {
+            "kv_heads": self.shape.kv_heads,
+            "columns": int(self.attention[0].columns[-1]),
+            "words": self.family.words(),
+            "rebuilds": all(attention.has_own_columns for attention in self.attention),
+        }
+
+    @property
     def device(self) -> torch.device:
         """Where the input ids go."""
         return cast(torch.Tensor, self.lm.get_input_embeddings().weight).device

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvprune.errors import BadOption, KVPruneError, UnknownSource
 from kvprune.measure import memory
-from kvprune.models.family import family_of
+from kvprune.models.family import family_of, mlp_width
 from kvprune.models.held import held
 from kvprune.models.source import Source, find_device, load_model, resolve, skeleton
 from kvprune.models.tokenizer import check_ids, load_tokenizer
@@ -211,7 +211,7 @@ class _Run:
         """Bytes of those of one piece of a batch."""
         s, config = self.settings, lm.config
         tokens = min(MICRO_TOKENS, max(s.batch // self.accelerator.num_processes, 1) * window)
-        h, m = config.hidden_size, config.intermediate_size
+        h, m = config.hidden_size, mlp_width(config)
         a_layer = (16 * h + 6 * m) * lm.dtype.itemsize
         if lm.dtype.itemsize < 4:
             a_layer += 4 * (6 * h + m)  # the adapters' inputs, in float32

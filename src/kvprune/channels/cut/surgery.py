@@ -133,17 +133,7 @@ def _kept(layer: LayerPlan) -> Kept:
 
 def _config(view: ModelView, plan: PruningPlan, factored: Sequence[bool]):
     """The pruned twin's config, as a checkpoint has it."""
-    config = twin_config(
-        view.lm.config,
-        view.shape.head_dim,
-        plan.widths,
-        plan.merge,
-        factored,
-        kv_heads=view.shape.kv_heads,
-        columns=int(view.attention[0].columns[-1]),
-        words=view.family.words(),
-        rebuilds=all(a.has_own_columns for a in view.attention),
-    )
+    config = twin_config(view.lm.config, view.shape.head_dim, plan.widths, plan.merge, factored, **view.twin)
     config.tie_word_embeddings = view.is_tied
     config.auto_map = modeling.auto_map(view.family.model_type)
     config._attn_implementation = view.lm.config._attn_implementation
