@@ -221,8 +221,11 @@ def test_a_preset_decides(pruned, texts, quick):
     with pytest.raises(errors.BadOption, match="kvpruner"):
         kvprune.recover(pruned, preset="nosuch")
     given = {name: quick[name] for name in ("held_out", "eval_tokens", "eval_windows", "device")}
-    settings = kvprune.recover(pruned, preset="kvpruner", **given).record["recovered"]["settings"]
-    assert settings["targets"] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    result = kvprune.recover(pruned, preset="kvpruner", **given)
+    settings = result.record["recovered"]["settings"]
+    before, after = weights(pruned), result.model.state_dict()
+    changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     expected = {"rank": 8, "alpha": 16, "dropout": 0.05, "lr": 1e-4, "epochs": 2, "batch": 64, "window": 256}
     expected["loss"] = "next-token"
     assert {name: settings[name] for name in expected} == expected

@@ -143,7 +143,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout": 0.05,
         "lr": 1e-4,
         "loss": "next-token",
-        "targets": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "targets": (ALL_LINEAR,),  # Llama's seven projections, which are all that it has
         "epochs": 2,
         "batch": 64,
         "window": 256,

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from kvprune.errors import BadOption
 from kvprune.models.family import family_of
@@ -30,14 +31,21 @@ def blocks(lm: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def targets(lm: PreTrainedModel, settings: Settings) -> list[str]:
-    """Full names of the linear layers that get an adapter, all below the blocks.
+    """Full names of the linear layers that get an adapter, all below the blocks: those of attention and MLP, whatever
+    the family calls them. Experts have none, which are no layers but one tensor; routers only by name.
 
     Raises BadOption for a name that none has, and for a rank above the narrowest one's smaller side.
     """
     path, layers = blocks(lm)
-    linear = {f"{path}.{name}": m for name, m in layers.named_modules() if isinstance(m, nn.Linear)}
+    linear: dict[str, Any] = {
+        f"{path}.{name}": module
+        for name, module in layers.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module.weight.numel()  # O of a layer without attention has none
+    }
     known = sorted({name.rpartition(".")[2] for name in linear})
-    wanted = known if settings.targets == (ALL_LINEAR,) else settings.targets
+    routers = family_of(lm.config.model_type).routers
+    every = [name for name in known if name not in routers]
+    wanted = every if settings.targets == (ALL_LINEAR,) else settings.targets
     for name in wanted:
         if name not in known:
             raise BadOption(f"unknown target {name!r}; choose {ALL_LINEAR} or among {', '.join(known)}")
@@ -65,6 +73,7 @@ def add_adapters(lm: PreTrainedModel, settings: Settings, *, same_dtype: bool = 
     torch.manual_seed(settings.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # which it finds out of each layer
         return get_peft_model(lm, config, autocast_adapter_dtype=not same_dtype)
 
 
