@@ -30,6 +30,8 @@ def test_dense_head_dim_is_that_of_the_weights():
     ("qwen33", "the nearest that is: qwen3"),
     ("deepseek_v3", "it caches one latent for all heads"),
     ("mamba2", "it has no KV cache"),
+    ("gemma4_text", "full layers have other heads"),
+    ("lfm2", "not all of its layers have attention"),
     ("mllama", "keys and values of an image"),
     ("falcon", "its attention has no interface"),
     ("xyz", "supported are: apertus"),

@@ -194,7 +194,17 @@ WHY_NOT = {  # model_type -> why it is out of scope
     ),
     **dict.fromkeys(("bloom", "mpt", "falcon", "gptj", "codegen", "gpt_neo"), "its attention has no interface"),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"), "it has no KV cache"),
-    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "jamba", "bamba", "lfm2"), "not all of its layers have attention"),
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "jamba", "bamba", "lfm2", "granitemoehybrid"),
+        "not all of its layers have attention",
+    ),
+    **dict.fromkeys(
+        ("gemma4", "gemma4_text"),
+        "full layers have other heads than sliding ones, values have a norm, and layers may share keys and values",
+    ),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), "its last layers attend to keys and values of others"),
+    **dict.fromkeys(("llama4", "llama4_text"), "its RoPE turns complex numbers, with a norm behind it in some layers"),
+    "mimo_v2_flash": "its values have other widths than its keys",
     **dict.fromkeys(("aya_vision", "cohere2_vision"), "it leaves out its text model's logit_scale"),
     "paligemma": "on text alone too, its prompt looks ahead",
     "mllama": "some of its layers have keys and values of an image",
