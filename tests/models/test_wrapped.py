@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 import kvprune
 from kvprune.errors import UnsupportedArchitecture
 from kvprune.models.family import WRAPPERS
+from kvprune.models.source import load_model, resolve
 from kvprune.models.view import ModelView
 from tiny import tiny_tokenizer
 
@@ -114,6 +115,8 @@ def test_the_text_model_alone_is_the_wrapper_on_text(name, age, tmp_path):
     padded = model(ids, **given).logits
     torch.testing.assert_close(found(ids, **given).logits[mask.bool()], padded[mask.bool()], rtol=0, atol=1e-5)
     assert found.base_model.num_parameters() == model.get_decoder().num_parameters()
+    streamed = load_model(resolve(tmp_path), "cpu", offload=tmp_path / "left")  # block by block
+    torch.testing.assert_close(streamed(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "model_type"), [
@@ -142,7 +145,28 @@ def test_prune_makes_an_ordinary_folder(name, command, texts, tmp_path):
     assert settings["model_type"] == "kvprune_" + WRAPPED[name][0]
     assert not any("vision" in key or "language_model" in key for key in load_file(out / "model.safetensors"))
     assert kvprune.load_tokenizer(out)("the cat")["input_ids"]
+    assert kvprune.fit(source, memory="1GiB", context=16, align=2, min_width=4)["weights_read_bytes"]
+    assert command("generate", source, "the cat", "--max-new-tokens=2")[0] == 0
     assert kvprune.load(out)(torch.randint(3, VOCABULARY, (1, 9))).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+@torch.no_grad()
+def test_a_config_that_says_all_in_one_place(name, tmp_path):
+    """As these checkpoints are published: no text_config, and RoPE by its older names."""
+    model = wrapper(name)
+    written(model, tmp_path, OLDER_QWEN)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    text = settings.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text |= {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+    }
+    path.write_text(json.dumps(text | settings))
+    ids = torch.randint(3, VOCABULARY, (2, 17))
+    torch.testing.assert_close(kvprune.load(tmp_path)(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])
