@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 FOLDERS = Path(os.environ.get("KVPRUNE_TEST_TINY", "missing"))
 PROMPTS = ["the cat saw the old house near the river and then a small green dog", "the new house of"]
-FAMILIES = ["gemma3_text", "phi3", "glm"]
+FAMILIES = ["gemma3_text", "phi3", "glm", "hunyuan_v1_dense", "ministral3"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

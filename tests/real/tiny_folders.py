@@ -22,11 +22,15 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+WARM = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 128.0, "llama_4_scaling_beta": 0.5}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
 MECHANISMS = {  # model_type -> what its config says beside the sizes
     "gemma3_text": {"head_dim": 64, **SLIDING},  # a norm on q and k, windows, and a table of RoPE for each type
     "phi3": {"hidden_size": 256},  # fused projections
     "glm": {"head_dim": 64, "partial_rotary_factor": 0.5},  # interleaved and partial RoPE
+    "hunyuan_v1_dense": {"head_dim": 64},  # RoPE, then a norm
+    # queries that grow with their position
+    "ministral3": {"head_dim": 64, "rope_parameters": WARM | {"original_max_position_embeddings": 8}},
 }
 
 
