@@ -26,6 +26,7 @@ KNOWN = [name for name in OPTIONS if name in CONFIG_MAPPING]
 TEXT = list(torch.randint(3, VOCABULARY, (16, 32), generator=torch.Generator().manual_seed(2)).split(4))
 JOINS = ["llama", "granite", "gemma3_text", "olmo2", "glm4", "gpt2", "opt", "phi", "cohere", "mixtral", "gpt_oss"]
 WHOLE = ["qwen3", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt", "gpt_oss", "olmo2", "qwen3_moe", "cohere2"]
+WHOLE += ["hunyuan_v1_dense", "ministral3"]
 
 
 def half(model, width=None):

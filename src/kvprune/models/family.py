@@ -204,6 +204,7 @@ WHY_NOT = {  # model_type -> why it is out of scope
     ),
     **dict.fromkeys(("gemma3n", "gemma3n_text"), "its last layers attend to keys and values of others"),
     **dict.fromkeys(("llama4", "llama4_text"), "its RoPE turns complex numbers, with a norm behind it in some layers"),
+    "qwen3_vl_moe": "its checkpoints hold experts otherwise than those of qwen3_moe",
     "mimo_v2_flash": "its values have other widths than its keys",
     **dict.fromkeys(("aya_vision", "cohere2_vision"), "it leaves out its text model's logit_scale"),
     "paligemma": "on text alone too, its prompt looks ahead",
