@@ -15,7 +15,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvprune.errors import UnsupportedArchitecture
 from kvprune.runtime import FAMILIES as TWINS
 from kvprune.runtime import PREFIX
-from kvprune.runtime.modeling import WORDS
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,8 @@ class Family:
 
     def words(self) -> dict[str, Any]:
         """By which the pruned twin finds its way in the dense modules; see runtime/modeling.py."""
+        from kvprune.runtime.modeling import WORDS  # which takes a second
+
         return {name: getattr(self, name) for name, usual in WORDS.items() if getattr(self, name) != usual}
 
 
