@@ -146,7 +146,7 @@ FAMILIES = {
         Family("dots1", norm_of="head", **EXPERTS),
         Family("gemma"),
         Family("gemma2", logits=CAP, **POST_NORMS),
-        Family("gemma3_text", norm_of="head", logits=CAP, **POST_NORMS),
+        Family("gemma3_text", norm_of="head", logits=CAP, unless=("use_bidirectional_attention",), **POST_NORMS),
         Family("olmo", unless=("clip_qkv",)),
         Family("olmo2", norm_of="all", **POST_NORMS),
         Family("olmo3", norm_of="all", **POST_NORMS),

@@ -63,7 +63,8 @@ def page() -> str:
         reasons.setdefault(why, []).append(f"`{model_type}`")
     refused = "".join(f"- {', '.join(names)}: {why}\n" for why, names in reasons.items())
     options = [f"`{f.model_type}` with `{name}`" for f in FAMILIES.values() for name in f.unless]
-    refused += f"- {', '.join(options)}: LayerNorm on q and k\n"
+    refused += f"- {', '.join(options)}: LayerNorm on q and k, projections that are clamped, "
+    refused += "attention that looks ahead\n"
     wrappers = ", ".join(f"`{name}`" for name in WRAPPERS)
     return (
         ABOVE
