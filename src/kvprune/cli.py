@@ -60,6 +60,9 @@ def prune(
     depth: Annotated[
         str | None, typer.Option(help="auto, or how many layers lose their attention altogether  [default: 0]")
     ] = None,
+    drop_blocks: Annotated[
+        int | None, typer.Option(help="how many whole blocks go, attention and MLP  [default: 0]")
+    ] = None,
     allocation: Annotated[
         str | None, typer.Option(help="uniform, budget, sensitivity or rank  [default: uniform]")
     ] = None,
@@ -283,6 +286,7 @@ def fit(
     merge: Annotated[str, AsPrune] = "auto",
     align: Annotated[int, AsPrune] = 8,
     min_width: Annotated[int, AsPrune] = 16,
+    drop_blocks: Annotated[int, AsPrune] = 0,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,

@@ -17,7 +17,7 @@ from kvprune.models.view import ModelView
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import quantized_cache
 from kvprune.runtime.twin import twin_config
-from tiny import make_plan, random_layers, tiny_model
+from tiny import COARSE, make_plan, random_layers, tiny_model
 
 ALL = {"dtype": "float32", "reserve": 0.0, "align": 2, "min_width": 2}
 
@@ -81,6 +81,51 @@ def test_it_is_what_merged_heads_hold(tmp_path, family, width, tied):
     assert report["pruned"] == {"weights": weights, "kv_cache": kv, "total": weights + kv, "fits": True}
     read = weights - (0 if tied else merged.get_input_embeddings().weight.nbytes)
     assert report["weights_read_bytes"]["pruned"] == read
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "llama-bias"])
+@pytest.mark.parametrize(("merge", "width"), [(1, 8), (1, 16), (2, 16), (2, 28)])
+def test_it_is_what_dropped_blocks_leave(tmp_path, family, merge, width):
+    """The others share what is left: 16 of 16 channels of heads that stay apart is all that they had."""
+    model = tiny_model(family, kv_heads=2, groups=2, layers=3)
+    model.save_pretrained(tmp_path)
+    mixed = [False, merge == 2 and width > 16, merge == 2 and width > 16]
+    config = twin_config(model.config, 16, [0, width, width], merge, mixed, dropped=[0])
+    dropped = random_model(config, torch.device("cpu"), torch.float32)
+    weights, kv = real_bytes(dropped, 20, 100)
+    assert kv == 20 * 100 * 2 * 2 * (2 // merge) * width * 4
+    asked = {"context": 100, "batch": 20, "merge": merge, "drop_blocks": 1} | ALL
+    report = kvprune.fit(tmp_path, memory=weights + kv, **asked)
+    assert (report["merge"], report["ratio"]) == (merge, pytest.approx(1 - 2 * width / (3 * 16 * merge)))
+    assert report["pruned"] == {"weights": weights, "kv_cache": kv, "total": weights + kv, "fits": True}
+    less = kvprune.fit(tmp_path, memory=weights + kv - 1, **asked)
+    assert less["ratio"] > report["ratio"]
+    assert report["drop_blocks"] == 1
+
+
+def test_fit_and_prune_agree_on_dropped_blocks(checkpoint, texts, tmp_path):
+    """What prune makes of it fits, and no more heads are merged where the others keep all."""
+    dense = kvprune.fit(checkpoint, memory="1GiB", context=100, batch=20, **ALL)["dense"]["total"]
+    for share in (0.95, 0.8):
+        asked = {"context": 100, "batch": 20, "reserve": 0.0}
+        memory = f"{int(share * dense)}B"
+        report = kvprune.fit(checkpoint, memory=memory, drop_blocks=1, dtype="float32", align=2, min_width=4, **asked)
+        result = kvprune.prune(checkpoint, fit=memory, drop_blocks=1, **asked, **COARSE | {"dtype": "float32"})
+        assert result.record["ratio"] == report["ratio"] >= 0.25
+        assert result.record["merge"] == report["merge"]
+        weights = sum(p.nbytes for p in result.model.parameters())
+        assert weights + 2000 * result.record["kv_bytes_per_token"]["pruned"] <= share * dense * 1.001
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"drop_blocks": 3}, "leaves none of the 3"),
+    ({"drop_blocks": -1}, "how many whole blocks"),
+    ({"drop_blocks": 1, "layout": "uniform"}, "wants --layout per-layer"),
+])  # fmt: skip
+def test_blocks_that_cannot_be_dropped(saved, options, message):
+    folder, _ = saved("llama")
+    with pytest.raises(errors.BadOption, match=message):
+        kvprune.fit(folder, memory="1GiB", context=40, **ALL, **options)
 
 
 @settings(max_examples=30)

@@ -12,7 +12,8 @@ from kvprune.models.attention import AttentionShape
 class LayerPlan(BaseModel):
     """What one layer keeps, ascending: qk[h] and vo[h] for KV head h of the pruned model.
 
-    All heads of a layer keep the same number, and K keeps as many as V; a layer that keeps none has no attention. vo is
+    All heads of a layer keep the same number, and K keeps as many as V; a layer that keeps none has no attention, and
+    one without block no MLP either. vo is
     None where there was a change of basis
     before the cut: the leading directions of V stayed, and qk are numbers of the basis's coordinates (see basis.py),
     which only the weights and the calibration text can tell. Else both are channels in the dense numbering. heads[h]:
@@ -24,6 +25,7 @@ class LayerPlan(BaseModel):
     qk: tuple[tuple[int, ...], ...]
     vo: tuple[tuple[int, ...], ...] | None
     heads: tuple[tuple[int, ...], ...] | None = None
+    block: bool = True
 
     @property
     def width(self) -> int:
@@ -38,6 +40,8 @@ class LayerPlan(BaseModel):
                 raise ValueError("every KV head of a layer must keep the same number of channels")
             if list(kept) != sorted(set(kept)) or (kept and kept[0] < 0):
                 raise ValueError("kept channels must be ascending and distinct")
+        if self.width and not self.block:
+            raise ValueError("a layer without its block keeps no channels")
         return self
 
 
@@ -82,6 +86,11 @@ class PruningPlan(BaseModel):
     def widths(self) -> list[int]:
         """Kept channels per KV head, layer by layer."""
         return [layer.width for layer in self.layers]
+
+    @property
+    def dropped_blocks(self) -> list[int]:
+        """The layers whose whole block is gone, ascending."""
+        return [number for number, layer in enumerate(self.layers) if not layer.block]
 
     @property
     def is_rotated(self) -> bool:
@@ -130,7 +139,8 @@ class PruningPlan(BaseModel):
     def to_json(self) -> str:
         """One layer a line, so that two plans can be compared with diff."""
         head = self.model_dump_json(indent=2, exclude={"layers"})
-        rows = ",\n".join("    " + layer.model_dump_json() for layer in self.layers)
+        # `block` stands only where it says something: an older kvprune then reads the plan too
+        rows = ",\n".join("    " + x.model_dump_json(exclude={"block"} if x.block else None) for x in self.layers)
         return head[:-2] + ',\n  "layers": [\n' + rows + "\n  ]\n}\n"
 
     @classmethod

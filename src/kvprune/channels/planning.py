@@ -17,7 +17,10 @@ from kvprune.channels.journal import Journal
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
 from kvprune.channels.settings import ESTIMATED_ON, Settings
 from kvprune.channels.widths import allocation
-from kvprune.channels.widths.depth import choose_depth, masked_loss
+from kvprune.channels.widths.asked import AUTO as DEPTH_AUTO
+from kvprune.channels.widths.asked import ratio_left
+from kvprune.channels.widths.blocks import Dropped, choose_blocks, skipping
+from kvprune.channels.widths.depth import choose_depth, masked_loss, widths_without
 from kvprune.channels.widths.estimate import estimate_sensitivity
 from kvprune.channels.widths.sensitivity import Probe, measure_sensitivity, probe_width
 from kvprune.errors import BadOption, PlanMismatch
@@ -43,7 +46,8 @@ def reachable(s: Settings, grid: allocation.Grid) -> None:
     if s.layout != "per-layer":
         allocation.one_width(s.ratio, grid)
     else:
-        allocation.round_widths(allocation.uniform(grid.layers, s.ratio), s.ratio, grid)
+        ratio_left(s.ratio, grid.layers, s.drop_blocks, s.depth)  # refuses what is too many, by its option
+        widths_without(range(s.drop_blocks + (0 if s.depth == DEPTH_AUTO else int(s.depth))), s.ratio, grid)
 
 
 def choose_merge(s: Settings, shape: AttentionShape, say: Callable[[str], None]) -> int:
@@ -52,16 +56,17 @@ def choose_merge(s: Settings, shape: AttentionShape, say: Callable[[str], None])
     auto: see merging.merge_of; heads stay apart where channels are cut as they are, without a change of basis across
     heads, and where nothing is cut. Layout stock: see merging.stock_merge.
     """
+    ratio = ratio_left(s.ratio, shape.layers, s.drop_blocks, s.depth)  # of the layers that keep their attention
     if s.layout == "stock":
         return stock_merge(s.merge, shape.kv_heads, s.ratio)
     if s.ratio == 0 and s.merge not in (AUTO, 1):
         raise BadOption(f"--ratio 0 removes nothing, so no KV heads are merged; leave out --merge {s.merge}")
     if s.merge == AUTO:
-        if not s.can_merge or s.ratio == 0:
+        if not s.can_merge or ratio < 1e-9:
             return 1
         if shape.kv_heads == 1:
             say("the model has one KV head, so there are none to merge")
-    return merge_of(s.merge, shape.kv_heads, shape.head_dim, s.ratio)
+    return merge_of(s.merge, shape.kv_heads, shape.head_dim, ratio)
 
 
 def first_windows(batches: list[torch.Tensor], tokens: int | None) -> list[torch.Tensor]:
@@ -92,7 +97,7 @@ class Planner:
     def plan(self, source: Source) -> tuple[PruningPlan, list[Basis] | None]:
         """The plan, and the bases it goes with."""
         s = self.settings
-        sensitivity, bases = None, None
+        sensitivity, bases, dropped = None, None, Dropped()
         if s.ratio == 0:
             every = leading(self.view.shape.kv_heads, self.grid.head_dim)
             kept = [Kept(every, every)] * self.grid.layers
@@ -100,7 +105,8 @@ class Planner:
             scores, bases = self._scores()
             if s.layout == "portable":
                 scores = shared_pairs(scores)
-            widths, sensitivity = self._widths(scores, bases)
+            dropped = self._blocks()
+            widths, sensitivity = self._widths(scores, bases, dropped)
             if s.layout == "stock":
                 kept = [one_of_each(basis) for basis in cast(list[Basis], bases)]
             else:
@@ -115,7 +121,7 @@ class Planner:
             sensitivity=None if sensitivity is None else tuple(sensitivity),
             seed=s.seed,
             versions=versions(),
-            layers=tuple(_layer(k, bases[i] if bases else None) for i, k in enumerate(kept)),
+            layers=tuple(_layer(k, bases[i] if bases else None, i not in dropped.blocks) for i, k in enumerate(kept)),
         )
         return plan, bases
 
@@ -185,13 +191,17 @@ class Planner:
         with self.phase(phase, self.view.shape.layers) as advance:
             return estimate_sensitivity(self.view, batches, probes, advance, self.journal)
 
-    def _widths(self, scores: list[Scores], bases: list[Basis] | None) -> tuple[list[int], list[float] | None]:
+    def _widths(
+        self, scores: list[Scores], bases: list[Basis] | None, dropped: Dropped
+    ) -> tuple[list[int], list[float] | None]:
         """Kept channels per layer, and the sensitivities that decided them."""
         s, grid = self.settings, self.grid
         if s.layout != "per-layer":
             return self._one_width(), None
         if s.depth:
-            return self._depth(scores, bases)
+            return self._depth(scores, bases, dropped)
+        if dropped.blocks:
+            return widths_without(dropped.blocks, s.ratio, grid), list(dropped.alone)
         if s.allocation == "uniform":
             return allocation.round_widths(allocation.uniform(grid.layers, s.ratio), s.ratio, grid), None
         unit = self.view.units.shape[1]
@@ -210,18 +220,34 @@ class Planner:
             ratios = allocation.by_sensitivity(changes, s.ratio, grid.max_ratio, cast(float, s.tau))
         return allocation.round_widths(ratios, s.ratio, grid), changes
 
-    def _depth(self, scores: list[Scores], bases: list[Basis] | None) -> tuple[list[int], list[float]]:
-        """Widths, some of them 0, and what each layer's attention is estimated to be worth."""
+    def _blocks(self) -> Dropped:
+        """The whole blocks that go."""
+        number = self.settings.drop_blocks
+        if not number:
+            return Dropped()
+        ids, layers = first_windows(self.batches, ESTIMATED_ON)[0], self.view.shape.layers
+        with self.phase("blocks", 1 + sum(layers - turn for turn in range(number))) as advance:
+            found = choose_blocks(self.view, ids, number, self.settings.refits, self.journal, advance)
+        told = (f"{block} (+{loss:.3f})" for block, loss in zip(found.blocks, found.losses, strict=True))
+        self.say(f"blocks dropped, and the loss without them, nats: {', '.join(told)}")
+        return found
+
+    def _depth(
+        self, scores: list[Scores], bases: list[Basis] | None, dropped: Dropped
+    ) -> tuple[list[int], list[float]]:
+        """Widths, some of them 0, and what each layer's attention is estimated to be worth in the dense model."""
         batches, probes = first_windows(self.batches, ESTIMATED_ON), self._probes(scores, bases, 0)
+        gone = dropped.blocks
         changes = self._estimated("depth", batches, probes)
 
         def loss_of(widths: list[int]) -> float:
             kept = [self._kept(score, width) for score, width in zip(scores, widths, strict=True)]
-            return masked_loss(self.view, batches, kept, [probe.basis for probe in probes])
+            with skipping([self.view.blocks[block] for block in gone], dropped.constants):
+                return masked_loss(self.view, batches, kept, [probe.basis for probe in probes])
 
-        widths = choose_depth(self.settings.depth, changes, self.settings.ratio, self.grid, loss_of)
-        gone = [layer for layer, width in enumerate(widths) if not width]
-        self.say(f"layers without attention: {', '.join(map(str, gone)) or 'none'}")
+        widths = choose_depth(self.settings.depth, changes, self.settings.ratio, self.grid, loss_of, gone)
+        without = [layer for layer, width in enumerate(widths) if not width and layer not in gone]
+        self.say(f"layers without attention: {', '.join(map(str, without)) or 'none'}")
         return widths, changes
 
     def _one_width(self) -> list[int]:
@@ -238,12 +264,12 @@ class Planner:
         return widths
 
 
-def _layer(kept: Kept, basis: Basis | None) -> LayerPlan:
+def _layer(kept: Kept, basis: Basis | None, block: bool) -> LayerPlan:
     qk, vo = (tuple(map(tuple, x.tolist())) for x in (kept.qk, kept.vo))
     if basis is None:
-        return LayerPlan(qk=qk, vo=vo)
+        return LayerPlan(qk=qk, vo=vo, block=block)
     heads = tuple(map(tuple, basis.heads.tolist()))
-    return LayerPlan(qk=qk, vo=None, heads=None if len(heads[0]) == 1 else heads)
+    return LayerPlan(qk=qk, vo=None, heads=None if len(heads[0]) == 1 else heads, block=block)
 
 
 def _model(view: ModelView, source: Source) -> Model:
@@ -257,6 +283,7 @@ def _method(s: Settings) -> dict[str, Any]:
         "importance",
         "channels",
         "depth",
+        "drop_blocks",
         "allocation",
         "repair",
         "probes",

@@ -90,7 +90,7 @@ def _to_fit(
     if "context" not in asked:
         raise BadOption("--fit needs --context: how many tokens a sequence has")
     chosen = Settings(source=str(source), **with_preset(preset, options))
-    shared = ("dtype", "layout", "min_width", "align", "revision", "trust_remote_code")
+    shared = ("dtype", "layout", "min_width", "align", "drop_blocks", "revision", "trust_remote_code")
     known = {name: getattr(chosen, name) for name in shared} | {"merge": chosen.merge if chosen.can_merge else 1}
     asked["memory"] = asked.pop("fit")
     report = fit(source, **asked, **known)

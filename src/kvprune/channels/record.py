@@ -47,6 +47,7 @@ def record_of(
         "merge": plan.merge,
         "kv_heads": {"dense": shape.kv_heads, "pruned": shape.kv_heads // plan.merge},
         "widths": plan.widths,
+        "dropped_blocks": plan.dropped_blocks,
         "head_dim": shape.head_dim,
         "layout": plan.layout,
         "method": plan.method,

@@ -6,7 +6,7 @@ from typing import Any
 from kvprune.channels.choice.merging import AUTO, asked_merge
 from kvprune.channels.evidence.importance import IMPORTANCE
 from kvprune.channels.repair import REPAIRS
-from kvprune.channels.widths.asked import asked_depth
+from kvprune.channels.widths.asked import asked_depth, check_drop_blocks, check_layout
 from kvprune.errors import BadOption
 from kvprune.options import preset_options
 from kvprune.text.corpus import text_names
@@ -37,7 +37,8 @@ class Settings:
     the paper has it. repair: None is rotate+refit, or refit for joint channels; repair_tokens: how much text refit
     takes, at most, from the beginning of the calibration text. tau: see allocation.by_sensitivity. calibration_window
     and windows in tokens. layout stock does nothing but merge, so its ratio says how many heads. depth: how many layers
-    lose their attention, or AUTO (see widths/depth.py); the others then keep more.
+    lose their attention, or AUTO (see widths/depth.py), and drop_blocks: how many lose all of their block beside these
+    (see widths/blocks.py); the others then keep more.
     """
 
     source: str
@@ -46,6 +47,7 @@ class Settings:
     channels: str = "split"
     merge: int | str = AUTO
     depth: int | str = 0
+    drop_blocks: int = 0
     allocation: str | None = None
     layout: str = "per-layer"
     repair: str | None = None
@@ -137,11 +139,11 @@ class Settings:
 
     def _check_depth(self) -> None:
         object.__setattr__(self, "depth", asked_depth(self.depth))
-        if self.depth and (self.layout != "per-layer" or self.allocation != "uniform"):
-            raise BadOption(
-                f"--depth {self.depth} takes the attention out of whole layers, and shares what is left evenly: that "
-                "wants --layout per-layer and no --allocation"
-            )
+        check_drop_blocks(self.drop_blocks, self.layout)
+        check_layout("depth", self.depth, self.layout)
+        for option, given in (("depth", self.depth), ("drop-blocks", self.drop_blocks)):
+            if given and self.allocation != "uniform":
+                raise BadOption(f"--{option} {given} shares what is left evenly; leave out --allocation")
 
     @property
     def can_merge(self) -> bool:
@@ -178,6 +180,7 @@ DECIDED_BY_A_PLAN = {
         "channels",
         "merge",
         "depth",
+        "drop_blocks",
         "allocation",
         "layout",
         "repair",

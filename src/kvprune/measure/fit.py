@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvprune.channels.choice.merging import AUTO, asked_merge, divisors, is_factored, is_within, merge_of
 from kvprune.channels.cut.portable import LAYOUTS
+from kvprune.channels.widths.asked import check_drop_blocks, ratio_left
 from kvprune.errors import BadOption
 from kvprune.measure.context import held_tokens, longest, slides
 from kvprune.measure.memory import kv_bytes_per_token, parameters
@@ -45,6 +46,7 @@ def fit(
     merge: int | str = AUTO,
     min_width: int = 16,
     align: int = 8,
+    drop_blocks: int = 0,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -52,16 +54,18 @@ def fit(
 
     source: a dense model, or a name in shapes.SHAPES. memory: bytes, or "24GiB", "80GB". reserve: share of it that is
     left to activations, fragments, and room that a cache keeps free (GrowingCache: up to an eighth of its tokens).
-    layout, merge, align, min_width: of heads and widths, as in `prune`. Returns {"source", "dtype", "memory_bytes",
-    "reserve_bytes", "context", "batch", "kv_bytes_per_token" (dense), "dense" and "pruned" ({"weights", "kv_cache",
-    "total", "fits"}; pruned is None where no ratio is enough), "ratio" (0 where dense fits, None where none is
-    enough), "keep" (the largest share of the tokens, in steps of KEEP_STEP, that a TokenFilter can keep of the dense
-    model's so that it fits; 0 where none does, and 1 for a model with sliding windows, which are not filtered),
+    layout, merge, align, min_width: of heads and widths, as in `prune`; drop_blocks: whole blocks that go too, counted
+    as the smallest ones. Returns {"source", "dtype", "memory_bytes", "reserve_bytes", "context", "batch",
+    "drop_blocks", "kv_bytes_per_token" (dense), "dense" and "pruned" ({"weights", "kv_cache", "total", "fits"}; pruned
+    is None where no ratio is enough), "ratio" (0 where dense fits, None where none is enough), "keep" (the largest
+    share of the tokens, in steps of KEEP_STEP, that a TokenFilter can keep of the dense model's so that it fits; 0
+    where none does, and 1 for a model with sliding windows, which are not filtered),
     "largest_ratio", "merge" (how many KV heads become one), "weights_read_bytes" (by a step of decoding), and
     "largest_batch", "largest_context" (the last three {"dense", "pruned"}; with the other as asked, no longer than the
     model takes); merge and pruned at the ratio, or the largest}. Raises a KVPruneError.
     """
     _check(context, batch, reserve, align, min_width)
+    check_drop_blocks(drop_blocks, layout)
     room = size_in_bytes(memory)
     asked = None if dtype == "auto" else find_dtype(dtype)
     config, own = dense_config(source, revision, trust_remote_code)
@@ -70,9 +74,9 @@ def fit(
         raise BadOption(f"{source} does not say which dtype its weights have; give --dtype")
     if context > config.max_position_embeddings:
         raise BadOption(f"--context {context} is more than the {config.max_position_embeddings} that the model takes")
-    weights = _Weights.of(config, layout in LAYOUTS)
+    weights = _Weights.of(config, layout in LAYOUTS, drop_blocks)
     shape = weights.shape
-    grid = _Grid(shape, layout, asked_merge(merge), math.ceil(min_width / align) * align, align)
+    grid = _Grid(shape, layout, asked_merge(merge), math.ceil(min_width / align) * align, align, drop_blocks)
     if layout == "stock":  # whole heads, of the width that they have
         grid = replace(grid, least=shape.head_dim, align=1)
     sizes = _Sizes(weights, kind.itemsize, int(room * (1 - reserve)), grid)
@@ -95,6 +99,7 @@ def fit(
         "reserve_bytes": room - sizes.usable,
         "context": context,
         "batch": batch,
+        "drop_blocks": drop_blocks,
         "kv_bytes_per_token": shape.layers * per_layer,
         "ratio": None if cut is None else cut.ratio,
         "largest_ratio": grid.largest.ratio,
@@ -111,7 +116,8 @@ def fit(
 
 
 class _Cut(NamedTuple):
-    """The fraction of the KV bytes that goes, how many KV heads become one, and the mean width of such a head."""
+    """The fraction of the KV bytes that goes, how many KV heads become one, and the mean width of such a head in the
+    layers that have some."""
 
     ratio: float
     merge: int
@@ -124,7 +130,8 @@ _DENSE = _Cut(0.0, 1, math.nan)  # of the width that it has
 @dataclass(frozen=True)
 class _Weights:
     """How many numbers a model has: all of the dense one's, those of an input embedding of which a step reads but a
-    row, and what its attention is made of; biases: which of Q, K, V and O have one."""
+    row, and what its attention is made of; biases: which of Q, K, V and O have one. dropped: how many blocks go, and
+    with them these many numbers."""
 
     all: int
     unread: int
@@ -132,9 +139,10 @@ class _Weights:
     biases: frozenset[str]
     is_portable: bool
     is_normed: bool
+    dropped: tuple[int, int]
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, is_portable: bool) -> "_Weights":
+    def of(cls, config: PreTrainedConfig, is_portable: bool, drop_blocks: int = 0) -> "_Weights":
         """Counted on a model without memory."""
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config)
@@ -142,10 +150,13 @@ class _Weights:
         embedding = cast(torch.Tensor, cast(nn.Module, view.lm.get_input_embeddings()).weight)
         biases = frozenset(name for name in "qkvo" if view.attention[0].has_bias(name))
         unread = 0 if view.is_tied else embedding.numel()
-        return cls(parameters(view.lm), unread, view.shape, biases, is_portable, view.attention[0].is_normed)
+        ratio_left(1.0, view.shape.layers, drop_blocks)  # refuses too many
+        smallest = sorted(parameters(block) for block in view.blocks)[:drop_blocks]
+        dropped = drop_blocks, sum(smallest) - drop_blocks * view.shape.hidden  # a constant stays
+        return cls(parameters(view.lm), unread, view.shape, biases, is_portable, view.attention[0].is_normed, dropped)
 
     def kept(self, cut: _Cut) -> float:
-        """Numbers of the pruned model, all layers at the mean width: widths around it never make more."""
+        """Numbers of the pruned model, all its attention at the mean width: widths around it never make more."""
         if cut is _DENSE:
             return self.all
         shape = self.shape
@@ -154,7 +165,8 @@ class _Weights:
         pruned = self._attention(shape.kv_heads // cut.merge, cut.width, factored)
         if "v" in self.biases and "o" not in self.biases:  # what V's bias loses is a constant behind O
             pruned += shape.hidden
-        return self.all + shape.layers * (pruned - dense)
+        blocks, numbers = self.dropped
+        return self.all - numbers + (shape.layers - blocks) * (pruned - dense)
 
     def _attention(self, kv_heads: int, width: float, factored: bool | None) -> float:
         """Numbers of one layer's Q, K, V and O, without O's bias and norms, which no cut changes; factored None: as it
@@ -179,6 +191,7 @@ class _Grid:
     merge: int | str
     least: int
     align: int
+    dropped: int  # whole blocks
 
     @property
     def is_free(self) -> bool:
@@ -193,7 +206,7 @@ class _Grid:
         """With so many steps kept: of `align` channels of one layer, or of all."""
         layers = self.shape.layers
         channels = kept * self.align * (1 if self.is_free else layers)
-        return _Cut(1 - channels / (merge * self.shape.head_dim * layers), merge, channels / layers)
+        return _Cut(1 - channels / (merge * self.shape.head_dim * layers), merge, channels / (layers - self.dropped))
 
     @cached_property
     def steps(self) -> list[tuple[int, range]]:
@@ -205,13 +218,16 @@ class _Grid:
         return [(merge, self._steps(merge))]
 
     def _steps(self, merge: int) -> range:
-        shape, unit = self.shape, self.shape.layers if self.is_free else 1
+        shape, unit = self.shape, self.shape.layers - self.dropped if self.is_free else 1
         if self.layout == "stock":
             return range(shape.head_dim, shape.head_dim + (merge > 1))
-        every = range((merge * shape.head_dim * unit - 1) // self.align, self.least // self.align * unit - 1, -1)
+        most = merge * shape.head_dim * unit - (not self.dropped)  # something must go
+        every = range(most // self.align, self.least // self.align * unit - 1, -1)
 
         def merged(kept: int) -> int:
-            ratio = self.cut(merge, kept).ratio
+            ratio = ratio_left(self.cut(merge, kept).ratio, shape.layers, self.dropped)
+            if self.merge == AUTO and ratio < 1e-9:  # as prune does where the others keep all
+                return 1
             if self.merge == AUTO:
                 return merge_of(AUTO, shape.kv_heads, shape.head_dim, ratio)
             return merge if is_within(merge, shape.head_dim, ratio) else 0

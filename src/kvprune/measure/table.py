@@ -104,6 +104,8 @@ def fit_table(report: dict[str, Any]) -> RenderableType:
         verdict = f"--ratio {report['ratio']:.4g} is needed"
         if report["merge"] > 1:
             verdict += f", every {report['merge']} KV heads merged into one"
+        if report["drop_blocks"]:
+            verdict += f", with --drop-blocks {report['drop_blocks']}"
     return Group(table, verdict, *_with_bits(report))
 
 
@@ -171,9 +173,11 @@ def _widths(record: dict[str, Any]) -> RenderableType:
     """A bar a layer, so that the eye finds the layers that lost most."""
     whole = record["head_dim"] * record.get("merge", 1)
     table = Table(title=f"channels kept per KV head, of {whole}", show_header=False, box=None)
+    dropped = record.get("dropped_blocks", ())
     for layer, width in enumerate(record["widths"]):
         full = round(32 * width / whole)
-        table.add_row(f"layer {layer}", f"{width}", "█" * full + "░" * (32 - full))
+        bar = "block dropped" if layer in dropped else "█" * full + "░" * (32 - full)
+        table.add_row(f"layer {layer}", f"{width}", bar)
     return table
 
 

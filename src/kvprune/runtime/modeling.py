@@ -21,6 +21,8 @@ model in which each layer's attention has been replaced by `PrunedAttention`. No
   outputs, and attention runs at the dense width: the same numbers, since RoPE and these matrices commute.
 - Widths live in `per_layer_config[i].head_dim`, which transformers and vLLM both read. `config.head_dim` is the one
   width where all layers have the same, so that whoever makes a cache by it is right, and else the dense head_dim.
+- A layer may have no attention, or no block at all. It stays where it was, with a constant, so that the numbers of the
+  layers are the dense model's, and tells the cache of its tokens.
 - Folders live for years, and transformers renames what a block hands its attention. The KV cache is taken under any
   name; where none comes although one is wanted, that is an error and never a model without a memory.
 """
@@ -60,8 +62,8 @@ FAMILIES = (
 # fmt: on
 PREFIX = "kvprune_"  # model_type of the twin: kvprune_llama, ...
 # Of this file. 1 (which said no number) loses the cache from transformers 5.24 on; 2 knows no merged heads; 3 has no
-# channels that RoPE leaves alone; 4 knows Llama, Mistral and Qwen2 alone.
-VERSION = 5
+# channels that RoPE leaves alone; 4 knows Llama, Mistral and Qwen2 alone; 5 drops no whole blocks.
+VERSION = 6
 MANY = 256  # new tokens at once from which attention at the dense width saves more than leading keys and values there
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what transformers has called it, or may
 # What it is called here, in calls of a model and in what a model returns: "cache" from transformers 5.24 on.
@@ -420,6 +422,28 @@ class NoAttention(nn.Module):
                 layers[self.layer_idx].update(layer.keys, layer.values)
 
 
+class Skipped(nn.Module):
+    """In place of a block that has gone, attention, MLP and norms: the residual stream goes on, with a constant added.
+    The constant is the bias of what stands for its attention, which still tells the cache of its tokens."""
+
+    def __init__(self, dense: nn.Module, config, attention: str):
+        nn.Module.__init__(self)  # nothing of the block's own
+        self.stand_in = attention  # its name, the family's, as in the other blocks
+        setattr(self, attention, NoAttention(getattr(dense, attention), config))
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
+        """hidden_states (B, T, hidden) -> the same. Some families hand the cache over by place, so all gets a name."""
+        kwargs |= {f"argument_{place}": value for place, value in enumerate(args)}
+        return hidden_states + getattr(self, self.stand_in)(hidden_states, **kwargs)[0]
+
+
+def skipped(block: nn.Module, config, attention: str) -> nn.Module:
+    """A `Skipped` that is one of the block's own class too, and of its name: by these transformers knows what hidden
+    states to record, and accelerate what to keep on one device."""
+    kind = type(type(block).__name__, (Skipped, type(block)), {})
+    return kind(block, config, attention)
+
+
 def _dropout_of(dense: nn.Module) -> float:
     """Of attention weights in training, under any of its names."""
     for name in ("attention_dropout", "attn_dropout", "dropout"):
@@ -457,6 +481,7 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
         # pairs did not commute with RoPE.
         rebuilds: bool = False
         rope_columns: int | None = None  # of the table of cos and sin; None: dense_head_dim
+        block: bool = True  # of one layer: False where the whole block has gone
         words: dict[str, Any] | None = None
 
         def __getattribute__(self, key):
@@ -504,8 +529,11 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
             self.config: Any = config
             words = WORDS | (config.words or {})
             layers: Any = self.get_submodule(words["layers"])
-            for layer, layer_config in zip(layers, config.per_layer_config, strict=True):
-                own = layer_config.head_dim, layer_config.factored
+            for index, layer_config in enumerate(config.per_layer_config):
+                layer, own = layers[index], (layer_config.head_dim, layer_config.factored)
+                if not layer_config.block:
+                    layers[index] = skipped(layer, config, words["attention"])
+                    continue
                 dense = getattr(layer, words["attention"])
                 attention = PrunedAttention(dense, config, *own) if own[0] else NoAttention(dense, config)
                 setattr(layer, words["attention"], attention)

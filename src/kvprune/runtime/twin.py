@@ -15,6 +15,7 @@ def twin_config(
     merge: int = 1,
     factored: Sequence[bool] = (),
     *,
+    dropped: Sequence[int] = (),
     kv_heads: int | None = None,
     columns: int | None = None,
     words: dict[str, Any] | None = None,
@@ -23,7 +24,7 @@ def twin_config(
     """The dense config with a head_dim per layer, of the family's pruned class; head_dim: the dense one.
 
     kv_heads: of the dense model, where its config does not say. merge: how many of them one of the pruned model stands
-    for; factored: see PrunedAttention, by layer.
+    for; factored: see PrunedAttention, by layer; dropped: the layers whose whole block is gone.
     columns: of the table of cos and sin, None for head_dim; words: see modeling.py; rebuilds: whether the order of the
     channels is that of the table, so that many tokens may be read at the dense width."""
     settings = dense.to_dict()
@@ -44,5 +45,7 @@ def twin_config(
         config.rebuilds = rebuilds
         for layer, mixes in zip(layers.values(), factored, strict=True):
             layer["factored"] = bool(mixes)
+    for number in dropped:
+        layers[number]["block"] = False
     config.per_layer_config = layers
     return config

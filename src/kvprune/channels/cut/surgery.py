@@ -66,8 +66,10 @@ def cut(
     shelf = None if there is None else there.shelf.copy()
     put_away = partial(_put_away, journal=journal or Journal(), stored=stored, computed=dense.dtype)
     for index, (attention, layer) in enumerate(zip(view.attention, plan.layers, strict=True)):
-        prefix = f"{path}.{index}.{view.family.attention}."
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+        block = f"{path}.{index}."
+        prefix = f"{block}{view.family.attention}."
+        goes = prefix if layer.block else block
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(goes)}
 
         def narrow(index: int = index, attention: Attention = attention, layer: LayerPlan = layer):
             with held(view.blocks[index]):
@@ -82,10 +84,10 @@ def cut(
     pruned.load_state_dict(state, strict=True, assign=True)
     if rotary is not None:
         pruned.base_model.rotary_emb = rotary
-    for name, buffer in dense.named_buffers(remove_duplicate=False):  # those that no checkpoint holds
+    for name, buffer in list(pruned.named_buffers(remove_duplicate=False)):  # those that no checkpoint holds
         module, _, leaf = name.rpartition(".")
-        if name not in state and pruned.get_submodule(module).get_buffer(leaf).is_meta:
-            pruned.get_submodule(module).register_buffer(leaf, buffer, persistent=False)
+        if name not in state and buffer.is_meta:
+            pruned.get_submodule(module).register_buffer(leaf, dense.get_buffer(name), persistent=False)
     pruned.tie_weights()
     pruned.config.dtype = stored
     pruned.generation_config = copy.deepcopy(dense.generation_config)
@@ -98,6 +100,8 @@ def _attention(
     attention: Attention, basis: Basis, layer: LayerPlan, factored: bool, order: torch.Tensor | None, is_stock: bool
 ) -> dict[str, torch.Tensor]:
     """One layer's new tensors, by their names in PrunedAttention."""
+    if not layer.block:
+        return _nothing(attention)
     maps = _maps(attention, basis, _kept(layer), order, 1.0 if is_stock else attention.stretch)
     return _narrow(attention, basis, maps, factored, is_stock) if layer.width else _constant(attention, basis, maps)
 
@@ -125,6 +129,12 @@ def _put_away(
     return {name: tensor.clone() for name, tensor in tensors.items() if name not in floats} | empty
 
 
+def _nothing(attention: Attention) -> dict[str, torch.Tensor]:
+    """Of a block that is gone: a constant, which refit may change."""
+    bias = torch.zeros(attention.shape.hidden, dtype=attention.dtype, device=attention.device)
+    return {"o_proj.weight": bias.new_empty(len(bias), 0), "o_proj.bias": bias}
+
+
 def _kept(layer: LayerPlan) -> Kept:
     qk = torch.tensor(layer.qk, dtype=torch.int64)
     vo = leading(*qk.shape) if layer.vo is None else torch.tensor(layer.vo, dtype=torch.int64)
@@ -133,7 +143,15 @@ def _kept(layer: LayerPlan) -> Kept:
 
 def _config(view: ModelView, plan: PruningPlan, factored: Sequence[bool]):
     """The pruned twin's config, as a checkpoint has it."""
-    config = twin_config(view.lm.config, view.shape.head_dim, plan.widths, plan.merge, factored, **view.twin)
+    config = twin_config(
+        view.lm.config,
+        view.shape.head_dim,
+        plan.widths,
+        plan.merge,
+        factored,
+        dropped=plan.dropped_blocks,
+        **view.twin,
+    )
     config.tie_word_embeddings = view.is_tied
     config.auto_map = modeling.auto_map(view.family.model_type)
     config._attn_implementation = view.lm.config._attn_implementation

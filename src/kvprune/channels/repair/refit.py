@@ -20,6 +20,7 @@ from kvprune.models.held import coming, held
 from kvprune.models.stream import Calls, answering, enter, input_of, learn_calls
 from kvprune.models.view import ModelView
 from kvprune.runtime.dtype import stored_dtype
+from kvprune.runtime.modeling import Skipped
 
 # Of the inputs' mean square; the held-out slice chooses. Less than a tenth loses on text of another kind.
 RIDGES = (0.1, 1.0, 10.0, 100.0)
@@ -115,12 +116,15 @@ class _Layer:
         self.index, self.dense_block, self.block, self.fitted, self.rows = index, dense, block, fitted, rows
         self.dense_calls, self.calls = calls
         self.stored = stored
-        self.times = float(getattr(view.lm.config, self.family.times, 1.0)) if self.family.times else 1.0
+        self.is_gone = isinstance(block, Skipped)  # all that is left to fit is a constant, added to the stream
+        has_times = self.family.times and not self.is_gone
+        self.times = float(getattr(view.lm.config, self.family.times, 1.0)) if has_times else 1.0
+        self.behind_attention = bool(self.family.behind_attention) and not self.is_gone
         self.dense_attention = getattr(dense, self.family.attention)
         self.attention = getattr(block, self.family.attention)
         self.o = self.attention.get_submodule("o_proj" if hasattr(self.attention, "o_proj") else self.family.o)
-        self.mlp = getattr(block, self.family.mlp) if self.family.mlp else None
-        self.down = self._down(block)
+        self.mlp = getattr(block, self.family.mlp) if self.family.mlp and not self.is_gone else None
+        self.down = None if self.is_gone else self._down(block)
         self.device = cast(torch.Tensor, self.o.weight).device
         if self.down is not None:
             for name, parameter in list(self.down.named_parameters()):  # shared with the dense model, which must stay
@@ -152,7 +156,10 @@ class _Layer:
             for number, state in enumerate(states):
                 states[number] = self.dense_calls.run(self.dense_block, self.index, state)
                 attention = outputs.pop("attention").to(state.device)
-                found.attention.append(attention if self.family.behind_attention else state + self.times * attention)
+                if self.is_gone:
+                    found.attention.append(states[number])
+                else:
+                    found.attention.append(attention if self.behind_attention else state + self.times * attention)
                 if "down" in watched:
                     found.down.append(outputs.pop("down").to(state.device))
         finally:
@@ -186,7 +193,7 @@ class _Layer:
         moments = self._sums(self.o)
         for number, (state, z, target) in enumerate(zip(states, attended, targets, strict=True)):
             missing = target.float()
-            if not self.family.behind_attention:
+            if not self.behind_attention:
                 missing = (missing - state.float()) / self.times
             self._add(moments[number >= self.fitted], _with_one(z, self.o), missing, _inverse_size(target))
         return self._fit("o", self.o, *moments)

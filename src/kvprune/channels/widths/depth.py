@@ -10,9 +10,9 @@ import torch
 
 from kvprune.channels.choice.basis import Basis, Kept
 from kvprune.channels.widths.allocation import Grid, round_widths, uniform
-from kvprune.channels.widths.asked import AUTO
+from kvprune.channels.widths.asked import AUTO, ratio_left
 from kvprune.channels.widths.masking import masked
-from kvprune.errors import BadOption, UnreachableRatio
+from kvprune.errors import UnreachableRatio
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.held import held
 from kvprune.models.stream import enter
@@ -26,13 +26,7 @@ PATIENCE = 2  # numbers of layers that may be worse than the best before the sea
 def widths_without(dropped: Sequence[int], ratio: float, grid: Grid) -> list[int]:
     """Widths of all layers, 0 for those without attention, as even as the grid allows, with the asked total. Raises
     UnreachableRatio where what is left is too wide or too narrow."""
-    left = grid.layers - len(dropped)
-    if left < 1 or grid.layers * (1 - ratio) > left + 1e-9:
-        raise UnreachableRatio(
-            f"--depth {len(dropped)} takes more than --ratio {ratio:g} of {grid.layers} layers; at most "
-            f"{min(int(ratio * grid.layers + 1e-9), grid.layers - 1)}"
-        )
-    own = 1 - (1 - ratio) * grid.layers / left
+    own, left = ratio_left(ratio, grid.layers, 0, len(dropped)), grid.layers - len(dropped)
     inner = Grid(left, grid.head_dim, grid.align, grid.min_width, grid.unit, grid.widest)
     widths = iter(round_widths(uniform(left, own), own, inner))
     return [0 if layer in set(dropped) else next(widths) for layer in range(grid.layers)]
@@ -57,20 +51,23 @@ def masked_loss(
 
 
 def choose_depth(
-    asked: int | str, changes: Sequence[float], ratio: float, grid: Grid, loss_of: Callable[[list[int]], float]
+    asked: int | str,
+    changes: Sequence[float],
+    ratio: float,
+    grid: Grid,
+    loss_of: Callable[[list[int]], float],
+    gone: Sequence[int] = (),
 ) -> list[int]:
     """Widths, layer by layer. changes: what each layer's attention is estimated to be worth (nats), each alone;
-    loss_of: what widths cost in truth. Raises BadOption, UnreachableRatio."""
-    order = sorted(range(grid.layers), key=lambda layer: (changes[layer], layer))
+    loss_of: what widths cost in truth; gone: layers whose whole block goes. Raises UnreachableRatio."""
+    order = sorted(set(range(grid.layers)) - set(gone), key=lambda layer: (changes[layer], layer))
     if asked != AUTO:
-        if int(asked) >= grid.layers:
-            raise BadOption(f"--depth {asked} leaves none of the {grid.layers} layers their attention")
-        return widths_without(order[: int(asked)], ratio, grid)
+        return widths_without([*gone, *order[: int(asked)]], ratio, grid)
     best: tuple[float, list[int]] | None = None
     worse = number = 0
-    while worse < PATIENCE and number < grid.layers:
+    while worse < PATIENCE and number < len(order):
         try:
-            widths = widths_without(order[:number], ratio, grid)
+            widths = widths_without([*gone, *order[:number]], ratio, grid)
         except UnreachableRatio:
             break
         loss = loss_of(widths)
