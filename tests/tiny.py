@@ -149,8 +149,8 @@ def write_gguf(model, path) -> None:
 
 
 def make_plan(model, layers, ratio=0.5, merge=1) -> PruningPlan:
-    """A plan from [(qk, vo) or (qk, vo, heads) per layer], lists of kept channels, or coordinates, per KV head of the
-    pruned model, and of the dense KV heads that it stands for."""
+    """A plan from [(qk, vo), (qk, vo, heads) or (qk, vo, heads, block) per layer], lists of kept channels, or
+    coordinates, per KV head of the pruned model, and of the dense KV heads that it stands for."""
     view = ModelView(model)
     return PruningPlan(
         model=Model(source="tiny", revision=None, architecture=view.family.model_type, **vars(view.shape)),
@@ -163,7 +163,7 @@ def make_plan(model, layers, ratio=0.5, merge=1) -> PruningPlan:
         seed=0,
         versions={},
         layers=tuple(
-            LayerPlan.model_validate(dict(zip(("qk", "vo", "heads"), layer, strict=False))) for layer in layers
+            LayerPlan.model_validate(dict(zip(("qk", "vo", "heads", "block"), layer, strict=False))) for layer in layers
         ),
     )
 

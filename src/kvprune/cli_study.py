@@ -77,7 +77,11 @@ def study_depth(
     ] = None,
     depths: Annotated[
         list[int] | None,
-        typer.Option("--depth", help="layers without attention, repeatable  [default: 0, 1, 2 and 4]"),
+        typer.Option("--depth", help="layers without attention, repeatable  [default: 0, 1 and 2]"),
+    ] = None,
+    drop_blocks: Annotated[
+        list[int] | None,
+        typer.Option("--drop-blocks", help="whole blocks that go beside these, repeatable  [default: 0, 1 and 2]"),
     ] = None,
     calibration: Annotated[str | None, AsPrune] = None,
     calibration_tokens: Annotated[int | None, AsPrune] = None,
@@ -88,6 +92,11 @@ def study_depth(
     eval: Eval = None,
     eval_tokens: EvalTokens = 16384,
     window: Annotated[int, typer.Option(help="evaluation window")] = 512,
+    speed: Annotated[bool, typer.Option(help="also time decoding; left out, --resume does it later")] = True,
+    batch: Annotated[int, typer.Option(help="of what is timed: sequences at once")] = 8,
+    context: Annotated[int, typer.Option(help="of what is timed: tokens of the prompt")] = 1024,
+    new_tokens: Annotated[int, AsBench] = 32,
+    rounds: Annotated[int, AsBench] = 5,
     resume: Resume = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -95,7 +104,7 @@ def study_depth(
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Layers without attention against width, at equal KV bytes; with a picture."""
+    """Whole blocks and layers without attention against width, at equal KV bytes; with a picture."""
     report = kvprune.study_depth(progress=on_stderr(), **given(locals()))
     if as_json:
         print(json.dumps(report))

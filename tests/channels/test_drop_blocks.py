@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import kvprune
 from kvprune.channels.cut.surgery import cut
 from kvprune.channels.journal import Journal
-from kvprune.channels.plan import LayerPlan, PruningPlan
+from kvprune.channels.plan import PruningPlan
 from kvprune.channels.repair.refit import refit
 from kvprune.channels.widths import blocks as module
 from kvprune.channels.widths.asked import ratio_left
@@ -118,9 +118,7 @@ def test_refit_of_a_constant():
     """What is added to the stream is what the block added in the mean, each token counted by its size."""
     dense = tiny_model("llama-bias", layers=4, groups=2)
     every, none = [list(range(16))] * 2, [[], []]
-    plan = make_plan(dense, [(every, every)] * 4)
-    gone = LayerPlan.model_validate({"qk": none, "vo": none, "block": False})
-    plan = plan.model_copy(update={"layers": (*plan.layers[:2], gone, plan.layers[3])})
+    plan = make_plan(dense, [(every, every), (every, every), (none, none, None, False), (every, every)])
     pruned = cut(ModelView(dense), plan)
     text = list(torch.randint(3, VOCABULARY, (16, 20), generator=torch.Generator().manual_seed(2)).split(4))
     rows = refit(ModelView(dense), pruned, text, lambda n: None)
@@ -231,8 +229,7 @@ def test_a_plan_says_it_only_where_it_is_so(tmp_path):
     every = [list(range(16))] * 2
     plan = make_plan(dense, [(every, every)] * 2)
     assert '"block"' not in plan.to_json()  # an older kvprune reads it
-    gone = {"qk": [[], []], "vo": [[], []], "block": False}
-    dropped = plan.model_copy(update={"layers": (plan.layers[0], LayerPlan.model_validate(gone))})
+    dropped = make_plan(dense, [(every, every), ([[], []], [[], []], None, False)])
     (tmp_path / "plan.json").write_text(dropped.to_json())
     assert PruningPlan.read(tmp_path / "plan.json") == dropped
     (tmp_path / "plan.json").write_text(dropped.to_json().replace('"qk":[[],[]],"vo":[[],[]]', '"qk":[[1]],"vo":[[1]]'))

@@ -56,13 +56,9 @@ def without_blocks(name, dropped, attention="sdpa"):
     dense = family_model(name, attention)
     view = ModelView(dense)
     every = [list(range(D))] * view.shape.kv_heads
-    plan = make_plan(dense, [(every, every)] * view.shape.layers)
     none = [[]] * view.shape.kv_heads
-    layers = [
-        layer.model_validate({"qk": none, "vo": none, "block": False}) if i in dropped else layer
-        for i, layer in enumerate(plan.layers)
-    ]
-    return shortened(dense, dropped), cut(view, plan.model_copy(update={"layers": tuple(layers)}))
+    layers = [(none, none, None, False) if i in dropped else (every, every) for i in range(view.shape.layers)]
+    return shortened(dense, dropped), cut(view, make_plan(dense, layers))
 
 
 def prompts():

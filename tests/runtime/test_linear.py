@@ -63,6 +63,20 @@ def test_what_a_step_reads_does_not_change():
         assert weight_bytes(sides[1].model) == before + (embedding.nbytes if tied else 0)
 
 
+@here
+def test_what_reads_nothing_stays_as_it_is():
+    """Of a layer without attention, and of one without block."""
+    dense = tiny_model("llama", kv_heads=2, groups=2, layers=3).to(torch.bfloat16)
+    layers = [([[], []], [[], []]), ([[], []], [[], []], None, False), *random_layers(dense, [16])]
+    model = cut(ModelView(dense), make_plan(dense, layers))
+    for layer in model.model.layers[:2]:
+        torch.nn.init.normal_(layer.self_attn.o_proj.bias)
+    expected = logits(model)
+    pack_weights(model)
+    assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 3 + 7 + 1
+    torch.testing.assert_close(logits(model), expected, atol=1e-2 * expected.abs().max().item(), rtol=0)
+
+
 def test_other_models_stay_as_they_are(monkeypatch):
     exact = tiny_model("llama")
     pack_weights(exact)

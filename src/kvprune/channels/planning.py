@@ -62,7 +62,7 @@ def choose_merge(s: Settings, shape: AttentionShape, say: Callable[[str], None])
     if s.ratio == 0 and s.merge not in (AUTO, 1):
         raise BadOption(f"--ratio 0 removes nothing, so no KV heads are merged; leave out --merge {s.merge}")
     if s.merge == AUTO:
-        if not s.can_merge or ratio < 1e-9:
+        if not s.can_merge or abs(ratio) < 1e-9:
             return 1
         if shape.kv_heads == 1:
             say("the model has one KV head, so there are none to merge")

@@ -35,7 +35,7 @@ def pack_weights(model: PreTrainedModel) -> None:
         return
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
+            if type(child) is nn.Linear and child.in_features:  # some read nothing, and are but a constant
                 setattr(module, name, PackedLinear(child))
 
 

@@ -91,15 +91,17 @@ def retrieval_table(report: dict[str, Any]) -> RenderableType:
 
 
 def depth_table(report: dict[str, Any]) -> RenderableType:
-    """A row a ratio and depth, and what is best."""
-    table = Table(title="perplexity, pruned / dense, at equal KV bytes")
+    """A row a ratio, number of blocks and depth, and what is best."""
+    table = Table(title="perplexity, pruned / dense, at equal KV bytes; decoding: times as fast as dense")
     texts = list(dict.fromkeys(row["text"] for row in report["cells"][0]["perplexity"]))
-    for column in ("KV bytes cut", "without attention", "which", "width", *map(_short, texts), "weights a step reads"):
+    names = ("KV bytes cut", "blocks dropped", "without attention", "width", *map(_short, texts))
+    for column in (*names, "weights a step reads", "KV bytes a token", "decoding"):
         table.add_column(column, justify="right", overflow="fold")
     for cell in report["cells"]:
         found = {row["text"]: row["pruned"] / row["dense"] for row in cell["perplexity"]}
-        which = ", ".join(map(str, cell["dropped"])) or "-"
-        read = f"{cell['weights_read_bytes']['pruned']:,}"
+        which = (", ".join(map(str, cell[name])) or "-" for name in ("blocks", "dropped"))
+        sizes = (f"{cell[name]['pruned']:,}" for name in ("weights_read_bytes", "kv_bytes_per_token"))
+        speed = f"{cell['speed']['decode_ratio']:.3f}" if cell["speed"] else "-"
         shown = (f"{found[text]:.3f}" for text in texts)
-        table.add_row(f"{cell['ratio']:.0%}", str(cell["depth"]), which, f"{cell['width']:.0f}", *shown, read)
+        table.add_row(f"{cell['ratio']:.0%}", *which, f"{cell['width']:.0f}", *shown, *sizes, speed)
     return Group(table, report["said"])
