@@ -84,6 +84,22 @@ def test_it_recovers_and_the_record_says_how(pruned, texts, tmp_path, quick, los
     verify_files(out)
 
 
+def test_layers_without_attention_and_without_block(checkpoint, texts, tmp_path, quick):
+    """They have nothing that an adapter could stand beside, and are as they were."""
+    options = {"calibration_tokens": 512, "repair_tokens": 4096, "eval_tokens": 512, "windows": (32,), "device": "cpu"}
+    options |= {"calibration_window": 64, "ratio": 0.5, "align": 2, "min_width": 4}
+    made = kvprune.prune(checkpoint, tmp_path / "pruned", depth=1, drop_blocks=1, **options)
+    result = kvprune.recover(tmp_path / "pruned", tmp_path / "out", loss="logits+attention", **{**quick, "steps": 16})
+    held_out = dict(result.record["recovered"]["held_out_curve"])
+    assert min(held_out.values()) < held_out[0]
+    assert result.record["dropped_blocks"] == made.record["dropped_blocks"]
+    gone = [i for i, width in enumerate(made.record["widths"]) if not width]
+    assert len(gone) == 2
+    for layer in gone:
+        old, new = (m.model.layers[layer].self_attn.state_dict() for m in (made.model, result.model))
+        assert same(old, new)
+
+
 def test_a_folder_that_was_trained_further(pruned, texts, tmp_path, quick):
     """What was there before is measured, not taken from the record."""
     folder = shutil.copytree(pruned, tmp_path / "trained")

@@ -112,9 +112,9 @@ def test_the_best_and_its_sentence():
     half = [cell(0, 0, 1.3, speed=1.4), cell(1, 0, 1.2, speed=1.3)]
     said = sentence({"0.25": quarter, "0.5": half})
     assert said == (
-        "Loses least: at 25% of the KV bytes width alone; at 50% of the KV bytes 1 block dropped. Decodes fastest: at "
-        "25% of the KV bytes 2 blocks dropped and 1 layer without attention (1.20 times dense, perplexity 1.250 times); at "
-        "50% of the KV bytes width alone (1.40 times dense, perplexity 1.300 times)."
+        "Loses least: at 25% of the KV bytes width alone; at 50% of the KV bytes 1 block dropped. Decodes fastest: "
+        "at 25% of the KV bytes 2 blocks dropped and 1 layer without attention (1.20 times dense, perplexity 1.250 "
+        "times); at 50% of the KV bytes width alone (1.40 times dense, perplexity 1.300 times)."
     )
     half[0]["speed"] = None
     assert "Decodes" not in sentence({"0.5": half})
