@@ -12,12 +12,11 @@ from kvprune.models.attention import AttentionShape
 class LayerPlan(BaseModel):
     """What one layer keeps, ascending: qk[h] and vo[h] for KV head h of the pruned model.
 
-    All heads of a layer keep the same number, and K keeps as many as V; a layer that keeps none has no attention, and
-    one without block no MLP either. vo is
-    None where there was a change of basis
-    before the cut: the leading directions of V stayed, and qk are numbers of the basis's coordinates (see basis.py),
-    which only the weights and the calibration text can tell. Else both are channels in the dense numbering. heads[h]:
-    the dense KV heads that were merged into head h; None where each stayed for itself.
+    All heads of a layer keep the same number, and K keeps as many as V; a layer that keeps none has no attention. vo is
+    None where there was a change of basis before the cut: the leading directions of V stayed, and qk are numbers of the
+    basis's coordinates (see basis.py), which only the weights and the calibration text can tell. Else both are channels
+    in the dense numbering. heads[h]: the dense KV heads that were merged into head h; None where each stayed for
+    itself. block: whether there is more than a constant; without, nothing is kept.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

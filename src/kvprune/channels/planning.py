@@ -17,8 +17,7 @@ from kvprune.channels.journal import Journal
 from kvprune.channels.plan import LayerPlan, Model, PruningPlan
 from kvprune.channels.settings import ESTIMATED_ON, Settings
 from kvprune.channels.widths import allocation
-from kvprune.channels.widths.asked import AUTO as DEPTH_AUTO
-from kvprune.channels.widths.asked import ratio_left
+from kvprune.channels.widths.asked import layers_gone, ratio_left
 from kvprune.channels.widths.blocks import Dropped, choose_blocks, skipping
 from kvprune.channels.widths.depth import choose_depth, masked_loss, widths_without
 from kvprune.channels.widths.estimate import estimate_sensitivity
@@ -47,7 +46,7 @@ def reachable(s: Settings, grid: allocation.Grid) -> None:
         allocation.one_width(s.ratio, grid)
     else:
         ratio_left(s.ratio, grid.layers, s.drop_blocks, s.depth)  # refuses what is too many, by its option
-        widths_without(range(s.drop_blocks + (0 if s.depth == DEPTH_AUTO else int(s.depth))), s.ratio, grid)
+        widths_without(range(layers_gone(s.drop_blocks, s.depth)), s.ratio, grid)
 
 
 def choose_merge(s: Settings, shape: AttentionShape, say: Callable[[str], None]) -> int:

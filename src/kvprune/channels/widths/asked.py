@@ -28,10 +28,15 @@ def check_layout(option: str, given: int | str, layout: str) -> None:
         raise BadOption(f"--{option} {given} makes layers differ: that wants --layout per-layer, not {layout}")
 
 
+def layers_gone(blocks: int, depth: int | str) -> int:
+    """How many layers have no attention where so many blocks go, and so many layers more lose theirs; AUTO is none."""
+    return blocks + (0 if depth == AUTO else int(depth))
+
+
 def ratio_left(ratio: float, layers: int, blocks: int, depth: int | str = 0) -> float:
     """The fraction of their KV bytes that the other layers lose, where `ratio` of all goes, so many layers lose their
-    block, and so many more their attention. AUTO is none. Raises BadOption and UnreachableRatio."""
-    gone = blocks + (0 if depth == AUTO else int(depth))
+    block, and so many more their attention. Raises BadOption and UnreachableRatio."""
+    gone = layers_gone(blocks, depth)
     if not gone:
         return ratio
     asked = " and ".join(f"--{name} {n}" for name, n in (("depth", depth), ("drop-blocks", blocks)) if n)
