@@ -224,9 +224,9 @@ class Planner:
         number = self.settings.drop_blocks
         if not number:
             return Dropped()
-        ids, layers = first_windows(self.batches, ESTIMATED_ON)[0], self.view.shape.layers
-        with self.phase("blocks", 1 + sum(layers - turn for turn in range(number))) as advance:
-            found = choose_blocks(self.view, ids, number, self.settings.refits, self.journal, advance)
+        batches = first_windows(self.batches, ESTIMATED_ON)
+        with self.phase("blocks", number * self.view.shape.layers) as advance:
+            found = choose_blocks(self.view, batches, number, self.settings.refits, self.journal, advance)
         told = (f"{block} (+{loss:.3f})" for block, loss in zip(found.blocks, found.losses, strict=True))
         self.say(f"blocks dropped, and the loss without them, nats: {', '.join(told)}")
         return found

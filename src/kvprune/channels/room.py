@@ -14,7 +14,7 @@ import torch
 from kvprune.channels.choice.basis import slow_channels
 from kvprune.channels.record import basis_bytes, moments_bytes
 from kvprune.channels.repair.refit import RIDGES
-from kvprune.channels.settings import Settings
+from kvprune.channels.settings import ESTIMATED_ON, Settings
 from kvprune.errors import BadOption, NoSpace, TooLittleMemory
 from kvprune.measure import memory
 from kvprune.models.view import ModelView
@@ -136,8 +136,9 @@ def _phases(s: Settings, view: ModelView, merge: int, row: int) -> list[dict[str
         channels = shape.kv_heads * (shape.groups + 2) * shape.head_dim
         scores["one layer's Q, K and V of the calibration text"] = s.calibration_tokens * channels * size
     phases = [scores]
-    if s.probes == "estimated":
-        phases.append({"the probed text before every block": (s.probe_tokens or 0) * row * (shape.layers + 2)})
+    if s.probes == "estimated" or s.depth or s.drop_blocks:
+        tokens = s.probe_tokens or ESTIMATED_ON
+        phases.append({"the probed text before every block": tokens * row * (shape.layers + 2)})
     if s.refits:
         widest, hidden, rows = max(_refitted(view)), shape.hidden, s.repair_tokens
         sums = 5 * widest**2 if rows >= widest else 2 * rows * (widest + hidden)

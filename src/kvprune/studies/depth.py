@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from transformers import PreTrainedModel
 
 from kvprune.channels.prune import prune
 from kvprune.channels.settings import Settings, with_preset
@@ -124,8 +126,9 @@ def _cell(source: str, key: Key, given: dict[str, Any], progress: Progress) -> d
         if not depth + blocks:
             raise
         return {**cell, "perplexity": None}
-    record, config = result.record, json.loads(result.model.config.to_json_string())
-    del result
+    model = cast(PreTrainedModel, result.model)  # nothing is streamed that is not written
+    record, config = result.record, json.loads(model.config.to_json_string())
+    del result, model
     memory.release()
     kept, gone = [width for width in record["widths"] if width], record["dropped_blocks"]
     return {

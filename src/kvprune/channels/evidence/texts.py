@@ -68,7 +68,7 @@ def prepare(
             f"--repair {s.repair} holds out every eighth window of {length} tokens and needs at least two: ask for "
             "more --repair-tokens, give a longer text, or choose --repair rotate or none"
         )
-    return Texts(list(scored.split(size)), list(repaired.split(size)), evaluated)
+    return Texts(list(scored.split(size)), list(repaired.split(size)) if len(repaired) else [], evaluated)
 
 
 def _check_apart(s: Settings) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +19,10 @@ from kvprune.channels.journal import Journal
 from kvprune.channels.widths.sensitivity import DENSE
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.finite import not_finite
-from kvprune.models.stream import BlockRunner
+from kvprune.models.held import held
+from kvprune.models.stream import answering, enter
 from kvprune.models.view import ModelView
+from kvprune.processes import mine, summed
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,19 @@ class Dropped:
 def skipping(blocks: Sequence[nn.Module], constants: Sequence[torch.Tensor]) -> Iterator[None]:
     """These blocks pass on the hidden states that they are called with, each with its constant (hidden,) added."""
 
-    def passed(constant: torch.Tensor, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        return hidden_states + constant
+    def passed(constant: torch.Tensor, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states + constant.to(hidden_states)
 
     with ExitStack() as stack:
         for block, constant in zip(blocks, constants, strict=True):
-            block.forward = partial(passed, constant)
-            stack.callback(delattr, block, "forward")
+            stack.enter_context(answering(block, partial(passed, constant)))
         yield
 
 
 @torch.no_grad()
 def choose_blocks(
     view: ModelView,
-    ids: torch.Tensor,
+    batches: Sequence[torch.Tensor],
     number: int,
     has_constants: bool,
     journal: Journal,
@@ -59,18 +60,21 @@ def choose_blocks(
 ) -> Dropped:
     """Which blocks go, by the loss on token ids (B, T). has_constants: whether a block leaves one behind.
 
-    A round a block: one forward keeps every block's input, so that without block l only the blocks behind it run,
-    L (L + 1) / 2 block forwards in all. Every loss goes to the journal at once and is not measured again. `advance`
-    counts losses. Raises NotFinite.
+    A round a block, L (L + 1) / 2 block forwards: the text walks through the blocks once, and beside it, from each
+    block on, the text without that block. Memory: its hidden states L times. The losses of a finished round go to the
+    journal and are not measured again. `advance` counts blocks that were walked through. Raises NotFinite.
     """
-    layers, scored = view.shape.layers, ids.shape[0] * (ids.shape[1] - 1)
+    layers, scored = view.shape.layers, sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
     found = Dropped()
     for turn in range(number):
         left = [block for block in range(layers) if block not in found.blocks]
-        keys: dict[int | None, int] = {} if turn else {None: DENSE}
-        keys |= {block: turn * layers + block for block in left}
+        keys = {block: turn * layers + block for block in left} | ({} if turn else {DENSE: DENSE})
+        is_known = all((0, key) in journal.losses for key in keys.values())
         with skipping([view.blocks[block] for block in found.blocks], found.constants):
-            added = _measure(view, ids, keys, has_constants, journal, advance)
+            losses, added = _walk(view, batches, [] if is_known else left, has_constants, advance)
+        if not is_known:
+            for block, key in keys.items():
+                journal.add(0, key, losses[block])
         rises = {block: (journal.losses[0, keys[block]] - journal.losses[0, DENSE]) / scored for block in left}
         best = min(left, key=lambda block: (rises[block], block))
         found = Dropped(
@@ -82,39 +86,41 @@ def choose_blocks(
     return found
 
 
-def _measure(
+def _walk(
     view: ModelView,
-    ids: torch.Tensor,
-    probes: dict[int | None, int],
+    batches: Sequence[torch.Tensor],
+    candidates: Sequence[int],
     has_constants: bool,
-    journal: Journal,
     advance: Callable[[int], None],
-) -> list[torch.Tensor]:
-    """The summed losses without one block more; probes: by block, or None for no other, the journal's number of that.
-    Returns what each block leaves behind, (hidden,)."""
-    last: list[torch.Tensor] = []
-    hook = view.blocks[-1].register_forward_hook(lambda _b, _a, out: last.append(_states(out)))
-    try:
-        runner = BlockRunner(view, ids)
-    finally:
-        hook.remove()
-    streams = [*runner.inputs, last[0]]
-    added = [(b.float() - a.float()).mean((0, 1)) * has_constants for a, b in pairwise(streams)]
-    added = [constant.to(streams[0].dtype) for constant in added]
-    for block, key in probes.items():
-        if (0, key) not in journal.losses:
-            hidden = runner.output
-            if block is not None:
-                with skipping([view.blocks[block]], [added[block]]):
-                    hidden = runner.rerun(block)
-            loss = next_token_loss(view.head, hidden, ids)[0]
-            if not math.isfinite(loss):
-                what = "the dense model" if block is None else f"the model without block {block}"
-                raise not_finite(f"{what}: the loss on the calibration text", view.lm)
-            journal.add(0, key, loss)
+) -> tuple[dict[int, float], list[torch.Tensor]]:
+    """The summed loss without each of the candidates, and (as DENSE) with all of them; and of every block the mean of
+    what it adds, (hidden,), or zeros."""
+    shares, tokens = mine(batches), sum(batch.numel() for batch in batches)
+    states, calls = enter(view, shares)
+    without: dict[int, list[torch.Tensor]] = {}
+    added = []
+    for index, block in enumerate(view.blocks):
+        with held(block):
+            before, states = states, [calls.run(block, index, state) for state in states]
+            without = {gone: [calls.run(block, index, s) for s in streams] for gone, streams in without.items()}
+        differences = (b.double() - a.double() for a, b in zip(before, states, strict=True))
+        total = summed(sum((x.sum((0, 1)) for x in differences), torch.zeros(view.shape.hidden, dtype=torch.float64)))
+        added.append((total / tokens * has_constants).to(view.lm.dtype))
+        if index in candidates:
+            without[index] = [state + added[-1].to(state) for state in before]
         advance(1)
-    return added
+    if not candidates:
+        return {}, added
+    losses = torch.tensor([_loss(view, shares, streams) for streams in (states, *without.values())])
+    found = dict(zip((DENSE, *without), summed(losses).tolist(), strict=True))
+    for gone, loss in found.items():
+        if not math.isfinite(loss):
+            what = "the dense model" if gone == DENSE else f"the model without block {gone}"
+            raise not_finite(f"{what}: the loss on the calibration text", view.lm)
+    return found, added
 
 
-def _states(output: torch.Tensor | tuple) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def _loss(view: ModelView, batches: Sequence[torch.Tensor], streams: Sequence[torch.Tensor]) -> float:
+    """Summed, from hidden states (B, T, hidden) behind the last block."""
+    hidden = (view.norm(stream.to(view.device)) for stream in streams)
+    return math.fsum(next_token_loss(view.head, h, batch)[0] for h, batch in zip(hidden, batches, strict=True))
