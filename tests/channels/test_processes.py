@@ -62,6 +62,7 @@ def too_little(source, options):
     [
         ({"merge": 2, "allocation": "budget"}, True),
         ({"merge": 2, "depth": "auto"}, False),
+        ({"merge": 2, "drop_blocks": 1}, True),
         ({"importance": "taylor", "allocation": "sensitivity", "probes": "measured", "repair": "refit"}, False),
     ],
     ids=str,

@@ -77,6 +77,12 @@ def test_every_kind_of_family(family, texts, tmp_path, monkeypatch, request):
     both(source, tmp_path, monkeypatch, request, **COARSE)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "mixtral"])
+def test_dropped_blocks_of_other_families(family, texts, tmp_path, monkeypatch, request):
+    source = saved(family_model(family), tmp_path / "dense")
+    both(source, tmp_path, monkeypatch, request, **COARSE | {"ratio": 0.5, "drop_blocks": 2})
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -87,6 +93,8 @@ def test_every_kind_of_family(family, texts, tmp_path, monkeypatch, request):
         {"allocation": "sensitivity", "probes": "measured"},
         {"depth": 1},
         {"depth": "auto"},
+        {"drop_blocks": 1, "repair": "rotate"},
+        {"drop_blocks": 1, "depth": "auto"},
         {"layout": "portable"},
         {"layout": "stock"},
         {"layout": "uniform", "dtype": "bfloat16"},
