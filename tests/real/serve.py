@@ -1,26 +1,28 @@
-"""Serves a folder with vLLM and writes what it says as JSON: python serve.py FOLDER PROMPTS.json ANSWERS.json [IMPL]
+"""Serves a folder with vLLM and writes what it says as JSON: python serve.py FOLDER PROMPTS.json ANSWERS.json [CODE]
+[RANKS]
 
-IMPL: transformers, with the folder's own code, or vllm, its own model of that architecture.
+CODE: folder, its own; plugin, kvprune's, in every process of vLLM's; or vllm, its own model of that architecture.
 """
 
 import json
 import os
 import sys
 
-os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
 from vllm import LLM, SamplingParams
 
 NEW_TOKENS = 24
 
 
-def main(folder: str, prompts_file: str, answers_file: str, impl: str = "transformers") -> None:
+def main(folder: str, prompts_file: str, answers_file: str, code: str = "folder", ranks: str = "1") -> None:
     with open(prompts_file) as file:
         prompts = json.load(file)
     llm = LLM(
         model=folder,
-        model_impl=impl,
-        trust_remote_code=impl == "transformers",
+        model_impl="vllm" if code == "vllm" else "auto",
+        trust_remote_code=code == "folder",
+        tensor_parallel_size=int(ranks),
         enforce_eager=True,
         dtype="float32",
         max_model_len=1024,

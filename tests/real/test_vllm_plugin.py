@@ -1,0 +1,58 @@
+"""With kvprune installed beside vLLM a folder is served without any flag, in all of vLLM's processes.
+
+The environment has no kvprune: it is installed into a folder of the test's own, which PYTHONPATH names.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from served import ask, gaps
+
+ROOT = Path(__file__).parents[2]
+FOLDER = Path(os.environ.get("KVPRUNE_TEST_TINY", "missing")) / "phi3"
+LISTS = """
+from importlib.metadata import entry_points
+from transformers import CONFIG_MAPPING
+from vllm import ModelRegistry
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
+from kvprune.runtime import FAMILIES, modeling
+
+(point,) = entry_points(group="vllm.general_plugins", name="kvprune")
+before = len(ModelRegistry.models)
+point.load()()
+point.load()()  # vLLM may call it again
+assert len(ModelRegistry.models) == before + len(modeling.TWINS)
+for model_type, (config, _, lm) in modeling.TWINS.items():
+    known = config(num_experts=4) if model_type == "dots1" else config()  # whose experts are said in the checkpoint
+    experts = ModelArchConfigConvertorBase(known, known).get_num_experts() > 0
+    kind = "TransformersMoEForCausalLM" if experts else "TransformersForCausalLM"
+    assert ModelRegistry.models[lm.__name__].class_name == kind, model_type
+    ModelRegistry.models[lm.__name__].load_model_cls()
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with kvprune and its metadata."""
+    site = tmp_path_factory.mktemp("site")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", site]
+    subprocess.run([*pip, ROOT], check=True)
+    return str(site)
+
+
+def test_every_family_gets_the_class_that_vllm_itself_would_take(installed):
+    subprocess.run([sys.executable, "-c", LISTS], check=True, env=os.environ | {"PYTHONPATH": installed})
+
+
+def test_a_folder_is_served_without_a_flag(installed, tmp_path):
+    difference, gap = gaps(FOLDER, ask(FOLDER, tmp_path, "plugin", PYTHONPATH=installed))
+    assert difference < 1e-3
+    assert gap < 1e-3
+
+
+def test_without_kvprune_the_code_of_the_folder_is_refused(tmp_path):
+    with pytest.raises(subprocess.CalledProcessError):
+        ask(FOLDER, tmp_path, "plugin")
