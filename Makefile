@@ -82,11 +82,11 @@ test-report: .venv/done
 	.venv/bin/python -m pytest tests/real/test_browser.py
 
 # vLLM's CPU build serves a folder with mixed widths, its own Llama one of the stock layout, and tiny models of other
-# families; with the folder's code and with kvprune as a plugin.
+# families; with the folder's code and with kvprune as a plugin, on one rank and on several.
 test-vllm: .venv-vllm/done $(PRUNED)/config.json $(STOCK)/config.json $(CACHE)/dense/config.json $(CACHE)/tiny/done
 	KVPRUNE_TEST_PRUNED=$(PRUNED) KVPRUNE_TEST_STOCK=$(STOCK) KVPRUNE_TEST_DENSE=$(CACHE)/dense KVPRUNE_TEST_TINY=$(CACHE)/tiny \
 		.venv-vllm/bin/python -m pytest tests/real/test_vllm.py tests/real/test_vllm_families.py \
-		tests/real/test_vllm_plugin.py -s -p no:cacheprovider --noconftest
+		tests/real/test_vllm_plugin.py tests/real/test_vllm_ranks.py -s -p no:cacheprovider --noconftest
 
 # One prune for all tests that need one of a real model. Its widths are those that vLLM's CPU build takes.
 $(PRUNED)/config.json: $(MODEL) $(SOURCES) | .venv/done

@@ -1,4 +1,4 @@
-"""Pruned tiny models of one family for each mechanism, for engines to serve: python tiny_folders.py OUT"""
+"""Pruned tiny models of one family for each mechanism, for engines to serve: python tiny_folders.py OUT [NAMES]"""
 
 import sys
 from pathlib import Path
@@ -24,44 +24,55 @@ SIZES = {
 }
 WARM = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 128.0, "llama_4_scaling_beta": 0.5}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
-MECHANISMS = {  # model_type -> what its config says beside the sizes
-    "gemma3_text": {"head_dim": 64, **SLIDING},  # a norm on q and k, windows, and a table of RoPE for each type
-    "phi3": {"hidden_size": 256},  # fused projections
-    "glm": {"head_dim": 64, "partial_rotary_factor": 0.5},  # interleaved and partial RoPE
-    "hunyuan_v1_dense": {"head_dim": 64},  # RoPE, then a norm
+UNIFORM = {"ratio": 0.5, "layout": "uniform", "align": 32}
+MIXED = {"ratio": 0.25, "merge": 1, "allocation": "budget", "align": 32}
+EIGHT = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+FOLDERS = {  # name -> model_type, what its config says beside the sizes, how it is pruned
+    # a norm on q and k, windows, and a table of RoPE for each type
+    "gemma3_text": ("gemma3_text", {"head_dim": 64, **SLIDING}, UNIFORM),
+    "phi3": ("phi3", {"hidden_size": 256}, UNIFORM),  # fused projections
+    "glm": ("glm", {"head_dim": 64, "partial_rotary_factor": 0.5}, UNIFORM),  # interleaved and partial RoPE
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 64}, UNIFORM),  # RoPE, then a norm
     # queries that grow with their position
-    "ministral3": {"head_dim": 64, "rope_parameters": WARM | {"original_max_position_embeddings": 8}},
+    "ministral3": (
+        "ministral3",
+        {"head_dim": 64, "rope_parameters": WARM | {"original_max_position_embeddings": 8}},
+        UNIFORM,
+    ),
+    # For several ranks: biases and mixed widths; merged heads, and a norm over each head or over all of them
+    "qwen2-alone": ("qwen2", {**EIGHT, "num_key_value_heads": 2}, MIXED),
+    "qwen3-merged": ("qwen3", EIGHT, {"merge": 4, **UNIFORM}),
+    "olmo2-merged": ("olmo2", {**EIGHT, "hidden_size": 512}, {"merge": 2, **UNIFORM}),
 }
 
 
-def main(out: Path) -> None:
+def main(out: Path, *names: str) -> None:
     data = out / "text"
     data.mkdir(parents=True, exist_ok=True)
     for seed, split in enumerate(("valid", "test")):
         (data / f"{split}.txt").write_text(words(20000, seed))
-    for model_type, options in MECHANISMS.items():
+    for name in names or FOLDERS:
+        model_type, options, how = FOLDERS[name]
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | options))
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
+        for key, parameter in model.named_parameters():
+            if "norm" not in key:
                 torch.nn.init.normal_(parameter, std=0.08)
-        model.save_pretrained(out / f"{model_type}-dense")
-        tiny_tokenizer().save_pretrained(out / f"{model_type}-dense")
+        model.save_pretrained(out / f"{name}-dense")
+        tiny_tokenizer().save_pretrained(out / f"{name}-dense")
         asked = {"calibration": str(data / "valid.txt"), "eval": (str(data / "test.txt"),), "eval_tokens": 512}
         kvprune.prune(
-            out / f"{model_type}-dense",
-            out / model_type,
-            ratio=0.5,
-            layout="uniform",
-            align=32,
+            out / f"{name}-dense",
+            out / name,
             min_width=32,
             calibration_tokens=512,
             repair_tokens=4096,
             calibration_window=64,
             windows=(64,),
+            **how,
             **asked,
         )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -281,8 +282,8 @@ def test_an_engine_with_one_head_dim_for_all_layers_is_refused(saved, ids):
             saved.pruned(ids, attention_instances=engine)
 
 
-def test_tensor_parallel_heads_are_refused(saved, ids):
-    attention = saved.pruned.model.layers[0].self_attn
-    cos = torch.ones(1, 10, 16)
+def test_an_engine_that_splits_heads_and_does_not_say_so_is_refused(saved, ids, monkeypatch):
+    keys = saved.pruned.model.layers[0].self_attn.k_proj
+    monkeypatch.setattr(keys, "forward", lambda hidden: nn.functional.linear(hidden, keys.weight.chunk(2)[0]))
     with pytest.raises(ValueError, match="tensor parallelism"):
-        attention._rotate(torch.zeros(2, 3, 10, 8), torch.zeros(2, 1, 10, 8), cos, cos)
+        saved.pruned(ids)

@@ -62,7 +62,8 @@ FAMILIES = (
 # fmt: on
 PREFIX = "kvprune_"  # model_type of the twin: kvprune_llama, ...
 # Of this file. 1 (which said no number) loses the cache from transformers 5.24 on; 2 knows no merged heads; 3 has no
-# channels that RoPE leaves alone; 4 knows Llama, Mistral and Qwen2 alone; 5 drops no whole blocks.
+# channels that RoPE leaves alone; 4 knows Llama, Mistral and Qwen2 alone; 5 drops no blocks, and refuses tensor
+# parallelism.
 VERSION = 6
 MANY = 256  # new tokens at once from which attention at the dense width saves more than leading keys and values there
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what transformers has called it, or may
@@ -117,6 +118,43 @@ def with_still(_module: Any, _args: Any, output: Any) -> Any:
     return nn.functional.pad(cos, (0, 1), value=1.0), nn.functional.pad(sin, (0, 1))
 
 
+def place_of(projection: nn.Module) -> tuple[int, int]:
+    """(rank, ranks) of a linear layer that tensor parallelism splits: as vLLM's classes say it, or the mesh of its
+    weight in transformers; (0, 1) of one that is whole."""
+    mesh = getattr(getattr(projection, "weight", None), "device_mesh", None)
+    if mesh is not None:
+        return mesh.get_local_rank(), mesh.size()
+    return getattr(projection, "tp_rank", 0), getattr(projection, "tp_size", 1)
+
+
+def share_of(heads: int, rank: int, ranks: int) -> slice:
+    """Which of the heads a rank holds; where there are more ranks, several hold the same one. Raises ValueError."""
+    if heads % ranks and ranks % heads:
+        raise ValueError(
+            f"{heads} KV heads cannot be split among {ranks} tensor-parallel ranks; take a number of ranks that "
+            f"divides {heads}, or a multiple of {heads}"
+        )
+    first = rank * heads // ranks
+    return slice(first, first + max(heads // ranks, 1))
+
+
+def vllm_ranks(config: Any) -> int:
+    """How many tensor-parallel ranks vLLM builds this model for; 1 outside vLLM."""
+    engine: Any = sys.modules.get("vllm.distributed") if config._attn_implementation == "vllm" else None
+    return engine.get_tensor_model_parallel_world_size() if engine else 1
+
+
+def split_plan(config: Any, words: dict[str, str]) -> dict[str, str]:
+    """How the projections are split among ranks, in the words of transformers' plans. K and V of fewer heads than ranks
+    are whole on each; a norm over all heads wants them together."""
+    ranks, kv_heads = vllm_ranks(config), config.num_key_value_heads
+    for heads in {kv_heads, config.dense_kv_heads or kv_heads}:
+        share_of(heads, 0, ranks)
+    normed = "colwise_gather_output" if words["norm_of"] == "all" else "colwise"
+    split = {"q_proj": normed, "o_proj": "rowwise"}
+    return split | {"k_proj": normed, "v_proj": "colwise"} if ranks <= kv_heads else split
+
+
 class HeadMix(nn.Module):
     """One matrix (before, behind) for each dense KV head, applied to each of its query heads."""
 
@@ -125,11 +163,12 @@ class HeadMix(nn.Module):
         self.weight = nn.Parameter(torch.empty(kv_heads, before, behind))
         nn.init.normal_(self.weight, std=before**-0.5)  # of a model made without weights; transformers leaves it alone
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., query heads * before) -> (..., query heads * behind)."""
-        kv_heads, before, _ = self.weight.shape
+    def forward(self, x: torch.Tensor, place: tuple[int, int] = (0, 1)) -> torch.Tensor:
+        """x (..., query heads * before), of the rank at this place -> (..., query heads * behind)."""
+        weight = self.weight[share_of(len(self.weight), *place)]
+        kv_heads, before, _ = weight.shape
         grouped = x.reshape(-1, kv_heads, x.shape[-1] // (kv_heads * before), before).transpose(0, 1)
-        mixed = grouped.flatten(1, 2) @ self.weight  # (kv_heads, rows * groups, behind)
+        mixed = grouped.flatten(1, 2) @ weight  # (kv_heads, rows * groups, behind)
         return mixed.unflatten(1, grouped.shape[1:3]).transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
@@ -214,10 +253,19 @@ class PrunedAttention(nn.Module):
 
     def turns(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (B or 1, T, columns, or one more) at the kept channels' own frequencies, (B or 1,
-        kv_heads, T, width); where rope_index is behind the columns RoPE leaves a channel alone."""
+        this rank's kv_heads, T, width); where rope_index is behind the columns RoPE leaves a channel alone."""
         if cos.shape[-1] == self.columns:
             cos, sin = with_still(None, None, (cos, sin))
-        return cos[..., self.rope_index].transpose(1, 2), sin[..., self.rope_index].transpose(1, 2)
+        index = self.rope_index[self.share(len(self.rope_index))]
+        return cos[..., index].transpose(1, 2), sin[..., index].transpose(1, 2)
+
+    def share(self, heads: int) -> slice:
+        """Which of so many heads this rank holds; all of them without tensor parallelism."""
+        return share_of(heads, *place_of(self.q_proj))
+
+    def _of_rank(self, states: torch.Tensor, heads: int) -> torch.Tensor:
+        """This rank's heads of (..., heads, numbers), where a projection gave all of them."""
+        return states[..., self.share(heads), :] if states.shape[-2] == heads else states
 
     def _rotate(self, query, key, cos, sin):
         """RoPE at the kept channels' own frequencies.
@@ -225,11 +273,6 @@ class PrunedAttention(nn.Module):
         query (B, heads, T, width), key (B, kv_heads, T, width), cos and sin (B or 1, T, columns).
         """
         kv_heads = key.shape[1]
-        if kv_heads != self.rope_index.shape[0]:
-            raise ValueError(
-                f"layer {self.layer_idx}: {kv_heads} KV heads reached a layer pruned for "
-                f"{self.rope_index.shape[0]}; tensor parallelism across KV heads is not supported"
-            )
         own_cos, own_sin = (x.to(key.dtype) for x in self.turns(cos, sin))
         key = key * own_cos + rotate_half(key) * own_sin
         if query.shape[-1] != self.head_dim:
@@ -256,17 +299,30 @@ class PrunedAttention(nn.Module):
     def dense_queries(self, hidden: torch.Tensor, turn: Any = None) -> torch.Tensor:
         """hidden (..., hidden) -> queries before `q_mix`; turn: see `normed`."""
         query = self.q_proj(hidden)
-        return query if self.k_mix is None else self.normed(query, self.q_norm, turn)
+        if self.k_mix is None:
+            return query
+        query = self.normed(query, self.q_norm, turn).unflatten(-1, (-1, self.config.dense_head_dim))
+        return self._of_rank(query, self.config.num_attention_heads).flatten(-2)
 
     def queries(self, hidden: torch.Tensor, turn: Any = None) -> torch.Tensor:
         """hidden (..., hidden) -> queries before RoPE, (..., heads * width); turn: see `normed`."""
         query = self.dense_queries(hidden, turn)
-        return query if self.q_mix is None else self.q_mix(query)
+        return query if self.q_mix is None else self.q_mix(query, place_of(self.q_proj))
 
     def keys(self, hidden: torch.Tensor, turn: Any = None) -> torch.Tensor:
         """hidden (..., hidden) -> keys before RoPE, (..., kv_heads * width); turn: see `normed`."""
         key = self.k_proj(hidden)
-        return key if self.k_mix is None else self.k_mix(self.normed(key, self.k_norm, turn))
+        heads, width = self.rope_index.shape if self.k_mix is None else self.k_mix.weight.shape[:2]
+        share = self.share(heads)
+        if key.shape[-1] not in (heads * width, (share.stop - share.start) * width):
+            raise ValueError(
+                f"layer {self.layer_idx}: {key.shape[-1]} numbers of {heads} KV heads of {width} came; tensor "
+                "parallelism splits whole heads only: take a number of ranks that divides them, or vLLM"
+            )
+        if self.k_mix is None:
+            return key
+        place = (0, 1) if key.shape[-1] == heads * width else place_of(self.q_proj)
+        return self.k_mix(self.normed(key, self.k_norm, turn), place)
 
     def _warmed(self, query: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         """query (B, heads, T, width) times 1 + beta log(1 + floor(position / original length)), where the family has it
@@ -282,14 +338,14 @@ class PrunedAttention(nn.Module):
 
     def outputs(self, attended: torch.Tensor) -> torch.Tensor:
         """Mixed values (..., heads * width) -> (..., hidden)."""
-        return self.o_proj(attended if self.o_mix is None else self.o_mix(attended))
+        return self.o_proj(attended if self.o_mix is None else self.o_mix(attended, place_of(self.q_proj)))
 
     def _rebuild(self, key, value):
         """Keys (with RoPE) and values (B, kv_heads, tokens, width) -> those of the dense heads and width, (B, dense KV
         heads, tokens, dense head_dim). What mixes channels that turn alike commutes with RoPE."""
         mixes: Any = self.q_mix, self.o_mix
         shape = (key.shape[1], -1)  # of the heads: groups, and those of each
-        to_keys, to_values = (mix.weight.unflatten(0, shape) for mix in mixes)
+        to_keys, to_values = (mix.weight[self.share(len(mix.weight))].unflatten(0, shape) for mix in mixes)
         to_keys = to_keys.mT  # like to_values (groups, heads of each, width, dense head_dim)
         return (key.unsqueeze(2) @ to_keys).flatten(1, 2), (value.unsqueeze(2) @ to_values).flatten(1, 2)
 
@@ -339,8 +395,9 @@ class PrunedAttention(nn.Module):
             query_states = query_states.view(*input_shape, -1, self.config.dense_head_dim).transpose(1, 2)
         else:
             query_states = self.queries(hidden_states, turn).view(hidden_shape).transpose(1, 2)
-        key_states = self.keys(hidden_states, turn).view(hidden_shape).transpose(1, 2)
-        value_states = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        kv_heads = len(self.rope_index)
+        key_states = self._of_rank(self.keys(hidden_states, turn).view(hidden_shape), kv_heads).transpose(1, 2)
+        value_states = self._of_rank(self.v_proj(hidden_states).view(hidden_shape), kv_heads).transpose(1, 2)
 
         if position_embeddings is not None:
             query_states, key_states = self._rotate(query_states, key_states, *position_embeddings)
@@ -538,6 +595,9 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
                 attention = PrunedAttention(dense, config, *own) if own[0] else NoAttention(dense, config)
                 setattr(layer, words["attention"], attention)
             self.post_init()
+            where = f"{words['layers']}.*.{words['attention']}."
+            plan = {name: style for name, style in self.tp_plan.items() if not name.startswith(where)}
+            self._tp_plan = plan | {where + name: style for name, style in split_plan(config, words).items()}
 
     class ForCausalLM(dense_lm):
         config_class = Config
