@@ -68,6 +68,9 @@ def test_merged_heads_equal_the_projected_dense_model(family, groups, merge, wid
     ids = torch.randint(3, VOCABULARY, (2, 40))
     expected = project_dense(dense, plan, bases)(ids).logits
     torch.testing.assert_close(pruned(ids).logits, expected, rtol=0, atol=2e-5)
+    # vLLM and llama.cpp read no attention_factor: it is in W_q
+    assert pruned.config.rope_parameters["attention_factor"] == 1
+    assert (dense.model.rotary_emb.attention_scaling > 1.2) == (family == "yarn")
 
 
 @pytest.mark.parametrize("merge", [1, 4])

@@ -6,7 +6,8 @@ It loads wherever the family does, without kvprune and without trust_remote_code
   RoPE and softmax are the dense ones, so nothing has to be corrected: the config differs in num_key_value_heads alone.
 - portable: any width. Stock code rebuilds the rotary frequencies from head_dim and scales the softmax by
   1 / sqrt(head_dim). Both are corrected in what it reads: per-pair frequency factors ("longrope") turn its frequencies
-  into the kept pairs' own, and W_q is scaled by sqrt(width / dense head_dim).
+  into the kept pairs' own, and W_q is scaled by sqrt(width / dense head_dim). So it is by what YaRN multiplies the
+  table of cos and sin with: vLLM and llama.cpp do not read longrope's attention_factor.
 """
 
 import math
@@ -76,8 +77,16 @@ def stock_model(view: ModelView, plan: PruningPlan, basis: Basis) -> tuple[PreTr
 
 
 def query_scale(view: ModelView, plan: PruningPlan) -> float:
-    """What W_q is multiplied by, so that the stock softmax scale becomes the dense one."""
-    return math.sqrt(plan.widths[0] / view.shape.head_dim)
+    """What W_q is multiplied by, so that the stock scores become the dense ones."""
+    scale = math.sqrt(plan.widths[0] / view.shape.head_dim)
+    # On queries and on keys; a dense table keeps its own
+    return scale * _table_scale(view) ** 2 if plan.layout == "portable" else scale
+
+
+def _table_scale(view: ModelView) -> float:
+    """What cos and sin are multiplied by."""
+    rotary: Any = view.lm.base_model.rotary_emb
+    return float(rotary.attention_scaling)
 
 
 def _stock_order(basis: Basis, kept: torch.Tensor) -> torch.Tensor:
@@ -110,7 +119,6 @@ def _settings(view: ModelView, plan: PruningPlan) -> dict[str, Any]:
 
 def _rope(view: ModelView, pairs: torch.Tensor, positions: int) -> dict[str, Any]:
     """rope_parameters that turn each pair of a narrower head by the frequency of one of the dense `pairs`."""
-    rotary: Any = view.lm.base_model.rotary_emb
     base = view.lm.config.rope_parameters["rope_theta"]
     rebuilt = base ** -(torch.arange(len(pairs), dtype=torch.float64) / len(pairs))
     factors = (rebuilt / view.frequencies[pairs]).tolist()
@@ -119,7 +127,7 @@ def _rope(view: ModelView, pairs: torch.Tensor, positions: int) -> dict[str, Any
         "rope_theta": base,
         "short_factor": factors,
         "long_factor": factors,
-        "attention_factor": float(rotary.attention_scaling),
+        "attention_factor": 1.0,
         "original_max_position_embeddings": positions,
     }
 
