@@ -13,7 +13,7 @@ SOURCES := $(shell find src -name "*.py")
 PIP := -m pip install --quiet --disable-pip-version-check
 PROMPT := The Eiffel Tower is a famous landmark in
 
-.PHONY: demo test lint test-oldest test-newest constraints test-models test-gemma3 test-install test-report test-bits test-vllm clean
+.PHONY: demo test lint test-oldest test-newest constraints test-models test-gemma3 test-install test-report test-bits test-vllm test-gguf clean
 
 demo: .venv/done $(MODEL)
 	! test -f build/demo/config.json || rm -rf build/demo
@@ -88,6 +88,11 @@ test-vllm: .venv-vllm/done $(PRUNED)/config.json $(STOCK)/config.json $(CACHE)/d
 		.venv-vllm/bin/python -m pytest tests/real/test_vllm.py tests/real/test_vllm_families.py \
 		tests/real/test_vllm_plugin.py tests/real/test_vllm_ranks.py -s -p no:cacheprovider --noconftest
 
+# llama.cpp reads what `export` writes.
+test-gguf: .venv/done .venv-gguf/done $(STOCK)/config.json $(CACHE)/tiny/done
+	KVPRUNE_TEST_STOCK=$(STOCK) KVPRUNE_TEST_TINY=$(CACHE)/tiny KVPRUNE_TEST_LLAMA=.venv-gguf/bin/python \
+		.venv/bin/python -m pytest tests/real/test_llamacpp.py -s
+
 # One prune for all tests that need one of a real model. Its widths are those that vLLM's CPU build takes.
 $(PRUNED)/config.json: $(MODEL) $(SOURCES) | .venv/done
 	rm -rf $(PRUNED)
@@ -138,5 +143,10 @@ $(MODEL): demo/fetch.py
 	.venv-vllm/bin/python $(PIP) -c constraints/vllm.txt -r .venv-vllm/requirements.txt pytest
 	touch $@
 
+.venv-gguf/done:
+	$(PYTHON) -m venv .venv-gguf
+	.venv-gguf/bin/python $(PIP) xllamacpp==2026.10.11549
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .cache build
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-gguf .cache build

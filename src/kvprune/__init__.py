@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvprune.benchmark import bench
     from kvprune.channels.plan import PruningPlan
     from kvprune.channels.prune import Pruned, prune
+    from kvprune.engines.gguf import export
     from kvprune.measure.evaluate import evaluate
     from kvprune.measure.fit import fit
     from kvprune.measure.perplexity import Perplexity, perplexity
@@ -40,6 +41,7 @@ _HOMES = {
     "Pruned": "kvprune.channels.prune",
     "PruningPlan": "kvprune.channels.plan",
     "evaluate": "kvprune.measure.evaluate",
+    "export": "kvprune.engines.gguf",
     "fit": "kvprune.measure.fit",
     "TokenFilter": "kvprune.tokens.filter",
     "GrowingCache": "kvprune.runtime.cache",
@@ -70,6 +72,7 @@ __all__ = [
     "bench",
     "errors",
     "evaluate",
+    "export",
     "fit",
     "generate",
     "load",

@@ -26,6 +26,7 @@ from kvprune.cli_options import (
     Trust,
     given,
 )
+from kvprune.cli_serve import export
 from kvprune.cli_study import study
 from kvprune.errors import KVPruneError
 from kvprune.measure.memory import is_out_of_memory
@@ -39,6 +40,7 @@ app = typer.Typer(
     help="Make the KV cache of a Hugging Face language model smaller, and say what that cost.",
 )
 app.add_typer(study, name="study")
+app.command()(export)
 
 
 @app.command()

@@ -21,3 +21,11 @@ def test_log_probabilities_and_greedy_text_are_those_of_transformers(family, tmp
     difference, gap = gaps(folder, ask(folder, tmp_path))
     assert difference < 1e-3
     assert gap < 1e-3  # the best, or as good as that within rounding
+
+
+def test_vllms_own_llama_serves_a_portable_folder_with_yarn(tmp_path):
+    """It does not read longrope's attention_factor; with YaRN's scale there log-probabilities were 0.3 off."""
+    folder = FOLDERS / "portable-yarn"
+    difference, gap = gaps(folder, ask(folder, tmp_path, "vllm"))
+    assert difference < 1e-4
+    assert gap < 1e-4

@@ -24,6 +24,9 @@ SIZES = {
 }
 WARM = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 128.0, "llama_4_scaling_beta": 0.5}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 128}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 128}
 UNIFORM = {"ratio": 0.5, "layout": "uniform", "align": 32}
 MIXED = {"ratio": 0.25, "merge": 1, "allocation": "budget", "align": 32}
 EIGHT = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
@@ -42,6 +45,13 @@ FOLDERS = {  # name -> model_type, what its config says beside the sizes, how it
     # For several ranks: biases and mixed widths; merged heads, and a norm over each head or over all of them
     "qwen2-alone": ("qwen2", {**EIGHT, "num_key_value_heads": 2}, MIXED),
     "qwen3-merged": ("qwen3", EIGHT, {"merge": 4, **UNIFORM}),
+    # For llama.cpp: what is neither in its frequencies nor in its softmax
+    "portable-yarn": (
+        "llama",
+        {**EIGHT, "attention_bias": True, "rope_parameters": YARN},
+        {"ratio": 0.5, "layout": "portable"},
+    ),
+    "stock-llama3": ("llama", {**EIGHT, "rope_parameters": LLAMA3}, {"ratio": 0.5, "layout": "stock"}),
     "olmo2-merged": ("olmo2", {**EIGHT, "hidden_size": 512}, {"merge": 2, **UNIFORM}),
 }
 

@@ -1,0 +1,86 @@
+"""llama.cpp serves exported folders: its log-probabilities, greedy text and tokens are those of transformers.
+
+llama.cpp lies in an environment of its own, whose Python KVPRUNE_TEST_LLAMA names.
+"""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import kvprune
+
+STOCK = Path(os.environ.get("KVPRUNE_TEST_STOCK", "missing"))
+TINY = Path(os.environ.get("KVPRUNE_TEST_TINY", "missing"))
+TEXTS = [
+    "The Eiffel Tower is a famous landmark in",
+    "In 1969, humans didn't yet know  that 3,141,592 isn't\n\n a prime; it's\teven. Ünïcode (naïve) 你好 ",
+    "Water boils at a temperature of 100 degrees, and ice melts at",
+]
+LIKELIEST = 500
+
+
+def ask(file, work, prompts, texts=(), kv="F32", top=LIKELIEST, new_tokens=24, forced=None):
+    how = {"new_tokens": new_tokens, "top": top, "kv": kv, "forced": forced}
+    asked = {"prompts": prompts, "texts": list(texts), **how}
+    (work / "asked.json").write_text(json.dumps(asked))
+    script, python = Path(__file__).with_name("llama.py"), os.environ["KVPRUNE_TEST_LLAMA"]
+    subprocess.run([python, script, file, work / "asked.json", work / "answers.json"], check=True)
+    return json.loads((work / "answers.json").read_text())
+
+
+@torch.no_grad()
+def compared(model, prompts, answers):
+    """Mean KL divergence of llama.cpp's distributions from transformers', in nats, of the likeliest tokens and all
+    others as one; the largest difference of their log-probabilities; how much likelier the best token was than the one
+    that llama.cpp chose, at most."""
+    divergences, differences, gaps = [], [], []
+    for prompt, steps in zip(prompts, answers["steps"], strict=True):
+        new = [max(step, key=step.get) for step in steps]
+        ids = torch.tensor(prompt + [int(token) for token in new])
+        table = model(ids[None]).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+        for own, step in zip(table, steps, strict=True):
+            there = own[[int(token) for token in step]]
+            theirs = torch.tensor(list(step.values()), dtype=torch.float64)
+            rest, other = ((1 - one.exp().sum()).clamp(min=1e-12) for one in (there, theirs))
+            divergences.append((there.exp() * (there - theirs)).sum() + rest * (rest / other).log())
+            differences.append((there - theirs).abs().max())
+            gaps.append(own.max() - own[int(max(step, key=step.get))])
+    return (float(torch.stack(divergences).mean()), float(max(differences)), float(max(gaps)))
+
+
+@pytest.mark.parametrize(("type", "kv", "most"), [("f32", "F32", 1e-4), ("f16", "F16", 1e-4), ("f16", "Q8_0", 1e-3)])
+def test_smollm2_of_the_stock_layout(type, kv, most, tmp_path):
+    kvprune.export(STOCK, gguf=tmp_path / "m.gguf", type=type)
+    tokenizer = kvprune.load_tokenizer(STOCK)
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    answers = ask(tmp_path / "m.gguf", tmp_path, prompts, TEXTS, kv)
+    assert answers["tokens"] == prompts
+    model = AutoModelForCausalLM.from_pretrained(STOCK, dtype=torch.float32)
+    divergence, _, gap = compared(model, prompts, answers)
+    print(f"\nSmolLM2, {type}, KV {kv}: KL {divergence:.2e}, greedy tokens at most {gap:.2e} less likely")
+    assert abs(divergence) < most
+    assert gap < (0.02 if kv != "Q8_0" else 0.3)
+
+
+@pytest.mark.parametrize("name", ["portable-yarn", "stock-llama3"])
+def test_tiny_models_are_exact(name, tmp_path):
+    """Biases, YaRN's scale, other frequencies, one width for all: whatever the folder needs is in the file."""
+    kvprune.export(TINY / name, gguf=tmp_path / "m.gguf", type="f32")
+    tokenizer = kvprune.load_tokenizer(TINY / name)
+    text = "the cat saw the old house near the river and then a small green dog"
+    ids = tokenizer(text)["input_ids"]
+    prompts = [ids[:end] for end in range(2, len(ids))]
+    model = AutoModelForCausalLM.from_pretrained(TINY / name, dtype=torch.float32)
+    one = {"top": model.config.vocab_size, "new_tokens": 1, "forced": tokenizer.convert_tokens_to_ids("a")}
+    answers = ask(tmp_path / "m.gguf", tmp_path, prompts, [text], **one)
+    assert answers["tokens"] == [ids]
+    divergence, difference, gap = compared(model, prompts, answers)
+    print(f"\n{name}: log-probabilities differ by {difference:.1e} at most, KL {divergence:.1e}")
+    assert difference < 1e-2  # llama.cpp rounds on its way: 3e-3 of a dense model of these sizes
+    assert divergence < 1e-5
+    assert gap < 1e-2
