@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvprune.benchmark import bench
     from kvprune.channels.plan import PruningPlan
     from kvprune.channels.prune import Pruned, prune
+    from kvprune.engines.doctor import doctor
     from kvprune.engines.gguf import export
     from kvprune.measure.evaluate import evaluate
     from kvprune.measure.fit import fit
@@ -41,6 +42,7 @@ _HOMES = {
     "Pruned": "kvprune.channels.prune",
     "PruningPlan": "kvprune.channels.plan",
     "evaluate": "kvprune.measure.evaluate",
+    "doctor": "kvprune.engines.doctor",
     "export": "kvprune.engines.gguf",
     "fit": "kvprune.measure.fit",
     "TokenFilter": "kvprune.tokens.filter",
@@ -70,6 +72,7 @@ __all__ = [
     "Recovered",
     "TokenFilter",
     "bench",
+    "doctor",
     "errors",
     "evaluate",
     "export",

