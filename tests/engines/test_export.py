@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from gguf import GGUFReader
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -13,7 +14,7 @@ from kvprune.engines.vocabulary import SPLITS, vocabulary
 from kvprune.errors import BadOption, BrokenCheckpoint, OutputExists, UnknownSource, UnsupportedArchitecture
 from kvprune.models.view import ModelView
 from kvprune.runtime.checkpoint import save
-from tiny import VOCABULARY, make_plan, merged_plan, random_bases, tiny_model, tiny_tokenizer
+from tiny import VOCABULARY, make_plan, merged_plan, random_bases, random_layers, tiny_model, tiny_tokenizer
 
 PAIRS = [1, 2, 4, 7]
 QK, VO = [[*PAIRS, *(p + 8 for p in PAIRS)]] * 2, [[*range(8)], [*range(1, 16, 2)]]
@@ -161,3 +162,77 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         main()
     assert ended.value.code == 0
     assert json.loads(capsys.readouterr().out)["type"] == "f16"
+
+
+def without_attention(folder, layer, tied):
+    """Three layers of which one has none, the others all of their channels, head by head in an order of its own."""
+    dense = tiny_model("llama", groups=2, layers=3, hidden=64, tie_word_embeddings=tied)
+    plan = make_plan(dense, random_layers(dense, [0 if i == layer else 16 for i in range(3)]))
+    pruned = cut(ModelView(dense), plan)
+    torch.nn.init.normal_(pruned.model.layers[layer].self_attn.o_proj.bias)
+    for other in {0, 1, 2} - {layer}:  # as merging leaves them: pairs in any order, some of which do not turn
+        attention = pruned.model.layers[other].self_attn
+        for head in range(2):
+            order = torch.randperm(8)
+            index = torch.tensor([0, 1, 2, 3, 4, 5, 16, 16])[order]
+            attention.rope_index[head] = torch.cat((index, torch.where(index == 16, 16, index + 8)))
+    save(pruned, tiny_tokenizer(), plan.to_json(), lambda: {"source": "tiny", "layout": "per-layer"}, folder)
+    return pruned
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_a_layer_without_attention(layer, tied, tmp_path):
+    """The file's tensors in a loop from llama.cpp's formula: pairs side by side, frequencies divided, no attention
+    where a layer has no heads."""
+    model = without_attention(tmp_path / "pruned", layer, tied)
+    found = kvprune.export(tmp_path / "pruned", gguf=tmp_path / "m.gguf", type="f32")
+    assert found["architecture"] == "deci"
+    reader = GGUFReader(tmp_path / "m.gguf")
+    heads = [0 if i == layer else 4 for i in range(3)]
+    assert reader.fields["deci.attention.head_count"].contents() == heads
+    assert reader.fields["deci.attention.head_count_kv"].contents() == [number // 2 for number in heads]
+    tensors = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in reader.tensors}
+    ids = torch.randint(3, VOCABULARY, (20,))
+    x = tensors["token_embd.weight"][ids]
+    for i, number in enumerate(heads):
+        own = {name.removeprefix(f"blk.{i}."): t for name, t in tensors.items() if name.startswith(f"blk.{i}.")}
+        if number:
+            h = norm(x, own["attn_norm.weight"])
+            q, k, v = (h @ own[f"attn_{name}.weight"].T for name in "qkv")
+            attended = attend(turned(q, tensors["rope_freqs.weight"]), turned(k, tensors["rope_freqs.weight"]), v)
+            x = x + attended @ own["attn_output.weight"].T + own.get("attn_output.bias", torch.zeros(64))
+        h = norm(x, own["ffn_norm.weight"])
+        h = torch.nn.functional.silu(h @ own["ffn_gate.weight"].T) * (h @ own["ffn_up.weight"].T)
+        x = x + h @ own["ffn_down.weight"].T + own.get("ffn_down.bias", torch.zeros(64))
+    last = tensors.get("output.weight", tensors["token_embd.weight"])
+    logits = norm(x, tensors["output_norm.weight"]) @ last.T
+    torch.testing.assert_close(logits, model(ids[None]).logits[0], atol=2e-4, rtol=2e-4)
+
+
+def norm(x, weight):
+    return x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+
+
+def turned(x, divisors):
+    """(tokens, heads * 16), pairs (2 i, 2 i + 1) turned by position times base^(-2 i / 16) / divisor."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 8, 2)))
+    angles = torch.arange(len(x))[:, None] * (1e4 ** (-torch.arange(8) / 8) / divisors)
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(-2)
+
+
+def attend(q, k, v):
+    """q (tokens, 4, 16), k (tokens, 2, 16), v (tokens, 32) -> (tokens, 64)."""
+    k, v = (one.repeat_interleave(2, 1) for one in (k, v.unflatten(-1, (2, 16))))
+    scores = torch.einsum("ihd,jhd->hij", q, k) / 4 + torch.full((len(q), len(q)), -torch.inf).triu(1)
+    return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).flatten(1)
+
+
+def test_heads_that_turn_differently_are_refused(tmp_path):
+    model = without_attention(tmp_path / "pruned", 1, False)
+    index = model.model.layers[2].self_attn.rope_index
+    index[1, index[1] == 5] = 4
+    save(model, tiny_tokenizer(), "{}", lambda: {"source": "tiny", "layout": "per-layer"}, tmp_path / "other")
+    with pytest.raises(UnsupportedArchitecture, match="--layout stock"):
+        kvprune.export(tmp_path / "other", gguf=tmp_path / "m.gguf")

@@ -67,9 +67,9 @@ def test_smollm2_of_the_stock_layout(type, kv, most, tmp_path):
     assert gap < (0.02 if kv != "Q8_0" else 0.3)
 
 
-@pytest.mark.parametrize("name", ["portable-yarn", "stock-llama3"])
+@pytest.mark.parametrize("name", ["portable-yarn", "stock-llama3", "deci"])
 def test_tiny_models_are_exact(name, tmp_path):
-    """Biases, YaRN's scale, other frequencies, one width for all: whatever the folder needs is in the file."""
+    """Biases, YaRN's scale, other frequencies, layers without attention: whatever the folder needs is in the file."""
     kvprune.export(TINY / name, gguf=tmp_path / "m.gguf", type="f32")
     tokenizer = kvprune.load_tokenizer(TINY / name)
     text = "the cat saw the old house near the river and then a small green dog"

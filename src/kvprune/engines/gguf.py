@@ -1,32 +1,43 @@
-"""A folder of the stock or the portable layout -> one GGUF file for llama.cpp, read back and checked.
+"""A folder -> one GGUF file for llama.cpp, read back and checked: of the stock or the portable layout, or one whose
+layers are as they were but for those without attention (deci.py).
 
 llama.cpp's "llama" has interleaved RoPE pairs, frequencies of its own unless rope_freqs.weight divides them, and none
 of the scales that YaRN puts on cos and sin. A file without these loads and is silently wrong.
 """
 
+import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from kvprune.engines.deci import STILL, Deci
+from kvprune.engines.deci import read as read_deci
 from kvprune.engines.vocabulary import vocabulary
 from kvprune.errors import BadOption, BrokenCheckpoint, OutputExists, UnknownSource, UnsupportedArchitecture
 from kvprune.models.source import resolve
 from kvprune.models.tokenizer import load_tokenizer
+from kvprune.runtime import register
 from kvprune.runtime.files import read_record, verify_files, weight_files, writing_to
 
 TYPES = ("f32", "f16", "q8_0")
 BLOCK = 32  # numbers of a row that q8_0 quantises together
 LAYOUTS = ("stock", "portable")
+_MEND = (
+    "{folder} has the layout {layout}, whose channels differ by layer or head, which llama.cpp cannot hold: prune with "
+    "--layout stock (merges KV heads), or with --layout portable (any width)"
+)
 
 
 def export(folder: str | Path, *, gguf: str | Path, type: str = "f16") -> dict[str, Any]:
-    """Write a pruned folder of the layout stock or portable as a GGUF file.
+    """Write a pruned folder as a GGUF file: of the layout stock or portable, or with whole layers of attention gone and
+    the others as wide as each other.
 
     type: of the matrices, "f32", "f16" or "q8_0"; vectors are f32. A matrix whose rows are no multiple of 32 numbers
     stays f16 in a q8_0 file. Returns {"file", "architecture", "type", "bytes", "tensors", "not_quantised" (names of
@@ -42,56 +53,149 @@ def export(folder: str | Path, *, gguf: str | Path, type: str = "f16") -> dict[s
         import gguf as library
     except ImportError:
         raise UnknownSource("writing GGUF needs the gguf package: pip install gguf") from None
-    config = _config(folder)
+    model = _Model.of(folder)
     verify_files(folder)
-    frequencies, scale = _rope(config)
     name = {"general.name": str(read_record(folder)["source"])}
-    keys = name | _keys(config, type) | vocabulary(folder, load_tokenizer(resolve(folder)), config.vocab_size)
+    keys = name | model.keys(type) | vocabulary(folder, load_tokenizer(resolve(folder)), model.config.vocab_size)
     partial = path.with_name(path.name + ".partial")
     try:
         with writing_to(path.parent, "free some space or choose another --gguf"):
-            kept = _write(library, partial, keys, _tensors(folder, config, frequencies, scale), type)
-            _check(library, partial, keys, kept, _tensors(folder, config, frequencies, scale))
+            kept = _write(library, partial, model.architecture, keys, model.tensors(), type)
+            _check(library, partial, keys, kept, model.tensors())
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     plain = sorted(name for name, kind in kept.items() if type == "q8_0" and kind == "F16")
-    found = {"file": str(path), "architecture": "llama", "type": type, "bytes": path.stat().st_size}
+    found = {"file": str(path), "architecture": model.architecture, "type": type, "bytes": path.stat().st_size}
     return found | {"tensors": len(kept), "not_quantised": plain}
 
 
 def check(folder: Path) -> None:
     """Raise what `export` would raise of this folder, without reading its weights."""
-    config = _config(folder)
-    _rope(config)
-    vocabulary(folder, load_tokenizer(resolve(folder)), config.vocab_size)
+    model = _Model.of(folder)
+    vocabulary(folder, load_tokenizer(resolve(folder)), model.config.vocab_size)
 
 
-def _config(folder: Path) -> PreTrainedConfig:
-    """The stock config of a folder that llama.cpp can hold. Raises UnsupportedArchitecture."""
-    if not folder.is_dir():
-        raise UnknownSource(f"there is no folder {folder}; give a pruned folder (download what is on the hub first)")
-    layout = read_record(folder).get("layout")
-    if layout not in LAYOUTS:
-        raise UnsupportedArchitecture(
-            f"{folder} has the layout {layout}, whose channels differ by layer and head, which llama.cpp cannot hold: "
-            "prune with --layout stock (merges KV heads), or with --layout portable (any width)"
-        )
-    config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "sliding_window", None):
-        raise UnsupportedArchitecture(
-            f"{folder} has a sliding window, which llama.cpp's llama has not; serve it with vLLM or transformers"
-        )
-    if config.model_type not in ("llama", "mistral") or config.hidden_act != "silu":
-        raise UnsupportedArchitecture(
-            f"{folder} is a {config.model_type} with {config.hidden_act}; of the stock layouts only Llama's is written "
-            "to GGUF"
-        )
-    return config
+@dataclass(frozen=True)
+class _Model:
+    """A folder as llama.cpp's "llama" or "deci". width: of a head; deci: None for "llama"; factors: what divides each
+    pair's frequency, (width / 2,), None where nothing does; scale: what W_q is multiplied by."""
+
+    folder: Path
+    config: Any
+    width: int
+    deci: Deci | None
+    factors: torch.Tensor | None
+    scale: float
+
+    @classmethod
+    def of(cls, folder: Path) -> "_Model":
+        """Raises UnsupportedArchitecture for what llama.cpp cannot hold."""
+        if not folder.is_dir():
+            raise UnknownSource(
+                f"there is no folder {folder}; give a pruned folder (download what is on the hub first)"
+            )
+        layout = read_record(folder).get("layout")
+        register()
+        config = AutoConfig.from_pretrained(folder)
+        deci = None if layout in LAYOUTS else read_deci(folder, config, _MEND.format(folder=folder, layout=layout))
+        if getattr(config, "sliding_window", None):
+            raise UnsupportedArchitecture(
+                f"{folder} has a sliding window, which llama.cpp's llama has not; serve it with vLLM or transformers"
+            )
+        if (deci is None and config.model_type not in ("llama", "mistral")) or config.hidden_act != "silu":
+            raise UnsupportedArchitecture(
+                f"{folder} is a {config.model_type} with {config.hidden_act}; only models like Llama are written to "
+                "GGUF"
+            )
+        dense = config if deci is None else config.dense()
+        frequencies, scale = _rope(config, dense)
+        width = config.head_dim if deci is None else deci.width
+        plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+        factors = plain / frequencies if deci is None else deci.factors(plain, frequencies)
+        if scale != 1 and bool((factors >= STILL).any()):  # on what turns alone
+            raise UnsupportedArchitecture(_MEND.format(folder=folder, layout=layout))
+        is_plain = bool((factors - 1).abs().max() < 1e-6)
+        scale *= math.sqrt(width / dense.head_dim)
+        return cls(folder, config, width, deci, None if is_plain else factors.float(), scale)
+
+    @property
+    def architecture(self) -> str:
+        return "llama" if self.deci is None else "deci"
+
+    def keys(self, type: str) -> dict[str, Any]:
+        config = self.config
+        heads: Any = config.num_attention_heads
+        kv_heads: Any = config.num_key_value_heads
+        if self.deci is not None:
+            there = [layer in self.deci.order for layer in range(config.num_hidden_layers)]
+            heads, kv_heads = ([number if one else 0 for one in there] for number in (heads, kv_heads))
+        numbers = {
+            "block_count": config.num_hidden_layers,
+            "context_length": config.max_position_embeddings,
+            "embedding_length": config.hidden_size,
+            "feed_forward_length": config.intermediate_size,
+            "attention.head_count": heads,
+            "attention.head_count_kv": kv_heads,
+            "attention.key_length": self.width,
+            "attention.value_length": self.width,
+            "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+            "rope.dimension_count": self.width,
+            "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+            "vocab_size": config.vocab_size,
+        }
+        about = {"general.file_type": {"f32": 0, "f16": 1, "q8_0": 7}[type], "general.quantization_version": 2}
+        return about | {f"{self.architecture}.{key}": value for key, value in numbers.items()}
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
+        """GGUF's name and the float32 numbers of each tensor, one after another."""
+        from gguf import MODEL_ARCH, get_tensor_name_map
+
+        names = get_tensor_name_map(MODEL_ARCH[self.architecture.upper()], self.config.num_hidden_layers)
+        if self.factors is not None:
+            yield "rope_freqs.weight", self.factors.numpy()
+        constants = {} if self.deci is None else dict(self.deci.constants)
+        for name, tensor in self._read():
+            stem, _, leaf = name.rpartition(".")
+            known = names.get_name(stem)
+            if known is None:
+                raise BrokenCheckpoint(f"{self.folder} has {name}, which llama.cpp's {self.architecture} has not")
+            layer = int(known.split(".")[1]) if known.startswith("blk.") else -1
+            if known.endswith(("attn_q", "attn_k")):
+                tensor = tensor if self.deci is None else self.deci.ordered(tensor, layer)
+                tensor = _interleaved(tensor, self.width)
+            if known.endswith("attn_q"):
+                tensor = tensor * self.scale
+            # What is left of a layer's attention is a constant: the layer before adds it, or the embedding
+            if known == "token_embd" and 0 in constants:
+                if self.config.tie_word_embeddings:
+                    yield "output.weight", tensor.numpy()
+                tensor = tensor + constants.pop(0)
+            if known.endswith("ffn_down") and leaf == "bias" and layer + 1 in constants:
+                tensor = tensor + constants.pop(layer + 1)
+            yield f"{known}.{leaf}", tensor.numpy()
+        for layer, constant in constants.items():
+            yield f"blk.{layer - 1}.ffn_down.bias", constant.numpy()
+
+    def _read(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What llama.cpp has of the folder's tensors, in float32."""
+        skipped = {} if self.deci is None else self.deci.constants
+        gone = {
+            f"model.layers.{layer}.{name}"
+            for layer in skipped
+            for name in ("input_layernorm.weight", "self_attn.o_proj.weight", "self_attn.o_proj.bias")
+        }
+        if self.config.tie_word_embeddings:
+            gone.add("lm_head.weight")
+        for file in weight_files(self.folder):
+            with safe_open(self.folder / file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118
+                    if name not in gone and not name.endswith("rope_index"):
+                        yield name, weights.get_tensor(name).float()
 
 
-def _rope(config: Any) -> tuple[torch.Tensor | None, float]:
-    """What divides each pair's frequency, (head_dim / 2,), None where nothing does; and what YaRN scales scores by."""
+def _rope(config: Any, dense: Any) -> tuple[torch.Tensor, float]:
+    """The frequency of each dense pair, and what YaRN scales scores by. dense: the config that they belong to."""
     rope = config.rope_parameters
     changes = rope["rope_type"] == "longrope" and rope["short_factor"] != rope["long_factor"]
     if rope["rope_type"] == "dynamic" or changes:
@@ -100,55 +204,9 @@ def _rope(config: Any) -> tuple[torch.Tensor | None, float]:
             "with vLLM or transformers"
         )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    rotary = type(model.base_model.rotary_emb)(config)
-    plain = rope["rope_theta"] ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
-    factors = plain / rotary.inv_freq.double()
-    is_plain = bool((factors - 1).abs().max() < 1e-6)
-    return None if is_plain else factors.float(), float(rotary.attention_scaling) ** 2
-
-
-def _keys(config: Any, type: str) -> dict[str, Any]:
-    numbers = {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.dimension_count": config.head_dim,
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
-        "vocab_size": config.vocab_size,
-    }
-    about = {"general.file_type": {"f32": 0, "f16": 1, "q8_0": 7}[type], "general.quantization_version": 2}
-    return about | {f"llama.{key}": value for key, value in numbers.items()}
-
-
-def _tensors(folder: Path, config: Any, factors: torch.Tensor | None, scale: float) -> Iterator[tuple[str, np.ndarray]]:
-    """GGUF's name and the float32 numbers of each tensor, one after another."""
-    from gguf import MODEL_ARCH, get_tensor_name_map
-
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    if factors is not None:
-        yield "rope_freqs.weight", factors.numpy()
-    for file in weight_files(folder):
-        with safe_open(folder / file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118
-                if name == "lm_head.weight" and config.tie_word_embeddings:
-                    continue
-                stem, _, leaf = name.rpartition(".")
-                known = names.get_name(stem)
-                if known is None:
-                    raise BrokenCheckpoint(f"{folder / file} has {name}, which llama.cpp's llama has not")
-                tensor = weights.get_tensor(name).float()
-                if known.endswith(("attn_q", "attn_k")):
-                    tensor = _interleaved(tensor, config.head_dim)
-                if known.endswith("attn_q"):
-                    tensor = tensor * scale
-                yield f"{known}.{leaf}", tensor.numpy()
+        model: Any = AutoModelForCausalLM.from_config(config)
+    rotary = type(model.base_model.rotary_emb)(dense)
+    return rotary.inv_freq.double(), float(rotary.attention_scaling) ** 2
 
 
 def _interleaved(tensor: torch.Tensor, width: int) -> torch.Tensor:
@@ -157,9 +215,11 @@ def _interleaved(tensor: torch.Tensor, width: int) -> torch.Tensor:
     return heads.transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def _write(library: Any, path: Path, keys: dict[str, Any], tensors: Any, type: str) -> dict[str, str]:
+def _write(
+    library: Any, path: Path, architecture: str, keys: dict[str, Any], tensors: Any, type: str
+) -> dict[str, str]:
     """Returns the type of each tensor written. Tensors are converted one at a time, and wait on the disk."""
-    writer = library.GGUFWriter(path, "llama", use_temp_file=True)
+    writer = library.GGUFWriter(path, architecture, use_temp_file=True)
     for key, value in keys.items():
         _add(writer, key, value)
     kept = {}
