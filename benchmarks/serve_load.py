@@ -78,7 +78,7 @@ def load(address: str, requests: int, rate: float, prompt: int, new_tokens: int,
     draw = random.Random(seed)
     waits = [draw.expovariate(rate) for _ in range(requests)]
     prompts = [[draw.randrange(100, 1000) for _ in range(prompt)] for _ in range(requests)]
-    found: list[list[float]] = [[] for _ in range(requests)]
+    found: dict[int, tuple[list[float], int]] = {}
     errors: list[str] = []
     busy: list[float] = []
     done = threading.Event()
@@ -105,31 +105,37 @@ def load(address: str, requests: int, rate: float, prompt: int, new_tokens: int,
     seconds = time.monotonic() - started
     done.set()
     watcher.join()
-    whole = [times for times in found if len(times) > 1]
+    new = sum(tokens for _, tokens in found.values())
     return {
         "requests": requests,
         "errors": errors,
-        "new_tokens": sum(len(times) - 1 for times in whole),
+        "new_tokens": new,
         "seconds": seconds,
-        "tokens_per_second": sum(len(times) - 1 for times in whole) / seconds,
+        "tokens_per_second": new / seconds,
         "preemptions": metric(address, "vllm:num_preemptions_total") - before,
         "in_flight": max(busy, default=0.0),
-        "first_token": quantiles([times[1] - times[0] for times in whole]),
-        "per_token": quantiles([(times[-1] - times[1]) / (len(times) - 2) for times in whole if len(times) > 2]),
+        "first_token": quantiles([times[1] - times[0] for times, _ in found.values()]),
+        "per_token": quantiles([(times[-1] - times[1]) / (n - 1) for times, n in found.values() if n > 1]),
     }
 
 
-def stream(address: str, prompt: list[int], new_tokens: int) -> list[float]:
-    """When a request was sent, and when each of its new tokens came."""
+def stream(address: str, prompt: list[int], new_tokens: int) -> tuple[list[float], int]:
+    """When a request was sent and when each piece of its answer came, and how many tokens that was. Raises OSError."""
     asked = {"model": "model", "prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
-    body = json.dumps(asked | {"stream": True}).encode()
+    body = json.dumps(asked | {"stream": True, "stream_options": {"include_usage": True}}).encode()
     request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
-    times = [time.monotonic()]
+    times, tokens = [time.monotonic()], 0
     with urllib.request.urlopen(request, timeout=3600) as answer:
         for line in answer:
-            if line.startswith(b"data: {"):
+            if not line.startswith(b"data: {"):
+                continue
+            piece = json.loads(line.removeprefix(b"data: "))
+            if "error" in piece:
+                raise OSError(piece["error"])
+            if piece["choices"]:
                 times.append(time.monotonic())
-    return times
+            tokens = (piece.get("usage") or {}).get("completion_tokens", tokens)
+    return times, tokens
 
 
 def metric(address: str, name: str) -> float:

@@ -41,9 +41,9 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         for i in range(5):
             time.sleep(EACH if i else FIRST)
-            self.wfile.write(b'data: {"choices": []}\n\n')
+            self.wfile.write(b'data: {"choices": [{"text": "x"}], "usage": null}\n\n')
             self.wfile.flush()
-        self.wfile.write(b"data: [DONE]\n\n")
+        self.wfile.write(b'data: {"choices": [], "usage": {"completion_tokens": 5}}\n\ndata: [DONE]\n\n')
         with self.server.lock:
             self.server.running -= 1
 
@@ -79,11 +79,14 @@ def test_what_is_measured(script, address):
 
 
 def test_errors_are_counted(script, address, monkeypatch):
-    def broken(*_):
-        raise OSError("reset")
+    def broken(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(b'data: {"error": "no such token"}\n\n')
 
-    monkeypatch.setattr(script, "stream", broken)
-    assert script.load(address, requests=3, rate=100.0, prompt=3, new_tokens=5)["errors"] == ["reset"] * 3
+    monkeypatch.setattr(Handler, "do_POST", broken)
+    found = script.load(address, requests=3, rate=100.0, prompt=3, new_tokens=5)
+    assert (found["errors"], found["new_tokens"]) == (["no such token"] * 3, 0)
 
 
 def test_quantiles_by_hand(script):
