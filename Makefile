@@ -90,7 +90,7 @@ test-vllm: .venv-vllm/done $(PRUNED)/config.json $(STOCK)/config.json $(CACHE)/d
 
 # llama.cpp reads what `export` writes.
 test-gguf: .venv/done .venv-gguf/done $(STOCK)/config.json $(CACHE)/tiny/done
-	KVPRUNE_TEST_STOCK=$(STOCK) KVPRUNE_TEST_TINY=$(CACHE)/tiny KVPRUNE_TEST_LLAMA=.venv-gguf/bin/python \
+	KVPRUNE_DATA=$(CACHE) KVPRUNE_TEST_STOCK=$(STOCK) KVPRUNE_TEST_TINY=$(CACHE)/tiny KVPRUNE_TEST_LLAMA=.venv-gguf/bin/python \
 		.venv/bin/python -m pytest tests/real/test_llamacpp.py -s
 
 # One prune for all tests that need one of a real model. Its widths are those that vLLM's CPU build takes.

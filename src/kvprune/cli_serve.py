@@ -26,6 +26,7 @@ def export(
     print(f"{found['file']}: {found['architecture']}, {found['type']}, {found['bytes']:,} bytes, read back and checked")
     if found["not_quantised"]:
         print(f"{len(found['not_quantised'])} matrices stay f16: their rows are no multiple of 32 numbers")
+    print(*found["differences"], sep="\n", end="\n" if found["differences"] else "")
 
 
 def doctor(

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 import kvprune
 from kvprune.channels.cut.surgery import cut
-from kvprune.engines.vocabulary import SPLITS, vocabulary
+from kvprune.engines.vocabulary import SPLITS, differences, vocabulary
 from kvprune.errors import BadOption, BrokenCheckpoint, OutputExists, UnknownSource, UnsupportedArchitecture
 from kvprune.models.view import ModelView
 from kvprune.runtime.checkpoint import save
@@ -98,6 +98,7 @@ def test_how_a_text_is_split_has_llama_cpps_name(name, tmp_path):
     tokenizer = bpe(*KNOWN[name], post="<s> $A" if name == "llama-bpe" else None)
     tokenizer.save_pretrained(tmp_path)
     found = vocabulary(tmp_path, tokenizer, 6)
+    assert [line[:27] for line in differences(tmp_path)] == ["text that is not normalised"] * (name == "qwen2")
     assert found["tokenizer.ggml.pre"] == name
     assert found["tokenizer.ggml.tokens"] == ["a", "b", "ab", "<s>", "[PAD4]", "[PAD5]"]
     assert found["tokenizer.ggml.token_type"] == [1, 1, 1, 3, 5, 5]

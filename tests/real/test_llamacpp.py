@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import kvprune
+from kvprune.runtime.checkpoint import save
 
 STOCK = Path(os.environ.get("KVPRUNE_TEST_STOCK", "missing"))
 TINY = Path(os.environ.get("KVPRUNE_TEST_TINY", "missing"))
@@ -84,3 +86,44 @@ def test_tiny_models_are_exact(name, tmp_path):
     assert difference < 1e-2  # llama.cpp rounds on its way: 3e-3 of a dense model of these sizes
     assert divergence < 1e-5
     assert gap < 1e-2
+
+
+def sentencepiece(texts, first):
+    """A BPE as Llama 2's and Mistral's: bytes for what it does not know, joined by the order of its tokens."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    pieces = sorted(trained.get_vocab(), key=trained.get_vocab().get)
+    known = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *pieces]
+    vocabulary = {piece: i for i, piece in enumerate(known)}
+    splits = [(piece[:i], piece[i:]) for piece in pieces for i in range(1, len(piece))]
+    merges = [pair for pair in splits if set(pair) <= set(pieces)]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    replace = normalizers.Replace(" ", "▁")
+    if first == "Metaspace":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if first else replace
+    single = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = single
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+@pytest.mark.parametrize("first", ["Metaspace", "Prepend", ""])
+def test_the_tokens_of_a_sentencepiece_bpe(first, tmp_path):
+    text = (Path(os.environ["KVPRUNE_DATA"]) / "wiki-test.txt").read_text()
+    tokenizer = sentencepiece([text[:200_000]], first)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) + 5, num_key_value_heads=1, **sizes))
+    record = {"source": "tiny", "layout": "stock"}
+    save(model, tokenizer, "{}", lambda: record, tmp_path / "stock")
+    found = kvprune.export(tmp_path / "stock", gguf=tmp_path / "m.gguf")
+    texts = [*TEXTS, "  two  before", "aaaaaaa  bbb", *(text[i : i + 400] for i in range(200_000, 240_000, 2_000))]
+    if first == "Metaspace":
+        assert "begins with a space" in found["differences"][0]
+        texts = [text.lstrip(" ") for text in texts]
+    else:
+        assert found["differences"] == []
+    answers = ask(tmp_path / "m.gguf", tmp_path, [], texts)
+    assert answers["tokens"] == [tokenizer(text)["input_ids"] for text in texts]

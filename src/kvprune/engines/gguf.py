@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvprune.engines.deci import STILL, Deci
 from kvprune.engines.deci import read as read_deci
-from kvprune.engines.vocabulary import vocabulary
+from kvprune.engines.vocabulary import differences, vocabulary
 from kvprune.errors import BadOption, BrokenCheckpoint, OutputExists, UnknownSource, UnsupportedArchitecture
 from kvprune.models.source import resolve
 from kvprune.models.tokenizer import load_tokenizer
@@ -41,8 +41,9 @@ def export(folder: str | Path, *, gguf: str | Path, type: str = "f16") -> dict[s
 
     type: of the matrices, "f32", "f16" or "q8_0"; vectors are f32. A matrix whose rows are no multiple of 32 numbers
     stays f16 in a q8_0 file. Returns {"file", "architecture", "type", "bytes", "tensors", "not_quantised" (names of
-    such matrices)}. Raises BadOption, BrokenCheckpoint, OutputExists, NoSpace, UnknownSource (without the gguf package)
-    or UnsupportedArchitecture, with the layout to take, for what llama.cpp cannot hold.
+    such matrices), "differences" (lines: where llama.cpp is known to make other tokens of a text)}. Raises BadOption,
+    BrokenCheckpoint, OutputExists, NoSpace, UnknownSource (without the gguf package) or UnsupportedArchitecture, with
+    the layout to take, for what llama.cpp cannot hold.
     """
     folder, path = Path(folder), Path(gguf)
     if type not in TYPES:
@@ -67,7 +68,7 @@ def export(folder: str | Path, *, gguf: str | Path, type: str = "f16") -> dict[s
         partial.unlink(missing_ok=True)
     plain = sorted(name for name, kind in kept.items() if type == "q8_0" and kind == "F16")
     found = {"file": str(path), "architecture": model.architecture, "type": type, "bytes": path.stat().st_size}
-    return found | {"tensors": len(kept), "not_quantised": plain}
+    return found | {"tensors": len(kept), "not_quantised": plain, "differences": differences(folder)}
 
 
 def check(folder: Path) -> None:
@@ -247,7 +248,8 @@ def _check(library: Any, path: Path, keys: dict[str, Any], kept: dict[str, str],
     reader = library.GGUFReader(path)
     for key, value in keys.items():
         found = reader.fields[key].contents()
-        same = np.isclose(found, value, rtol=1e-6) if isinstance(value, float) else found == value
+        is_real = isinstance(value, float) or (isinstance(value, list) and isinstance(value[0], float))
+        same = np.allclose(found, value, rtol=1e-6) if is_real else found == value
         assert same, f"{key} was read back as {found}"
     there = {tensor.name: tensor for tensor in reader.tensors}
     assert {name: tensor.tensor_type.name for name, tensor in there.items()} == kept

@@ -1,10 +1,12 @@
 """A folder's tokenizer as llama.cpp reads it, or a refusal: it must make the same tokens of every text.
 
 llama.cpp knows how byte-level BPE splits a text into words by name only; here the name is found by what tokenizer.json
-says, never guessed. Their regular expressions are those of llama.cpp's src/llama-vocab.cpp.
+says, never guessed. Their regular expressions are those of llama.cpp's src/llama-vocab.cpp. BPE of SentencePiece joins
+the two tokens whose whole has the highest score; tokenizer.json has a list of pairs, whose order gives the scores.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,23 @@ SPLITS: dict[str, tuple[tuple[str, ...], bool, tuple[str, ...]]] = {
     "llama-bpe": ((_WORDS % "{1,3}",), True, ()),
     "qwen2": ((_WORDS % "",), False, ("NFC",)),
 }
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # gguf.TokenType
+SPACE = "\u2581"
+_MARKS = ("continuing_subword_prefix", "end_of_word_suffix", "dropout")
+# Of its steps, how many put a space before a text, write spaces as SPACE, do either as Metaspace; and all
+_SENTENCEPIECE = ((1, 1, 0, 2), (0, 1, 0, 1), (0, 0, 1, 1))
+
+
+def differences(folder: Path) -> list[str]:
+    """Where llama.cpp is known to make other tokens than a tokenizer that it can hold."""
+    parts, found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")), []
+    if any(step["type"] == "NFC" for step in _flat(parts.get("normalizer"), "normalizers")):
+        found.append("text that is not normalised (NFC) has other tokens in llama.cpp, which does not normalise it")
+    if any(
+        step.get("prepend_scheme", "never") != "never" for step in _flat(parts.get("pre_tokenizer"), "pretokenizers")
+    ):
+        found.append("text that begins with a space, and text behind a special token, has one space more in llama.cpp")
+    return found
 
 
 def vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, Any]:
@@ -36,16 +54,14 @@ def vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> d
         raise _refusal(folder, "it has no tokenizer.json")
     parts = json.loads(path.read_text(encoding="utf-8"))
     tokens, types = _tokens(folder, parts, tokenizer, rows)
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in parts["model"]["merges"]]
-    if any(pair.count(" ") != 1 for pair in merges):
-        raise _refusal(folder, "some of its tokens have spaces")
     bos, eos = _added(folder, tokenizer)
-    found = {
-        "ggml.model": "gpt2",
-        "ggml.pre": _name(folder, parts),
+    model = parts["model"]
+    if model.get("type") != "BPE" or any(model.get(key) for key in _MARKS):
+        raise _refusal(folder, "it is no BPE, or marks parts of words")
+    kind = _sentencepiece(folder, parts, tokens, types) if model.get("byte_fallback") else _bytes(folder, parts)
+    found = kind | {
         "ggml.tokens": tokens,
         "ggml.token_type": types,
-        "ggml.merges": merges,
         "ggml.add_bos_token": bos,
         "ggml.add_eos_token": eos,
         "ggml.bos_token_id": tokenizer.bos_token_id,
@@ -64,13 +80,48 @@ def _refusal(folder: Path, why: str) -> UnsupportedArchitecture:
     )
 
 
+def _bytes(folder: Path, parts: dict[str, Any]) -> dict[str, Any]:
+    """What is said of a byte-level BPE alone."""
+    merges = [" ".join(pair) for pair in _pairs(parts)]
+    if any(pair.count(" ") != 1 for pair in merges):
+        raise _refusal(folder, "some of its tokens have spaces")
+    return {"ggml.model": "gpt2", "ggml.pre": _name(folder, parts), "ggml.merges": merges}
+
+
+def _pairs(parts: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in parts["model"]["merges"]]
+
+
+def _sentencepiece(folder: Path, parts: dict[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:
+    """What is said of a BPE of SentencePiece alone; `types` are told which tokens are bytes, and which is unknown."""
+    before, how = _flat(parts.get("normalizer"), "normalizers"), _flat(parts.get("pre_tokenizer"), "pretokenizers")
+    first = [step for step in before if step == {"type": "Prepend", "prepend": SPACE}]
+    spaces = [step for step in before if step == {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+    meta = [step for step in how if step["type"] == "Metaspace" and step["replacement"] == SPACE and not step["split"]]
+    steps = len(before) + len(how)
+    if parts["model"].get("ignore_merges") or (len(first), len(spaces), len(meta), steps) not in _SENTENCEPIECE:
+        raise _refusal(folder, "it treats spaces in another way than SentencePiece's BPE")
+    ranks: dict[str, list[int]] = {}
+    for rank, pair in enumerate(_pairs(parts)):
+        ranks.setdefault("".join(pair), []).append(rank)
+    if any(found[-1] - found[0] >= len(found) for found in ranks.values()):
+        raise _refusal(folder, "the order in which it joins tokens is that of no scores")
+    for index, token in enumerate(tokens):
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
+            types[index] = BYTE
+        elif token == parts["model"].get("unk_token"):
+            types[index] = UNKNOWN
+    if types.count(BYTE) != 256:
+        raise _refusal(folder, "it has no tokens for bytes")
+    prefix = bool(first) or any(step["prepend_scheme"] != "never" for step in meta)
+    scores = [-float(ranks[token][0]) if token in ranks else -float(len(ranks)) for token in tokens]
+    about = {"ggml.model": "llama", "ggml.pre": "default", "ggml.add_space_prefix": prefix}
+    return about | {"ggml.scores": scores, "ggml.remove_extra_whitespaces": False}
+
+
 def _name(folder: Path, parts: dict[str, Any]) -> str:
     """What llama.cpp calls this way to split a text into words."""
     model = parts["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise _refusal(folder, "it is no byte-level BPE")
-    if any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout")):
-        raise _refusal(folder, "its BPE marks parts of words")
     how = tuple(map(_split, _flat(parts.get("pre_tokenizer"), "pretokenizers")))
     before = tuple(part["type"] for part in _flat(parts.get("normalizer"), "normalizers"))
     steps = how if how[-1:] == ("gpt2",) else how[:-1] if how[-1:] == ("bytes",) else ("unknown",)
