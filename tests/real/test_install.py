@@ -15,6 +15,7 @@ FEWER = {
     "recover": "--tokens 8192 --steps 2 --held-out 1024 --eval-tokens 1024 --eval-window 512",
     "eval": "--tokens 1024",
     "bench": "--batch 1 --context 512 --new-tokens 8",
+    "study": "--context 256 --samples 1",
 }
 
 
