@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvprune.models.family import Family
 from kvprune.runtime.attention import packed_attention
-from kvprune.runtime.modeling import rotate_half, window_of
+from kvprune.runtime.modeling import window_of
 from kvprune.tokens.anchors import moving_average
 from kvprune.tokens.cache import HOST, FilteredLayer
 from kvprune.tokens.fusion import FUSIONS
+from kvprune.tokens.projections import Projections, Turns, turned
 from kvprune.tokens.settings import Settings
 from kvprune.tokens.similarity import similarity, uniform
 from kvprune.tokens.step import Step
@@ -55,17 +55,14 @@ class FilteredAttention:
     def __init__(
         self,
         module: nn.Module,
-        family: Family,
+        parts: Projections,
         index: int,
         settings: Settings,
         skip_rate: float,
         drop_rate: float | None,
     ):
         self.module: Any = module
-        self.index, self.settings = index, settings
-        q, self.k, self.v, o = (getattr(module, getattr(family, name)) for name in "qkvo")
-        # A pruned layer may have a matrix behind Q and one before O.
-        self.q, self.o = getattr(module, "queries", q), getattr(module, "outputs", o)
+        self.index, self.settings, self.parts = index, settings, parts
         self.rates = skip_rate, drop_rate
         self.leader: FilteredAttention | None = None
         self.decided: tuple[torch.Tensor, torch.Tensor] | None = None  # in the last call
@@ -80,21 +77,22 @@ class FilteredAttention:
         assert self.step is not None
         layer = self.step.layers[self.index]
         on_device = layer.decides_next(hidden_states.shape[1])
-        d = self.module.head_dim
-        k, v = (p(hidden_states).unflatten(-1, (-1, d)).transpose(1, 2) for p in (self.k, self.v))
-        cos, sin = self._rotary(position_embeddings)
-        rotated = k * cos + rotate_half(k) * sin
+        k, v, queries = self.parts.keys_and_values(hidden_states)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        turns = self.parts.turns(position_embeddings)
+        rotated = turned(k, turns)
         if not layer.is_initialized:
             layer.lazy_initialization(rotated, v)
         step = self.step.to(layer.home if on_device else HOST)
         skipped, dropped = self._decide(layer, k if self.settings.keys == "pre-rope" else rotated, v, step)
         active = step.real & ~skipped
         place = layer.append(rotated, v, active if dropped is skipped else step.real & ~dropped)
+        asking = hidden_states if queries is None else queries
         if on_device:
-            computed = self._attend_together(layer, hidden_states, active, place, cos, sin)
+            computed = self._attend_together(layer, asking, active, place, turns)
             output = self._next_output(layer, computed.to(hidden_states.dtype), active, skipped, step)
         else:
-            found = self._attend_active(layer, hidden_states, active, dropped, place, (rotated, v), (cos, sin))
+            found = self._attend_active(layer, asking, active, dropped, place, (rotated, v), turns)
             output = self._outputs(layer, hidden_states, found, active, skipped, step)
         layer.seen += step.tokens
         layer.counts = layer.counts + step.numbers.to(layer.home)
@@ -104,36 +102,31 @@ class FilteredAttention:
         self._count(step, skipped, dropped, on_device)
         return output, None
 
-    def _rotary(self, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of each channel, (B or 1, KV heads or 1, T, head_dim)."""
-        cos, sin = position_embeddings
-        if hasattr(self.module, "rope_index"):  # a pruned layer: each KV head has kept its own pairs
-            return cast(tuple[torch.Tensor, torch.Tensor], self.module.turns(cos, sin))
-        return cos.unsqueeze(1), sin.unsqueeze(1)
-
-    def _queries(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv_heads: int) -> torch.Tensor:
-        """The rotated queries (rows, heads, head_dim) of hidden (rows, hidden); cos, sin (rows or 1, KV heads or 1,
-        head_dim)."""
-        query = self.q(hidden).unflatten(-1, (-1, self.module.head_dim))
-        self.counts.rows["q"] += len(query)
-        if cos.shape[1] > 1:
-            cos, sin = (x.repeat_interleave(query.shape[1] // kv_heads, dim=1) for x in (cos, sin))
-        return query * cos + rotate_half(query) * sin
+    def _queries(self, asking: torch.Tensor, turns: Turns | None, kv_heads: int) -> torch.Tensor:
+        """The rotated queries (rows, heads, head_dim) of asking: hidden (rows, hidden), or queries before RoPE, which
+        came with the keys; turns: (rows or 1, KV heads or 1, head_dim)."""
+        query = asking if self.parts.is_fused else self.parts.queries(asking)
+        if not self.parts.is_fused:
+            self.counts.rows["q"] += len(query)
+        if turns is not None and turns[0].shape[1] > 1:
+            cos, sin = (x.repeat_interleave(query.shape[1] // kv_heads, dim=1) for x in turns)
+            turns = cos, sin
+        return turned(query, turns)
 
     def _attend_together(
         self,
         layer: FilteredLayer,
-        hidden: torch.Tensor,
+        asking: torch.Tensor,
         active: torch.Tensor,
         place: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        turns: Turns | None,
     ) -> torch.Tensor:
         """Outputs behind O of one new token of each sequence, (B, hidden). A token that skips costs a column of the
         cache: its output is not used."""
         assert layer.keys is not None
         assert layer.values is not None
-        query = self._queries(hidden[:, 0], cos[:, :, 0], sin[:, :, 0], layer.keys.shape[1]).unsqueeze(2)
+        now = None if turns is None else (turns[0][:, :, 0], turns[1][:, :, 0])
+        query = self._queries(asking[:, 0], now, layer.keys.shape[1]).unsqueeze(2)
         output, _ = packed_attention(
             self.module,
             query,
@@ -143,25 +136,27 @@ class FilteredAttention:
             scaling=self.module.scaling,
         )
         self.counts.rows["o"] += len(query)
-        return cast(torch.Tensor, self.o(output.flatten(2)[:, 0]))
+        return cast(torch.Tensor, self.parts.outputs(output.flatten(2)[:, 0]))
 
     def _attend_active(
         self,
         layer: FilteredLayer,
-        hidden: torch.Tensor,
+        asking: torch.Tensor,
         active: torch.Tensor,
         dropped: torch.Tensor,
         place: torch.Tensor,
         new: tuple[torch.Tensor, torch.Tensor],
-        turns: tuple[torch.Tensor, torch.Tensor],
+        turns: Turns | None,
     ) -> torch.Tensor | None:
-        """Outputs behind O of the active tokens, sequence after sequence, (rows, hidden), if there are any. new: keys
-        and values of all new tokens; turns: cos and sin."""
-        b, t = (i.to(hidden.device) for i in active.nonzero(as_tuple=True))
+        """Outputs behind O of the active tokens, sequence after sequence, (rows, hidden), if there are any. asking
+        (B, T, ...): of all tokens what queries come from; new: keys and values of all new tokens."""
+        b, t = (i.to(asking.device) for i in active.nonzero(as_tuple=True))
         if not len(b):
             return None
-        cos, sin = (x[b if len(x) > 1 else torch.zeros_like(b), :, t] for x in turns)
-        query = self._queries(hidden[b, t], cos, sin, new[0].shape[1])
+        if turns is not None:
+            cos, sin = (x[b if len(x) > 1 else torch.zeros_like(b), :, t] for x in turns)
+            turns = cos, sin
+        query = self._queries(asking[b, t], turns, new[0].shape[1])
         return self._attend(layer, query, active, dropped, place, new)
 
     def _attend(
@@ -199,7 +194,7 @@ class FilteredAttention:
                 found.append(self._attention(mine[:, :, piece], keys, values, mask))
         outputs = torch.cat(found) if len(found) > 1 else found[0]
         self.counts.rows["o"] += len(outputs)
-        return cast(torch.Tensor, self.o(outputs))
+        return cast(torch.Tensor, self.parts.outputs(outputs))
 
     def _needs_no_mask(self, tokens: int, active: int, kept: int, before: int, alone: bool) -> bool:
         """Whether a sequence's queries see all keys (there is one new token), or each those up to its own (there was no
@@ -317,7 +312,7 @@ class FilteredAttention:
         counts.late = counts.late + step.late
         for name, flags in (("skipped", skipped), ("dropped", dropped)):
             setattr(counts, name, getattr(counts, name) + (flags.sum() if on_device else int(flags.sum())))
-        for name in "kv":
+        for name in "qkv" if self.parts.is_fused else "kv":
             counts.rows[name] += step.real.numel()
         if self.decisions is not None:
             self.decisions.append(skipped)

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from kvprune.errors import CacheMismatch, FilterMisuse
 from kvprune.models.family import check_config, family_of
+from kvprune.models.view import ModelView
+from kvprune.runtime import PREFIX
 from kvprune.runtime.modeling import CACHE, take_cache
 from kvprune.runtime.quantized import is_quantized
 from kvprune.tokens.attention import FilteredAttention
@@ -29,6 +31,7 @@ from kvprune.tokens.binding import (
     setting_of,
 )
 from kvprune.tokens.cache import HOST, FilteredLayer
+from kvprune.tokens.projections import Projections
 from kvprune.tokens.quantized import QuantizedFilteredLayer
 from kvprune.tokens.report import bytes_of, no_bytes, report
 from kvprune.tokens.settings import Settings
@@ -59,8 +62,8 @@ class Skipping:
         family = family_of(config.model_type)
         check_config(config)
         modules = [getattr(block, family.attention) for block in family.blocks(model)]
-        if not family.is_plain or any(map(is_capped, modules)):
-            raise FilterMisuse(f"skipping is built for Llama's attention, not for {config.model_type}'s; use keep")
+        if any(map(is_capped, modules)):
+            raise FilterMisuse(f"skipping cannot work on {config.model_type}, whose attention has a cap or sinks")
         check_attention(config)
         if any(isinstance(getattr(vars(m).get(forward_of(m)), "__self__", None), FilteredAttention) for m in modules):
             raise FilterMisuse("the model has a TokenFilter already; leave its context first")
@@ -69,9 +72,12 @@ class Skipping:
         s = self.settings
         skip = s.rates(s.ratio, len(modules))
         drop = skip if s.drop_ratio is None else s.rates(s.drop_ratio, len(modules))
+        is_pruned = config.model_type.startswith(PREFIX)
+        views = [None] * len(modules) if is_pruned else ModelView(model).attention
+        parts = [Projections(module, family, view) for module, view in zip(modules, views, strict=True)]
         self._layers = [
             FilteredAttention(
-                modules[i], family, i, s, skip.get(i, 0.0), None if s.drop_ratio is None else drop.get(i, 0.0)
+                modules[i], parts[i], i, s, skip.get(i, 0.0), None if s.drop_ratio is None else drop.get(i, 0.0)
             )
             for i in sorted(skip | drop)
         ]
@@ -89,7 +95,8 @@ class Skipping:
                 stack.callback(replaced(layer.module, forward_of(layer.module), layer.forward))
             self._own_generate = cast(Callable[..., Any], self._model.generate)
             stack.callback(replaced(self._model, "generate", self._generate))
-            stack.callback(self._model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+            decoder = family_of(self._model.config.model_type).stack(self._model)
+            stack.callback(decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
             self._undo = stack.pop_all()
         self._active = True
         return self
