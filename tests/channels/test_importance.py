@@ -108,11 +108,11 @@ def test_variance_is_half_of_what_each_pair_changes_behind_the_attention(model):
     half = D // 2
     qk, squares = (torch.zeros(2, KV, D, dtype=torch.float64) for _ in range(2))
     tokens = 0
-    draws = [torch.Generator().manual_seed(layer) for layer in range(2)]
-    for ids in torch.cat(batches()):
+    for window, ids in enumerate(torch.cat(batches())):
         out = exact(ids[None], output_hidden_states=True, output_attentions=True)
         tokens += len(ids)
         for layer, block in enumerate(exact.model.layers):
+            draws = torch.Generator().manual_seed(layer << 32 | window)
             a = block.self_attn
             x = block.input_layernorm(out.hidden_states[layer][0])
             cos, sin = (t[0, :, :half] for t in exact.model.rotary_emb(x[None], torch.arange(len(ids))[None]))
@@ -121,7 +121,7 @@ def test_variance_is_half_of_what_each_pair_changes_behind_the_attention(model):
             for head in range(KV * GROUPS):
                 kv = head // GROUPS
                 if head % GROUPS == 0:
-                    directions = torch.randn(GROUPS, exact.config.hidden_size, generator=draws[layer]).double()
+                    directions = torch.randn(GROUPS, exact.config.hidden_size, generator=draws).double()
                 effect = v[:, kv] @ (directions[head % GROUPS] @ a.o_proj.weight[:, head * D : (head + 1) * D])
                 weights = out.attentions[layer][0, head]
                 for pair in range(half):

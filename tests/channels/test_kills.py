@@ -50,6 +50,9 @@ def is_whole(out):
 @pytest.mark.parametrize("streamed", [False, True])
 def test_any_number_of_kills_end_in_the_same_folder(streamed, processes, checkpoint, texts, tmp_path):
     moments = random.Random(int(streamed))
+    imports = processes.Process(target=int)
+    imports.start()
+    imports.join()
     start = time.monotonic()
     first = processes.Process(target=work, args=(checkpoint, tmp_path / "whole", streamed))
     first.start()

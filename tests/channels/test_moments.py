@@ -50,9 +50,9 @@ def by_plain_loops(model, layer, groups, order):
     slow_means = torch.zeros(KV, 4, dtype=torch.float64)
     outputs = torch.zeros(KV, merge * D, merge * D, dtype=torch.float64)
     attention = model.model.layers[layer].self_attn
-    draws = torch.Generator().manual_seed(layer)
     tokens = 0
-    for q, k, v, cos, sin, weights in windows_of(model, layer):
+    for window, (q, k, v, cos, sin, weights) in enumerate(windows_of(model, layer)):
+        draws = torch.Generator().manual_seed(layer << 32 | window)
         tokens += len(q)
         for row, (group, head) in enumerate((heads, head) for heads in order for head in heads):
             behind_rope = torch.stack([turned(k[n, group], cos[n], sin[n]) for n in range(len(k))])  # (T, m, pairs)

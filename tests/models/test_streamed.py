@@ -15,6 +15,7 @@ from kvprune.channels import room
 from kvprune.channels.settings import DECIDED_BY_A_PLAN
 from kvprune.models import held
 from kvprune.models.source import load_model, resolve, skeleton
+from kvprune.models.stream import input_of
 from kvprune.models.view import ModelView
 from tiny import COARSE, tiny_tokenizer
 
@@ -140,6 +141,10 @@ def test_only_held_blocks_have_weights(checkpoint, tmp_path):
         with held.held(blocks[1], blocks[2]):
             assert sum(there()) == 2
         assert there() == [index == 1 for index in range(len(blocks))]
+    assert not any(there())
+    with held.held(blocks[0]):  # as refit asks what reaches O, which ends the call
+        reached = input_of(blocks[0].self_attn.o_proj, lambda: lm.model(torch.arange(3, 9).view(1, -1)))
+    assert reached.shape[1] == 6
     assert not any(there())
     ids = torch.randint(3, 300, (2, 9))
     assert torch.equal(lm(ids).logits, whole(ids).logits)

@@ -100,23 +100,31 @@ class Coming(ModelHook):
 
     def fetch(self, block: nn.Module) -> None:
         if not self.holders:
-            for name, _ in list(block.named_parameters()):
-                set_module_tensor_to_device(block, name, self.device, value=self.shelf[self.prefix + name])
+            self._bring(block)
         self.holders += 1
 
     def release(self, block: nn.Module) -> None:
         self.holders -= 1
         if not self.holders:
-            for name, _ in list(block.named_parameters()):
-                set_module_tensor_to_device(block, name, "meta")
+            self._let_go(block)
+
+    def _bring(self, block: nn.Module) -> None:
+        for name, _ in list(block.named_parameters()):
+            set_module_tensor_to_device(block, name, self.device, value=self.shelf[self.prefix + name])
+
+    def _let_go(self, block: nn.Module) -> None:
+        for name, _ in list(block.named_parameters()):
+            set_module_tensor_to_device(block, name, "meta")
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
         self._asked_from = find_device([args, kwargs])
-        self.fetch(module)
+        if not self.holders:  # a call may end in an exception, so it counts as no holder
+            self._bring(module)
         return send_to_device(args, self.device), send_to_device(kwargs, self.device, skip_keys=CACHES)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
-        self.release(module)
+        if not self.holders:
+            self._let_go(module)
         return output if self._asked_from is None else send_to_device(output, self._asked_from)
 
 

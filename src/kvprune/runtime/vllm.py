@@ -9,7 +9,7 @@ BACKEND = "vllm.model_executor.models.transformers"
 # Families with experts, for which vLLM's Transformers backend has a class of its own
 EXPERTS = (
     *("dots1", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe", "minimax_m2", "mixtral", "olmoe", "phimoe"),
-    *("qwen2_moe", "qwen3_moe", "solar_open"),
+    *("hunyuan_v1_moe", "qwen2_moe", "qwen3_moe", "solar_open"),
 )
 
 

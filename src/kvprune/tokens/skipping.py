@@ -64,6 +64,10 @@ class Skipping:
         modules = [getattr(block, family.attention) for block in family.blocks(model)]
         if any(map(is_capped, modules)):
             raise FilterMisuse(f"skipping cannot work on {config.model_type}, whose attention has a cap or sinks")
+        if family.norm_behind_rope or family.temperature:
+            raise FilterMisuse(
+                f"skipping turns queries and keys by RoPE last, and {config.model_type} does more behind it; use keep"
+            )
         check_attention(config)
         if any(isinstance(getattr(vars(m).get(forward_of(m)), "__self__", None), FilteredAttention) for m in modules):
             raise FilterMisuse("the model has a TokenFilter already; leave its context first")
