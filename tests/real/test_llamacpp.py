@@ -55,13 +55,16 @@ def compared(model, prompts, answers):
     return (float(torch.stack(divergences).mean()), float(max(differences)), float(max(gaps)))
 
 
-@pytest.mark.parametrize(("type", "kv", "most"), [("f32", "F32", 1e-4), ("f16", "F16", 1e-4), ("f16", "Q8_0", 1e-3)])
+@pytest.mark.parametrize(("type", "kv", "most"), [("f32", "F32", 1e-4), ("f16", "F16", 1e-4), ("f16", "Q8_0", 1e-2)])
 def test_smollm2_of_the_stock_layout(type, kv, most, tmp_path):
     kvprune.export(STOCK, gguf=tmp_path / "m.gguf", type=type)
     tokenizer = kvprune.load_tokenizer(STOCK)
-    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
-    answers = ask(tmp_path / "m.gguf", tmp_path, prompts, TEXTS, kv)
-    assert answers["tokens"] == prompts
+    texts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    # Behind each beginning of a text: llama.cpp says nothing of the parts of a character that a model may write
+    prompts = [ids[:end] for ids in texts for end in range(2, len(ids) + 1)]
+    one = {"new_tokens": 1, "forced": tokenizer.convert_tokens_to_ids("a")}
+    answers = ask(tmp_path / "m.gguf", tmp_path, prompts, TEXTS, kv, **one)
+    assert answers["tokens"] == texts
     model = AutoModelForCausalLM.from_pretrained(STOCK, dtype=torch.float32)
     divergence, _, gap = compared(model, prompts, answers)
     print(f"\nSmolLM2, {type}, KV {kv}: KL {divergence:.2e}, greedy tokens at most {gap:.2e} less likely")
