@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +188,9 @@ class Journal:
         """The run is of no use: forget it, and remove the output folder if nothing else is in it."""
         self.close()
         processes.wait()
-        if self.folder is not None and self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
-            self.folder.parent.rmdir()
+        if self.folder is not None:
+            with suppress(OSError):  # something is in it, or another process was faster
+                self.folder.parent.rmdir()
 
 
 def check_same(found: dict[str, Any], settings: dict[str, Any], what: str) -> None:

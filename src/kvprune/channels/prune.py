@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -254,7 +254,7 @@ def _aside(out: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for place in (folder.parent, out):
-            if place.is_dir() and not any(place.iterdir()):
+            with suppress(OSError):  # something is in it, or another process was faster
                 place.rmdir()
 
 
