@@ -27,7 +27,7 @@ from kvprune.models.tokenizer import one_tokenizer
 from kvprune.options import size_in_bytes, whole_numbers
 from kvprune.progress import Progress
 from kvprune.runtime.attention import pack_groups
-from kvprune.runtime.dtype import computes_in, find_dtype, name_of
+from kvprune.runtime.dtype import asked_dtype, name_of
 from kvprune.runtime.files import write_whole, writing_to
 from kvprune.runtime.linear import PackedLinear, pack_weights
 from kvprune.runtime.quantized import quantized_cache, quantizer
@@ -190,7 +190,7 @@ def _checkpoints(sources: list[Source], device: str, dtype: str, grid: Grid) -> 
 
 def _shapes(source, dense: PreTrainedConfig, pruned: PreTrainedConfig, device, dtype: str) -> list[PreTrainedModel]:
     """Random weights: the shape, and the shape pruned."""
-    kind = computes_in(torch.bfloat16, device) if dtype == "auto" else find_dtype(dtype)
+    kind = asked_dtype(dtype, torch.bfloat16, device)
     try:
         second = random_model(pruned, device, kind)  # which takes most memory on the way, so it goes first
         return [random_model(dense, device, kind), second]

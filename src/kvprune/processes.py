@@ -77,16 +77,18 @@ def gathered(value: T) -> list[T]:
 
 def after_main(make: Callable[[], T]) -> T:
     """Make it in the main process, and then in the others; what is wrong there is raised in all."""
-    made, wrong = None, None
+    if _group() is None:
+        return make()
+    made, wrong = [], None
     if is_main():
         try:
-            made = make()
+            made.append(make())
         except KVPruneError as error:
             wrong = error
     wrong = gathered(wrong)[0]
     if wrong is not None:
         raise wrong
-    return make() if made is None else made
+    return made[0] if made else make()
 
 
 def check_same(what: dict[str, Any]) -> None:

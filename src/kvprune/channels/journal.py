@@ -110,8 +110,8 @@ class Journal:
 
     def load_layer(self, layer: int) -> tuple[Scores, Basis | None] | None:
         """What keep_layer kept of a layer, or None; the basis is mapped, and takes no memory."""
-        path = None if self.folder is None else self.folder / _LAYER.format(layer)
-        if path is None or not path.exists():
+        path = self._there(_LAYER.format(layer))
+        if path is None:
             return None
         tensors = load_file(path)
         scores = Scores(tensors.pop("qk").clone(), tensors.pop("vo").clone())
@@ -124,8 +124,8 @@ class Journal:
 
     def load_scores(self, layer: int) -> Scores | None:
         """What save_scores kept of a layer, or None."""
-        path = None if self.folder is None else self.folder / _SCORES.format(layer)
-        return Scores(**load_file(path)) if path is not None and path.exists() else None
+        path = self._there(_SCORES.format(layer))
+        return None if path is None else Scores(**load_file(path))
 
     def save_estimates(self, block: int, changes: Sequence[float]) -> None:
         """Keep the estimated sensitivities of a block's probes, which all processes know."""
@@ -147,8 +147,8 @@ class Journal:
 
     def load_cut(self, layer: int) -> dict[str, torch.Tensor] | None:
         """What save_cut kept of a layer, mapped, or None."""
-        path = self.cut_file(layer)
-        return load_file(path) if path.exists() else None
+        path = self._there(_CUT.format(layer))
+        return None if path is None else load_file(path)
 
     def refit_file(self, layer: int) -> Path:
         """Where save_refit writes."""
@@ -162,12 +162,17 @@ class Journal:
 
     def load_refit(self, layer: int) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]] | None:
         """What save_refit kept of a layer, or None."""
-        path = None if self.folder is None else self.folder / _REFIT.format(layer)
-        if path is None or not path.exists():
+        path = self._there(_REFIT.format(layer))
+        if path is None:
             return None
         with safe_open(path, framework="pt") as file:
             report = json.loads(file.metadata()["report"])
             return {name: file.get_tensor(name) for name in file.keys()}, report  # noqa: SIM118  # no dict
+
+    def _there(self, name: str) -> Path | None:
+        """A file of the journal, if it has been written."""
+        path = None if self.folder is None else self.folder / name
+        return path if path is not None and path.exists() else None
 
     def _save(self, name: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
         """Write a file of the journal, whole or not at all. Raises NoSpace."""

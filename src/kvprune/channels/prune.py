@@ -28,8 +28,7 @@ from kvprune.errors import BadOption, NotFinite, PlanMismatch, UnreachableRatio
 from kvprune.measure import memory
 from kvprune.measure.fit import fit
 from kvprune.measure.perplexity import perplexity
-from kvprune.models.held import each_parameter
-from kvprune.models.shelf import quietly
+from kvprune.models.held import each_parameter, quietly
 from kvprune.models.source import Source, find_device, load_config, load_model, resolve, skeleton
 from kvprune.models.tokenizer import load_tokenizer
 from kvprune.models.view import ModelView
@@ -132,7 +131,7 @@ class _Run:
         if given is not None:
             s = self.settings = replace(s, repair_tokens=given.method.get("repair_tokens", s.repair_tokens))
         if self.out is not None:
-            processes.after_main(partial(self._check, self.out))
+            processes.after_main(partial(Journal.check, self.out, self.resume))
         torch.manual_seed(s.seed)
         peak = memory.PeakMemory(find_device(s.device))
         with ExitStack() as stack:
@@ -198,17 +197,12 @@ class _Run:
 
         if self.out is None:
             return Pruned(pruned, tokenizer, plan, record())
-        saved = record()
         with self.phase("save"), quietly():
-            if processes.is_main():
-                saved = save(pruned, tokenizer, plan.to_json(), record, self.out)
+            is_main = processes.is_main()
+            saved = save(pruned, tokenizer, plan.to_json(), record, self.out) if is_main else record()
             processes.wait()
         journal.close()
         return Pruned(None if room.streamed else pruned, tokenizer, plan, saved)
-
-    def _check(self, out: Path) -> bool:
-        Journal.check(out, self.resume)
-        return True
 
     def _identity(self, view: ModelView, texts: Texts) -> dict[str, Any]:
         """What must be the same for an unfinished run to go on: the settings, and what they led to."""

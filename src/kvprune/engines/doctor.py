@@ -12,11 +12,11 @@ from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
 from kvprune.engines import gguf
 from kvprune.engines.targets import OWN, TARGETS, Target, degrees, find_target, kernels
-from kvprune.errors import KVPruneError, UnknownSource
+from kvprune.errors import KVPruneError
 from kvprune.measure.memory import cache_bytes
 from kvprune.models.source import load_model, resolve
 from kvprune.runtime import register
-from kvprune.runtime.files import note_changed, read_shown
+from kvprune.runtime.files import check_there, note_changed, read_shown
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.refresh import CODE, FAULTS, version_of
 from kvprune.runtime.refresh import OWN as OWN_CODE
@@ -63,8 +63,7 @@ def doctor(
     folder = Path(folder)
     names = list(TARGETS) if target is None else [target]
     targets = {name: find_target(name) for name in names}
-    if not folder.is_dir():
-        raise UnknownSource(f"there is no folder {folder}; give a pruned folder (download what is on the hub first)")
+    check_there(folder)
     record = read_shown(folder)
     register()
     copy = folder / CODE

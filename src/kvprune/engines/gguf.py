@@ -19,16 +19,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvprune.engines.deci import STILL, Deci
 from kvprune.engines.deci import read as read_deci
+from kvprune.engines.targets import STOCK
 from kvprune.engines.vocabulary import differences, vocabulary
 from kvprune.errors import BadOption, BrokenCheckpoint, OutputExists, UnknownSource, UnsupportedArchitecture
 from kvprune.models.source import resolve
 from kvprune.models.tokenizer import load_tokenizer
 from kvprune.runtime import register
-from kvprune.runtime.files import read_record, verify_files, weight_files, writing_to
+from kvprune.runtime.files import check_there, read_record, verify_files, weight_files, writing_to
 
 TYPES = ("f32", "f16", "q8_0")
 BLOCK = 32  # numbers of a row that q8_0 quantises together
-LAYOUTS = ("stock", "portable")
 _MEND = (
     "{folder} has the layout {layout}, whose channels differ by layer or head, which llama.cpp cannot hold: prune with "
     "--layout stock (merges KV heads), or with --layout portable (any width)"
@@ -92,14 +92,11 @@ class _Model:
     @classmethod
     def of(cls, folder: Path) -> "_Model":
         """Raises UnsupportedArchitecture for what llama.cpp cannot hold."""
-        if not folder.is_dir():
-            raise UnknownSource(
-                f"there is no folder {folder}; give a pruned folder (download what is on the hub first)"
-            )
+        check_there(folder)
         layout = read_record(folder).get("layout")
         register()
         config = AutoConfig.from_pretrained(folder)
-        deci = None if layout in LAYOUTS else read_deci(folder, config, _MEND.format(folder=folder, layout=layout))
+        deci = None if layout in STOCK else read_deci(folder, config, _MEND.format(folder=folder, layout=layout))
         if getattr(config, "sliding_window", None):
             raise UnsupportedArchitecture(
                 f"{folder} has a sliding window, which llama.cpp's llama has not; serve it with vLLM or transformers"

@@ -1,5 +1,6 @@
 """Next-token loss in pieces: the logits of a whole batch are never in memory at once."""
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -10,6 +11,11 @@ from kvprune.models.logits import Head
 # Logits that exist at a time: 24 MiB in float32. Larger pieces leave a CPU's cache and make malloc ask the
 # operating system for fresh pages every time.
 PIECE = 6 * 2**20
+
+
+def scored_tokens(batches: Sequence[torch.Tensor]) -> int:
+    """How many tokens of batches (B, T) are scored: all but the first of each window."""
+    return sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
 
 
 def next_token_loss(

@@ -40,7 +40,7 @@ def backward(view: ModelView, batches: Sequence[torch.Tensor]) -> Iterator[Step]
             for index, block in enumerate(view.blocks):
                 inputs.append(list(states))
                 with held(block):
-                    states = [calls.run(block, index, state) for state in states]
+                    calls.take(block, index, states)
         gradients = [_at_the_end(view, state, window) for state, window in zip(states, windows, strict=True)]
         for index in reversed(range(len(inputs))):
             block, before = view.blocks[index], inputs.pop()

@@ -5,6 +5,8 @@ them for as long as a loop works on it. Of a model that is all there no block co
 whoever walks through blocks is the same for both.
 """
 
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import groupby
@@ -45,3 +47,17 @@ def each_parameter(lm: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     for path, names in groupby([name for name, _ in lm.named_parameters()], key=block_of):
         with held(*([blocks[path]] if path else [])):
             yield from ((name, lm.get_parameter(name)) for name in names)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """accelerate and transformers say nothing of weights that are on disk."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    before = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded")
+            yield
+    finally:
+        logger.setLevel(before)

@@ -5,18 +5,21 @@ where in the checkpoint's files each one lies, and the files are mapped, not cop
 """
 
 import json
-import logging
 import os
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
-from accelerate.utils import OffloadedWeightsLoader, find_device, send_to_device, set_module_tensor_to_device
+from accelerate.utils import (
+    OffloadedWeightsLoader,
+    PrefixedDataset,
+    find_device,
+    send_to_device,
+    set_module_tensor_to_device,
+)
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -96,7 +99,7 @@ class Coming(ModelHook):
 
     @property
     def weights_map(self) -> Mapping[str, torch.Tensor]:
-        return _Below(self.shelf, self.prefix)
+        return PrefixedDataset(self.shelf, self.prefix)
 
     def fetch(self, block: nn.Module) -> None:
         if not self.holders:
@@ -128,22 +131,6 @@ class Coming(ModelHook):
         return output if self._asked_from is None else send_to_device(output, self._asked_from)
 
 
-class _Below(Mapping):
-    """The part of a shelf whose names begin with `prefix`."""
-
-    def __init__(self, shelf: Shelf, prefix: str):
-        self.shelf, self.prefix = shelf, prefix
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.shelf[self.prefix + name]
-
-    def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self.prefix) for name in self.shelf if name.startswith(self.prefix))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
 def let_come(lm: PreTrainedModel, path: str, shelf: Shelf, device: torch.device) -> None:
     """Let the blocks below `path` of the model, whose weights are not there, come to `device` from the shelf."""
     blocks: Any = lm.get_submodule(path)
@@ -172,17 +159,3 @@ def as_it_came(lm: PreTrainedModel) -> Shelf:
         for name in ("forward", "to", "cuda"):
             vars(module).pop(name, None)
     return Shelf(loader.index, loader.save_folder)
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """accelerate and transformers say nothing of weights that are on disk."""
-    logger = logging.getLogger("accelerate.big_modeling")
-    before = logger.level
-    try:
-        logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded")
-            yield
-    finally:
-        logger.setLevel(before)

@@ -2,7 +2,7 @@
 
 import copy
 import struct
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,9 +30,10 @@ from kvprune.errors import (
 from kvprune.models import gguf, wrapped
 from kvprune.models.check import check_adapter, check_folder, check_quantised, first_line
 from kvprune.models.family import family_of, supported
+from kvprune.models.held import quietly
 from kvprune.progress import without_bars
 from kvprune.runtime import register
-from kvprune.runtime.dtype import compute_in_auto, computes_in, find_dtype
+from kvprune.runtime.dtype import asked_dtype, compute_in_auto, find_dtype
 from kvprune.runtime.files import RECORD
 
 
@@ -133,7 +134,7 @@ def load_model(
     if source.is_wrapper:
         arguments["key_mapping"] = wrapped.TENSORS
     others = wrapped.without_others() if source.is_wrapper else nullcontext()
-    with _as_user_error(source), without_bars(), _quietly(offload), others:
+    with _as_user_error(source), without_bars(), quietly(), others:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **arguments)
     model: PreTrainedModel
     model, found = loaded
@@ -166,21 +167,11 @@ def skeleton(source: Source, device: str = "auto", dtype: str = "auto") -> PreTr
     config: Any = load_config(source)
     stored = config.dtype or torch.bfloat16
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=computes_in(stored, find_device(device)) if dtype == "auto" else find_dtype(dtype)
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=asked_dtype(dtype, stored, find_device(device)))
     rotary = getattr(model.base_model, "rotary_emb", None)
     if rotary is not None:
         model.base_model.rotary_emb = type(rotary)(config)
     return model
-
-
-def _quietly(offload: Path | None) -> AbstractContextManager[None]:
-    if offload is None:
-        return nullcontext()
-    from kvprune.models.shelf import quietly
-
-    return quietly()
 
 
 def _path_of_blocks(model: PreTrainedModel) -> str:

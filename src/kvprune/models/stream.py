@@ -66,6 +66,11 @@ class Calls:
         """states (B, T, hidden) -> what `block`, called as block `index`, makes of them."""
         return self.of_length[states.shape[1]][index].run(block, states)
 
+    def take(self, block: nn.Module, index: int, states: list[torch.Tensor]) -> None:
+        """The same of a whole text's states, in place, one batch after another."""
+        for number, state in enumerate(states):
+            states[number] = self.run(block, index, state)
+
 
 @torch.no_grad()
 def enter(view: ModelView, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Calls]:
@@ -147,7 +152,7 @@ def final_states(lm: PreTrainedModel, batches: Sequence[torch.Tensor]) -> Iterat
     states, calls = embedded(lm, blocks, batches), learn_calls(lm, blocks, batches)
     for index, block in enumerate(blocks):
         with held(block):
-            states = [calls.run(block, index, state) for state in states]
+            calls.take(block, index, states)
     for state in states:
         yield norm(state.to(device_of(lm)))
 

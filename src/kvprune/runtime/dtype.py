@@ -55,6 +55,11 @@ def computes_in(stored: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def asked_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """What `--dtype` computes in: what is named, or what is best for weights that are stored so. Raises BadOption."""
+    return computes_in(stored, device) if name == "auto" else find_dtype(name)
+
+
 def compute_in_auto(model: PreTrainedModel, device: torch.device) -> None:
     """Let a model that was loaded as it is stored compute in what `device` is fast in; say so where that differs."""
     model.config.dtype = stored = model.dtype

@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from kvprune.errors import BrokenCheckpoint, NoSpace
+from kvprune.errors import BrokenCheckpoint, NoSpace, UnknownSource
 
 RECORD = "kvprune.json"  # the plan's summary, every measured figure, and a checksum of every other file
 PLAN = "plan.json"
@@ -92,6 +92,12 @@ def checksums(folder: Path) -> dict[str, str]:
     """Of every file of the folder but the record itself."""
     names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != RECORD)
     return {name: checksum(folder / name) for name in names}
+
+
+def check_there(folder: Path) -> None:
+    """Raise UnknownSource where there is no such folder."""
+    if not folder.is_dir():
+        raise UnknownSource(f"there is no folder {folder}; give a pruned folder (download what is on the hub first)")
 
 
 def read_record(folder: Path) -> dict[str, Any]:

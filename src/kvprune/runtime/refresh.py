@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kvprune.errors import BrokenCheckpoint, NewerFolder, UnknownSource
+from kvprune.errors import BrokenCheckpoint, NewerFolder
 from kvprune.runtime import PREFIX
-from kvprune.runtime.files import RECORD, note, read_record, write_whole, writing_to
+from kvprune.runtime.files import RECORD, check_there, note, read_record, write_whole, writing_to
 
 CODE = "modeling.py"
 OWN = Path(__file__).with_name(CODE)
@@ -52,8 +52,7 @@ def refresh(folder: str | Path) -> dict[str, Any]:
     whatever happens in between the folder loads. Raises UnknownSource, BrokenCheckpoint, NewerFolder or NoSpace.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UnknownSource(f"there is no folder {folder}; give a pruned folder (download what is on the hub first)")
+    check_there(folder)
     record, path = read_record(folder), folder / CODE
     if not _model_type(folder).startswith(PREFIX):
         return {"folder": str(folder), "was": None, "is": None, "changed": False}

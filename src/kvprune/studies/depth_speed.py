@@ -19,7 +19,7 @@ from kvprune.models.source import find_device
 from kvprune.progress import Progress
 from kvprune.runtime import modeling
 from kvprune.runtime.attention import pack_groups
-from kvprune.runtime.dtype import computes_in, find_dtype
+from kvprune.runtime.dtype import asked_dtype
 from kvprune.runtime.linear import pack_weights
 from kvprune.studies.journal import StudyJournal
 
@@ -69,7 +69,7 @@ def _side(config: PreTrainedConfig, device: str, dtype: str) -> Side:
     """A model of random weights, ready to decode as `bench` has it."""
     target = find_device(device)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    model = random_model(config, target, computes_in(stored, target) if dtype == "auto" else find_dtype(dtype))
+    model = random_model(config, target, asked_dtype(dtype, stored, target))
     pack_groups(model)
     pack_weights(model)
     return Side(model)

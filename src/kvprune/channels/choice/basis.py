@@ -79,21 +79,25 @@ class Basis:
     def cut(self, kept: Kept) -> Cut:
         """Keep some of the coordinates, and fit the way back: for each head what is best for its own queries, by least
         squares of the lost variance of its scores and outputs."""
-        if self.moments is not None:  # in a mapped file they are not aligned as products want them
-            moments = {f.name: getattr(self.moments, f.name).clone() for f in fields(self.moments)}
-            return replace(self, moments=None)._cut(kept, AttentionMoments(**moments))
-        return self._cut(kept, None)
+        return self._aligned()._cut(kept)
 
-    def _cut(self, kept: Kept, moments: AttentionMoments | None) -> Cut:
+    def _aligned(self) -> "Basis":
+        """With moments of its own: in a mapped file they are not aligned as products want them."""
+        if self.moments is None:
+            return self
+        own = {f.name: getattr(self.moments, f.name).clone() for f in fields(self.moments)}
+        return replace(self, moments=AttentionMoments(**own))
+
+    def _cut(self, kept: Kept) -> Cut:
         groups, m = self.heads.shape
         which = torch.arange(groups).unsqueeze(1)
         keys, values = self.keys[which, kept.qk], self.values[which, kept.vo]
         is_mixed = kept.qk % (self.width // 2) >= self.turning
         rope = self.rope[which, kept.qk].masked_fill(is_mixed, self.width // m)
-        if moments is None:
+        if self.moments is None:
             return Cut(keys, keys.mT.contiguous(), values, values.mT.contiguous(), rope)
-        outputs = _way_back(moments.outputs, values.repeat_interleave(m, 0), m)
-        return Cut(keys, self._queries(kept.qk, keys, moments), values, outputs, rope)
+        outputs = _way_back(self.moments.outputs, values.repeat_interleave(m, 0), m)
+        return Cut(keys, self._queries(kept.qk, keys), values, outputs, rope)
 
     def slow_means(self) -> torch.Tensor:
         """The mean key of each KV head, in its own order, (kv_heads, 1, s), of the slow channels before RoPE; zeros
@@ -108,26 +112,19 @@ class Basis:
         """How many of the pairs of coordinates come from one pair of channels each; slow ones stand behind them."""
         return self.width // 2 - self.heads.shape[1] * len(self.slow) // 2
 
-    def _queries(self, kept: torch.Tensor, keys: torch.Tensor, moments: AttentionMoments) -> torch.Tensor:
+    def _queries(self, kept: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """The way back of the keys, (H, D, width); kept (groups, width), keys (groups, width, n)."""
         groups, m = self.heads.shape
         found = torch.zeros(groups, m, self.width // m, kept.shape[1], dtype=torch.float64)
         for group in range(groups):
             for pair in self.rope[group, : self.turning].unique().tolist():
-                self._add_pair(found[group], group, pair, kept[group], keys[group], moments)
-            self._add_slow(found[group], group, kept[group], keys[group], moments)
+                self._add_pair(found[group], group, pair, kept[group], keys[group])
+            self._add_slow(found[group], group, kept[group], keys[group])
         return found.flatten(0, 1)
 
-    def _add_pair(
-        self,
-        found: torch.Tensor,
-        group: int,
-        pair: int,
-        kept: torch.Tensor,
-        keys: torch.Tensor,
-        moments: AttentionMoments,
-    ) -> None:
+    def _add_pair(self, found: torch.Tensor, group: int, pair: int, kept: torch.Tensor, keys: torch.Tensor) -> None:
         """The kept components of one pair of channels that turns, into found (m, D, width)."""
+        assert self.moments is not None
         m, size, _ = found.shape
         first = torch.nonzero((self.rope[group, kept] == pair) & (kept < self.turning)).flatten()
         if not len(first):
@@ -136,21 +133,20 @@ class Basis:
         a, b = pair, pair + size // 2  # its channels
         rows = keys[first].unflatten(1, (m, size))
         components = torch.complex(rows[..., a], -rows[..., b])  # the real row of p k is (Re p, -Im p)
-        for member, moment in enumerate(moments.keys[group * m : (group + 1) * m, pair]):
+        for member, moment in enumerate(self.moments.keys[group * m : (group + 1) * m, pair]):
             back = _way_back(moment.unsqueeze(0), components.unsqueeze(0), m, member)[0, 0]
             found[member, a, first], found[member, a, second] = back.real, -back.imag
             found[member, b, first], found[member, b, second] = back.imag, back.real
 
-    def _add_slow(
-        self, found: torch.Tensor, group: int, kept: torch.Tensor, keys: torch.Tensor, moments: AttentionMoments
-    ) -> None:
+    def _add_slow(self, found: torch.Tensor, group: int, kept: torch.Tensor, keys: torch.Tensor) -> None:
         """The kept directions of the slow pairs, into found (m, D, width)."""
+        assert self.moments is not None
         m, size, _ = found.shape
         mixed = torch.nonzero(kept % (self.width // 2) >= self.turning).flatten()
         if len(mixed):
             rows = keys[mixed].unflatten(1, (m, size))[..., self.slow].flatten(1)  # (mixed, m * s)
-            slow_keys = moments.slow_keys[group * m : (group + 1) * m]
-            found[:, self.slow.unsqueeze(1), mixed] = _way_back(slow_keys, rows.expand(m, -1, -1), m)
+            moments = self.moments.slow_keys[group * m : (group + 1) * m]
+            found[:, self.slow.unsqueeze(1), mixed] = _way_back(moments, rows.expand(m, -1, -1), m)
 
     def of_values(self) -> "Basis":
         """This basis with the keys' channels as they are; for m = 1."""

@@ -67,8 +67,7 @@ def attention_moments(
         for index, block in enumerate(view.blocks):
             with held(block):
                 if index in known:
-                    for place, state in enumerate(states):
-                        states[place] = calls.run(block, index, state)
+                    calls.take(block, index, states)
                 else:
                     yield _moments(view, index, states, calls, slow[index], merge).means(tokens, index)
             if not all(torch.isfinite(state).all() for state in states):

@@ -9,6 +9,7 @@ from kvprune.channels.choice.basis import Basis, basis_of, slow_channels
 from kvprune.channels.evidence.importance.base import Importance, Scores, Statistics
 from kvprune.channels.evidence.moments import attention_moments
 from kvprune.channels.journal import Journal
+from kvprune.measure.loss import scored_tokens
 from kvprune.models.backward import backward
 from kvprune.models.finite import not_finite
 from kvprune.models.held import held
@@ -123,8 +124,7 @@ def _energies(
 
             with held(block):
                 with watched(view.attention[index], add):
-                    for number, state in enumerate(states):
-                        states[number] = calls.run(block, index, state)
+                    calls.take(block, index, states)
                 if index not in known:
                     means = {name: (summed(sums[name]) / tokens).float().view(shape) for name, shape in shapes.items()}
                     yield index, Statistics(energy=means)
@@ -135,7 +135,7 @@ def _gradients(
 ) -> Iterator[tuple[int, Statistics]]:
     """Gradients of the mean loss in the attention projections alone, summed in float32, block by block from the last
     one on. A gradient is added to its sum and dropped as soon as it exists."""
-    scored = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
+    scored = scored_tokens(batches)
     for step in backward(view, batches):
         if step.block in known:
             step.run()

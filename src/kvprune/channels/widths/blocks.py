@@ -17,7 +17,7 @@ from torch import nn
 
 from kvprune.channels.journal import Journal
 from kvprune.channels.widths.sensitivity import DENSE
-from kvprune.measure.loss import next_token_loss
+from kvprune.measure.loss import next_token_loss, scored_tokens
 from kvprune.models.finite import not_finite
 from kvprune.models.held import held
 from kvprune.models.stream import answering, enter
@@ -64,7 +64,7 @@ def choose_blocks(
     block on, the text without that block. Memory: its hidden states L times. The losses of a finished round go to the
     journal and are not measured again. `advance` counts blocks that were walked through. Raises NotFinite.
     """
-    layers, scored = view.shape.layers, sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
+    layers, scored = view.shape.layers, scored_tokens(batches)
     found = Dropped()
     for turn in range(number):
         left = [block for block in range(layers) if block not in found.blocks]
@@ -111,7 +111,7 @@ def _walk(
         advance(1)
     if not candidates:
         return {}, added
-    losses = torch.tensor([_loss(view, shares, streams) for streams in (states, *without.values())])
+    losses = torch.tensor([loss_behind(view, shares, streams) for streams in (states, *without.values())])
     found = dict(zip((DENSE, *without), summed(losses).tolist(), strict=True))
     for gone, loss in found.items():
         if not math.isfinite(loss):
@@ -120,7 +120,7 @@ def _walk(
     return found, added
 
 
-def _loss(view: ModelView, batches: Sequence[torch.Tensor], streams: Sequence[torch.Tensor]) -> float:
+def loss_behind(view: ModelView, batches: Sequence[torch.Tensor], streams: Sequence[torch.Tensor]) -> float:
     """Summed, from hidden states (B, T, hidden) behind the last block."""
     hidden = (view.norm(stream.to(view.device)) for stream in streams)
     return math.fsum(next_token_loss(view.head, h, batch)[0] for h, batch in zip(hidden, batches, strict=True))

@@ -11,9 +11,10 @@ import torch
 from kvprune.channels.choice.basis import Basis, Kept
 from kvprune.channels.widths.allocation import Grid, round_widths, uniform
 from kvprune.channels.widths.asked import AUTO, ratio_left
+from kvprune.channels.widths.blocks import loss_behind
 from kvprune.channels.widths.masking import masked
 from kvprune.errors import UnreachableRatio
-from kvprune.measure.loss import next_token_loss
+from kvprune.measure.loss import scored_tokens
 from kvprune.models.held import held
 from kvprune.models.stream import enter
 from kvprune.models.tap import tapped
@@ -42,12 +43,9 @@ def masked_loss(
         states, calls = enter(view, shares)
         for index, block in enumerate(view.blocks):
             with held(block), masked(view.attention[index], kept[index], bases[index]):
-                states = [calls.run(block, index, state) for state in states]
-    sums = torch.zeros(2, dtype=torch.float64)
-    for batch, state in zip(shares, states, strict=True):
-        loss, tokens, _ = next_token_loss(view.head, view.norm(state.to(view.device)), batch)
-        sums += torch.tensor([loss, tokens], dtype=torch.float64)
-    return float(summed(sums)[0] / sums[1])
+                calls.take(block, index, states)
+    total = summed(torch.tensor([loss_behind(view, shares, states)], dtype=torch.float64))
+    return float(total) / scored_tokens(batches)
 
 
 def choose_depth(

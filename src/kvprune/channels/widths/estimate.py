@@ -16,6 +16,7 @@ import torch
 from kvprune.channels.journal import Journal
 from kvprune.channels.widths.masking import masked
 from kvprune.channels.widths.sensitivity import Probe
+from kvprune.measure.loss import scored_tokens
 from kvprune.models.attention import Attention
 from kvprune.models.backward import Step, backward
 from kvprune.models.finite import not_finite
@@ -48,7 +49,7 @@ def estimate_sensitivity(
     estimated again. Raises NotFinite.
     """
     journal = journal or Journal()
-    scored = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
+    scored = scored_tokens(batches)
     of_block: dict[int, list[int]] = {block: [] for block in range(view.shape.layers)}
     for number, probe in enumerate(probes):
         of_block[probe.block].append(number)

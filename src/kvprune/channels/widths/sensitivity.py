@@ -10,7 +10,7 @@ from kvprune import processes
 from kvprune.channels.choice.basis import Basis, Kept
 from kvprune.channels.journal import Journal
 from kvprune.channels.widths.masking import masked
-from kvprune.measure.loss import next_token_loss
+from kvprune.measure.loss import next_token_loss, scored_tokens
 from kvprune.models.finite import not_finite
 from kvprune.models.held import held
 from kvprune.models.stream import BlockRunner
@@ -57,7 +57,7 @@ def measure_sensitivity(
                 _probe_batch(view, number, batch, missing, probes, journal, advance)
     for found in processes.gathered(journal.losses):
         journal.losses |= found
-    scored = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in batches)
+    scored = scored_tokens(batches)
 
     def mean(probe: int) -> float:
         return math.fsum(journal.losses[number, probe] for number in range(len(batches))) / scored
