@@ -5,8 +5,9 @@
 
 `run` times a dense pass over the text, streamed, and then prunes half of the KV bytes in a process of its own. Written
 down for each phase: seconds, and as multiples of that dense pass for the same number of tokens; the peak of the memory
-that is the process's own (RssAnon: mapped files are the operating system's, and can be taken back at any time); beside
-it what the formula says. Weights are random, so perplexities mean nothing and are left out.
+that is the process's own (RssAnon: mapped files are the operating system's, and can be taken back at any time), and of
+what PyTorch holds of a GPU, which is taken where there is one; beside it what the formula says. Weights are random, so
+perplexities mean nothing and are left out.
 """
 
 import argparse
@@ -51,14 +52,17 @@ def make(folder: Path, tokenizer: str, layers: int) -> None:
         part = name.split(".")[2] if ".layers." in name else "outside"
         shards.setdefault(f"model-{part}.safetensors", []).append(name)
     folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
     for file, names in shards.items():
         tensors = {}
         for name in names:
             shape = model.state_dict()[name].shape
             tensors[name] = torch.ones(shape, dtype=torch.bfloat16)
             if "norm" not in name:
-                tensors[name] = (torch.randn(shape, generator=generator) * 0.02).to(torch.bfloat16)
+                tensors[name] = (torch.randn(shape, generator=generator, device=device) * 0.02).to(
+                    "cpu", torch.bfloat16
+                )
         save_file(tensors, folder / file, {"format": "pt"})
     weight_map = {name: file for file, names in shards.items() for name in names}
     total = sum(p.numel() * 2 for p in model.parameters())
@@ -74,6 +78,7 @@ class Watch(Progress):
     def __init__(self) -> None:
         super().__init__()
         self.peaks: dict[str, int] = {}
+        self.on_gpu: dict[str, int] = {}
         self.now = ""
         threading.Thread(target=self._look, daemon=True).start()
 
@@ -82,6 +87,9 @@ class Watch(Progress):
             lines = Path("/proc/self/status").read_text().splitlines()
             held = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
             self.peaks[self.now] = max(self.peaks.get(self.now, 0), held)
+            if torch.cuda.is_available() and torch.cuda.is_initialized():
+                held = torch.cuda.memory_reserved()
+                self.on_gpu[self.now] = max(self.on_gpu.get(self.now, 0), held)
             time.sleep(0.05)
 
     @contextmanager
@@ -124,6 +132,8 @@ def pruned(folder: Path, work: Path, memory: str, tokens: int) -> dict[str, Any]
     return {
         "seconds": record["seconds"] | {"all": time.perf_counter() - start},
         "peaks": {name: peak for name, peak in watch.peaks.items() if name},
+        "gpu_peaks": {name: peak for name, peak in watch.on_gpu.items() if name},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "formula": record["memory_formula_bytes"],
         "streamed": record["streamed"],
         "merge": record["merge"],
@@ -133,10 +143,12 @@ def pruned(folder: Path, work: Path, memory: str, tokens: int) -> dict[str, Any]
 
 
 def table(found: dict[str, Any]) -> str:
-    rows = ["| phase | minutes | dense passes | peak, GiB |", "| --- | ---: | ---: | ---: |"]
+    rows = ["| phase | minutes | dense passes | peak, GiB | of the GPU |", "| --- |" + " ---: |" * 4]
     for name, seconds in found["seconds"].items():
-        peak = max(found["peaks"].values()) if name == "all" else found["peaks"].get(name, 0)
-        rows.append(f"| {name} | {seconds / 60:.1f} | {seconds / found['dense_pass']:.1f} | {peak / 2**30:.2f} |")
+        held = (found[key] for key in ("peaks", "gpu_peaks"))
+        peaks = [max(peak.values(), default=0) if name == "all" else peak.get(name, 0) for peak in held]
+        columns = [f"{seconds / 60:.1f}", f"{seconds / found['dense_pass']:.1f}", *(f"{p / 2**30:.2f}" for p in peaks)]
+        rows.append(f"| {name} | {' | '.join(columns)} |")
     rows += ["", "| the formula | GiB |", "| --- | ---: |"]
     rows += [f"| {name} | {size / 2**30:.2f} |" for name, size in found["formula"].items()]
     rows.append(f"| together | {sum(found['formula'].values()) / 2**30:.2f} |")

@@ -169,3 +169,20 @@ def test_what_a_prune_costs(long_model, texts, tmp_path, monkeypatch):
         name, first, second, *_ = [column.strip() for column in line.strip("|").split("|")]
         for shown, text in ((first, "wikitext2"), (second, "ptb")):
             assert shown == f"{found[name]['perplexity'][text] / dense[text]:.3f}"
+
+
+def test_steps_that_are_graphs(tmp_path, monkeypatch):
+    """Without a GPU the same steps, run as they are."""
+    checkpoint = tmp_path / "model"
+    tiny_model("llama", groups=2, head_dim=32, layers=4, positions=512).save_pretrained(checkpoint)
+    words = ("--cells", "2x200", "--rounds", 1, "--device", "cpu", "--dtype", "float32", "--out", tmp_path / "graph")
+    run(monkeypatch, "graph_speed", checkpoint, *words)
+    cells = json.loads((tmp_path / "graph.json").read_text())["cells"]
+    assert list(cells) == [f"2 x 200: {way}" for way in ("half the width", "half the tokens", "both")]
+    for cell in cells.values():
+        for part in ("prefill", "eager", "graph"):
+            assert cell[part]["ratio"] == pytest.approx(cell[part]["ms"]["dense"] / cell[part]["ms"]["other"])
+    limits = [cell["graph"]["limit"] for cell in cells.values()]
+    assert 1 < limits[0] < 2
+    assert limits[1] < 1 < limits[2] < limits[0]  # a room of blocks is most of so short a text
+    assert len((tmp_path / "graph.md").read_text().splitlines()) == 2 + len(cells)
