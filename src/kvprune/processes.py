@@ -63,7 +63,10 @@ def check_enough(windows: int) -> None:
 def summed(x: torch.Tensor) -> torch.Tensor:
     """Over all processes, in place."""
     if _group() is not None:
-        torch.distributed.all_reduce(torch.view_as_real(x) if x.is_complex() else x)
+        sums = torch.view_as_real(x) if x.is_complex() else x
+        there = sums.to(_group().device)  # GPUs' own way to sum takes nothing else
+        torch.distributed.all_reduce(there)
+        sums.copy_(there)
     return x
 
 

@@ -9,6 +9,8 @@ Two ways lead through the same rule. Where all tokens are real, all sequences de
 numbers of the host. Otherwise (`counts` is a tensor) each sequence is at its own position, and places are tensors.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -18,6 +20,40 @@ from kvprune.tokens.admission import Admission, Schedule
 from kvprune.tokens.signals import SIGNALS, Before, Signal
 
 SPARE = 24  # a cache that must grow does by a part in so many
+ALIGNED = 8  # columns of a mask: what a GPU's attention reads without a copy
+
+New = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # keys, values (B, KV heads, T, width), scores (B, KV heads, T)
+
+
+@dataclass(frozen=True)
+class One:
+    """One more token of each sequence, which is at its own position: the same for all layers.
+
+    counts (B,): real tokens with it. chosen (B, 1, 1): how many stay of the block that is due, or all; sinks (B, 1,
+    block): those that do whatever their scores. rows (B, 1, block + window): where that block and what follows it
+    stand; before (B, 1, 1) is the place before them, behind (B, 1, window) where the latter go. place (B, 1, 1): of the
+    token; mask (B, 1, 1, places): 0, or -inf where nothing is; room: how large the rooms must be.
+    """
+
+    counts: torch.Tensor
+    sinks: torch.Tensor | None
+    chosen: torch.Tensor
+    rows: torch.Tensor
+    before: torch.Tensor
+    behind: torch.Tensor
+    place: torch.Tensor
+    mask: torch.Tensor
+    room: int
+
+
+@dataclass
+class Shared:
+    """What the first layer of a call finds out for all others: real (B, T) bool, positions (B, T) of the new tokens
+    among the real ones, and the rest where there is one."""
+
+    real: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    one: One | None = None
 
 
 class AdmittedLayer(CacheLayerMixin):
@@ -62,11 +98,12 @@ class AdmittedLayer(CacheLayerMixin):
         before: Before,
         real: torch.Tensor | None,
         scaling: float | None,
+        shared: "Shared | None" = None,
     ) -> torch.Tensor:
         """Take new tokens in, and let each attend to what is in the cache when it comes.
 
-        query (B, heads, T, width); key, value (B, KV heads, T, width); real (B, T) bool, None where all are -> (B, T,
-        heads, width).
+        query (B, heads, T, width); key, value (B, KV heads, T, width); real (B, T) bool, None where all are; shared: of
+        the layers of one call -> (B, T, heads, width).
         """
         if not self.is_initialized:
             self.lazy_initialization(key, value)
@@ -77,10 +114,14 @@ class AdmittedLayer(CacheLayerMixin):
         if self.counts is None:
             outputs = self._attend_together(query, key, value, before, scaling)
         else:
-            every = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if real is None else real
-            scores = self.signal.scores(before, self.counts.unsqueeze(1) + every.cumsum(1) - 1, real)
-            real = every
-            outputs = self._attend_apart(query, key, value, scores, real, scaling)
+            shared = shared or Shared()
+            if shared.real is None:
+                shared.real = torch.ones_like(key[:, 0, :, 0], dtype=torch.bool) if real is None else real
+                shared.positions = self.counts.unsqueeze(1) + shared.real.cumsum(1) - 1
+            assert shared.positions is not None
+            new = (key, value, self.signal.scores(before, shared.positions, real))
+            attend = self._attend_one if tokens == 1 else self._attend_apart
+            outputs = attend(query, new, shared, scaling)
         self.seen += tokens
         return outputs.transpose(1, 2)
 
@@ -137,7 +178,7 @@ class AdmittedLayer(CacheLayerMixin):
         if schedule.decided(seen) == (schedule.decided(seen - 1) if seen else 0):
             return filled
         block = slice(before - self.away, before - self.away + self.rule.block)
-        chosen = self._ranked(self.scores[:, :, block], seen)[..., : kept - before].sort(-1).values
+        chosen = self._ranked(self.scores[:, :, block], self._sinks(seen))[..., : kept - before].sort(-1).values
         return self._take(chosen, block, filled)
 
     def _take(self, chosen: torch.Tensor, block: slice, filled: int) -> int:
@@ -164,14 +205,19 @@ class AdmittedLayer(CacheLayerMixin):
         """How many tokens the rooms must hold, up to so many tokens of text."""
         return self.schedule.most(number)
 
-    def _ranked(self, scores: torch.Tensor, seen: int | torch.Tensor) -> torch.Tensor:
-        """The tokens of a block (B, KV heads, block), best first; the text's first ones are the best. seen: how many
-        tokens there were when it is decided, a number or (B,)."""
-        is_first = torch.as_tensor(seen, device=scores.device) == self.rule.window + self.rule.block
-        sinks = torch.arange(scores.shape[-1], device=scores.device) < self.rule.sinks
-        return scores.masked_fill(is_first.view(-1, 1, 1) & sinks, torch.inf).argsort(
-            stable=True, dim=-1, descending=True
-        )
+    def _sinks(self, seen: int | torch.Tensor) -> torch.Tensor | None:
+        """Of a block (B or 1, 1, block): what stays whatever its score, the text's first tokens; None where nothing
+        does. seen: how many tokens there were when it is decided, a number or (B,)."""
+        is_first = seen == self.rule.window + self.rule.block
+        if is_first is False:
+            return None
+        sinks = torch.arange(self.rule.block, device=self.device) < self.rule.sinks
+        return sinks.view(1, 1, -1) if isinstance(is_first, bool) else is_first.view(-1, 1, 1) & sinks
+
+    def _ranked(self, scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+        """The tokens of a block (B, KV heads, block), best first."""
+        scores = scores if sinks is None else scores.masked_fill(sinks, torch.inf)
+        return scores.argsort(stable=True, dim=-1, descending=True)
 
     def _make_room(self, filled: int, needed: int) -> None:
         """For `needed` tokens; the first `filled` are there."""
@@ -191,28 +237,69 @@ class AdmittedLayer(CacheLayerMixin):
 
     # Each sequence at its own position
 
-    def _attend_apart(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scores: torch.Tensor,
-        real: torch.Tensor,
-        scaling: float | None,
-    ) -> torch.Tensor:
+    def _attend_one(self, query: torch.Tensor, new: "New", shared: "Shared", scaling: float | None) -> torch.Tensor:
+        """(B, heads, 1, width). Decide, where a decision is due; write the token; attend."""
+        one = shared.one = shared.one or self._one(shared.real, query.dtype)
+        self._make_room(self.scores.shape[2], one.room)
+        assert self.key_room is not None
+        assert self.value_room is not None
+        kv_heads = self.scores.shape[1]
+        due = self.scores.gather(2, one.rows[..., : self.rule.block].expand(-1, kv_heads, -1))
+        stays = self._ranked(due, one.sinks).argsort(-1) < one.chosen  # (B, KV heads, block)
+        to = torch.where(stays, stays.cumsum(-1) + one.before, self.scores.shape[2] - 1)
+        self._move(one.rows.expand(-1, kv_heads, -1), torch.cat((to, one.behind.expand(-1, kv_heads, -1)), -1))
+        self._put(new, one.place.expand(-1, kv_heads, -1))
+        self.counts = one.counts
+        width = one.mask.shape[-1]
+        self.keys, self.values = self.key_room[:, :, :width], self.value_room[:, :, :width]
+        return _attention(query, self.keys, self.values, one.mask, scaling)
+
+    def _one(self, real: torch.Tensor | None, dtype: torch.dtype) -> "One":
+        """What the rule says of one more token (B, 1) of each sequence."""
+        assert self.counts is not None
+        assert real is not None
+        rule, columns = self.rule, self.seen + 1
+        width = -(-self._reach(columns, 1) // ALIGNED) * ALIGNED
+        room = max(width, self._reach(columns, rule.block)) + rule.block + rule.window + 1
+        table, behind = self._table(columns), self.counts - 1
+        number = behind.clamp_min(0) // rule.block
+        stored = torch.where(self.counts > 0, table[1][number] + behind % rule.block + 1, 0)
+        kept, is_due = table[0][number], self.counts % rule.block == 0
+        decides = is_due & real[:, 0] & (self.counts >= rule.window + rule.block)
+        chosen = torch.where(decides, table[0][self.counts // rule.block] - kept, rule.block)
+        stored = stored - rule.block + chosen
+        last = max(room, self.scores.shape[2]) - 1
+        slots = torch.arange(max(width, rule.block + rule.window), device=self.device)
+        mask = torch.zeros(len(stored), 1, 1, width, dtype=dtype, device=self.device)
+        rows = (kept[:, None] + slots[: rule.block + rule.window]).unsqueeze(1)
+        return One(
+            counts=self.counts + real[:, 0],
+            sinks=self._sinks(self.counts),
+            chosen=chosen[:, None, None],
+            before=kept[:, None, None] - 1,
+            rows=rows,
+            behind=rows[..., rule.block :] - rule.block + chosen[:, None, None],
+            place=torch.where(real[:, 0], stored, last)[:, None, None],
+            mask=mask.masked_fill(slots[:width] > stored[:, None, None, None], -torch.inf),
+            room=room,
+        )
+
+    def _attend_apart(self, query: torch.Tensor, new: "New", shared: "Shared", scaling: float | None) -> torch.Tensor:
         """(B, heads, T, width). In pieces in which no sequence decides twice."""
-        outputs = []
-        for start in range(0, key.shape[2], self.rule.block):
+        outputs, real = [], shared.real
+        assert real is not None
+        for start in range(0, query.shape[2], self.rule.block):
             piece = slice(start, start + self.rule.block)
-            new = (key[:, :, piece], value[:, :, piece], scores[:, :, piece])
-            columns = self.seen + min(piece.stop, key.shape[2])
-            outputs.append(self._attend_piece(query[:, :, piece], new, real[:, piece], columns, scaling))
+            key, value, scores = (x[:, :, piece] for x in new)
+            columns = self.seen + min(piece.stop, query.shape[2])
+            part = self._attend_piece(query[:, :, piece], (key, value, scores), real[:, piece], columns, scaling)
+            outputs.append(part)
         return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
 
     def _attend_piece(
         self,
         query: torch.Tensor,
-        new: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        new: "New",
         real: torch.Tensor,
         columns: int,
         scaling: float | None,
@@ -224,14 +311,14 @@ class AdmittedLayer(CacheLayerMixin):
         behind = self.counts - 1  # of the last call's tokens; the decision that is due at `counts` is not made
         number = behind.clamp_min(0) // block
         kept, stored = table[0][number], torch.where(self.counts > 0, table[1][number] + behind % block + 1, 0)
-        width = self._reach(columns)
+        width = self._reach(columns, block)
         self._make_room(self.scores.shape[2], width + block + self.rule.window + 1)
 
         due = -(-self.counts // block) * block  # where this piece may decide
         decides = (due < self.counts + real.sum(1)) & (due >= self.rule.window + block)
         chosen = torch.where(decides, table[0][due // block] - kept, block)
         at = kept[:, None, None] + torch.arange(block, device=self.device)
-        ranked = self._ranked(self.scores.gather(2, at.expand(-1, self.scores.shape[1], -1)), due)
+        ranked = self._ranked(self.scores.gather(2, at.expand(-1, self.scores.shape[1], -1)), self._sinks(due))
         stays = ranked.argsort(-1) < chosen[:, None, None]  # (B, KV heads, block)
 
         rank = real.cumsum(1)  # (B, T): which of the piece's real tokens, from 1
@@ -251,9 +338,9 @@ class AdmittedLayer(CacheLayerMixin):
         self.keys, self.values = self.key_room[:, :, :width], self.value_room[:, :, :width]
         return output
 
-    def _reach(self, columns: int) -> int:
-        """How many places may be filled: what a piece adds is there before anything is dropped."""
-        return self.schedule.most(columns) + self.rule.block
+    def _reach(self, columns: int, more: int) -> int:
+        """How many places may be filled, by what is there and `more`: what a piece adds, before anything is dropped."""
+        return self.schedule.most(columns) + more
 
     def _table(self, columns: int) -> torch.Tensor:
         """(2, decisions): kept, and stored behind it, at each multiple of block up to so many tokens and a block."""
@@ -268,10 +355,19 @@ class AdmittedLayer(CacheLayerMixin):
         """New tokens behind those that are stored; padding goes where nothing is read."""
         last = self.scores.shape[2] - 1
         place = torch.where(real, stored[:, None] + rank - 1, last)[:, None].expand(-1, self.scores.shape[1], -1)
+        self._put(new, place)
+
+    def _put(self, new: "New", place: torch.Tensor) -> None:
+        """New tokens where `place` (B, KV heads, T) says."""
         for room, tokens in zip((self.key_room, self.value_room, self.scores), new, strict=True):
             assert room is not None
-            index = place if room.dim() == 3 else place.unsqueeze(-1).expand(-1, -1, -1, room.shape[3])
-            room.scatter_(2, index, tokens.to(room.dtype))
+            room.scatter_(2, _over(place, room), tokens.to(room.dtype))
+
+    def _move(self, source: torch.Tensor, to: torch.Tensor) -> None:
+        """Rows of the rooms, both (B, KV heads, rows)."""
+        for room in (self.key_room, self.value_room, self.scores):
+            assert room is not None
+            room.scatter_(2, _over(to, room), room.gather(2, _over(source, room)))
 
     def _move_together(self, kept: torch.Tensor, stays: torch.Tensor) -> None:
         """Close the gaps that dropped tokens of a block leave, in the rows behind `kept`."""
@@ -279,13 +375,7 @@ class AdmittedLayer(CacheLayerMixin):
         behind = stays.new_ones(*stays.shape[:2], self.rule.window + block)
         order = (~torch.cat((stays, behind), -1)).int().argsort(stable=True, dim=-1)
         places = kept[:, None, None] + torch.arange(order.shape[-1], device=self.device).expand_as(order)
-        source = kept[:, None, None] + order
-        for room in (self.key_room, self.value_room, self.scores):
-            assert room is not None
-            there, back = (
-                x if room.dim() == 3 else x.unsqueeze(-1).expand(-1, -1, -1, room.shape[3]) for x in (source, places)
-            )
-            room.scatter_(2, back, room.gather(2, there))
+        self._move(kept[:, None, None] + order, places)
 
     def real_tokens(self) -> np.ndarray:
         """How many each sequence has had, (B,)."""
@@ -361,6 +451,11 @@ class AdmittedLayer(CacheLayerMixin):
         self.waiting = [block.of(chosen) for block in self.waiting]
 
 
+def _over(index: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+    """(B, KV heads, rows), for each number of a row where it has some."""
+    return index if room.dim() == 3 else index.unsqueeze(-1).expand(-1, -1, -1, room.shape[3])
+
+
 def _causal(stored: int, new: int, device: torch.device) -> torch.Tensor:
     """(new, stored): the last tokens, which are new, see everything up to themselves."""
     slots = torch.arange(stored, device=device)
@@ -375,7 +470,7 @@ def _attention(
     batch, kv_heads, _, width = keys.shape
     tokens = query.shape[2]
     packed = query.reshape(batch, kv_heads, -1, width)  # (B, KV heads, groups * T, width)
-    if mask is not None:
+    if mask is not None and tokens > 1:
         mask = mask.repeat(*[1] * (mask.dim() - 2), query.shape[1] // kv_heads, 1)
     found = torch.nn.functional.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
     return found.reshape(batch, -1, tokens, width)

@@ -30,15 +30,15 @@ class StaticAdmittedLayer(AdmittedLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         rule, batch = self.rule, len(key_states)
-        self.reach = self.schedule.most(self.length) + rule.block
-        super()._make_room(0, self.reach + rule.block + rule.window + 1)
+        self.reach = self.schedule.most(self.length)
+        super()._make_room(0, self.reach + 2 * rule.block + rule.window + 1)
         self.counts = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.columns = torch.zeros((), dtype=torch.int64, device=self.device)
         super()._table(self.length)
         for tensor in (self.key_room, self.value_room, self.scores, self.counts, self.columns):
             torch._dynamo.mark_static_address(tensor)
 
-    def attend(self, query, key, value, before, real, scaling) -> torch.Tensor:
+    def attend(self, query, key, value, before, real, scaling, shared=None) -> torch.Tensor:
         """As AdmittedLayer. Raises CacheMismatch for more tokens than there is room for."""
         tokens = key.shape[2]
         if not torch.compiler.is_compiling():
@@ -49,7 +49,7 @@ class StaticAdmittedLayer(AdmittedLayer):
                 self.signal.begin(before.keys, query.shape[1])
         replaced: dict[tuple[Any, str], Any] = {(self, "counts"): self.counts, **self.signal.state()}
         seen = self.seen
-        output = super().attend(query, key, value, before, real, scaling)
+        output = super().attend(query, key, value, before, real, scaling, shared)
         for (thing, name), tensor in replaced.items():
             tensor.copy_(getattr(thing, name))
             setattr(thing, name, tensor)
@@ -59,8 +59,8 @@ class StaticAdmittedLayer(AdmittedLayer):
             self.seen = seen
         return output
 
-    def _reach(self, columns: int) -> int:
-        return self.reach
+    def _reach(self, columns: int, more: int) -> int:
+        return self.reach + more
 
     def _table(self, columns: int) -> torch.Tensor:
         assert self.table is not None

@@ -4,6 +4,8 @@ Source: Token Filtering (arXiv 2512.07090): A <- gamma * A + (1 - gamma) * x. Ou
 token, every token is compared with the anchor *before* it, and every token, skipped or not, then updates it.
 """
 
+from functools import lru_cache
+
 import torch
 
 BLOCK = 64  # tokens whose powers of gamma are taken at once: gamma^-t over a whole prompt would overflow
@@ -22,7 +24,7 @@ def moving_average(x: torch.Tensor, anchor: torch.Tensor | None, gamma: float) -
     if tokens == 1:
         return torch.stack((anchor, torch.lerp(x[..., 0, :], anchor, gamma)), dim=-2)
     found = x.new_empty(*x.shape[:-2], tokens + 1, x.shape[-1])
-    weights, decay = _powers(min(tokens, BLOCK), gamma, x)
+    weights, decay = _powers(min(tokens, BLOCK), gamma, x.dtype, x.device)
     for start in range(0, tokens, BLOCK):
         piece = x[..., start : start + BLOCK, :]
         n = piece.shape[-2]
@@ -32,12 +34,15 @@ def moving_average(x: torch.Tensor, anchor: torch.Tensor | None, gamma: float) -
     return found
 
 
-def _powers(n: int, gamma: float, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n + 1, n) with (1 - gamma) * gamma^(t - 1 - s) where s < t, and (n + 1, 1) with gamma^t."""
-    t, s = torch.arange(n + 1).unsqueeze(1), torch.arange(n)
-    age = t - 1 - s
-    weights = torch.where(age >= 0, (1 - gamma) * gamma ** age.clamp_min(0).double(), 0.0)
-    return weights.to(like), (gamma ** t.double()).to(like)
+@lru_cache(maxsize=64)
+def _powers(n: int, gamma: float, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n + 1, n) with (1 - gamma) * gamma^(t - 1 - s) where s < t, and (n + 1, 1) with gamma^t. Made once: bringing
+    them to a GPU makes the host wait."""
+    with torch.inference_mode(False):
+        t, s = torch.arange(n + 1).unsqueeze(1), torch.arange(n)
+        age = t - 1 - s
+        weights = torch.where(age >= 0, (1 - gamma) * gamma ** age.clamp_min(0).double(), 0.0)
+        return weights.to(device, dtype), (gamma ** t.double()).to(device, dtype)
 
 
 def cosine(x: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:

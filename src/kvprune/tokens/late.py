@@ -21,7 +21,7 @@ from kvprune.runtime.attention import packed_attention
 from kvprune.runtime.modeling import CACHE, window_of
 from kvprune.runtime.quantized import is_quantized
 from kvprune.tokens.admission import Admission
-from kvprune.tokens.admitted import AdmittedLayer
+from kvprune.tokens.admitted import AdmittedLayer, Shared
 from kvprune.tokens.admitted_quantized import QuantizedAdmittedLayer
 from kvprune.tokens.admitted_static import StaticAdmittedLayer
 from kvprune.tokens.attention import FilteredAttention
@@ -57,6 +57,7 @@ class Held:
         self.layer: AdmittedLayer | None = None
         self.seen: dict[str, torch.Tensor] = {}  # (B, T, heads * width)
         self.real: torch.Tensor | None = None
+        self.shared: Shared | None = None
 
     def watch(self) -> Iterator[Callable[[], None]]:
         """Look at what the modules give; yields what ends it."""
@@ -66,17 +67,17 @@ class Held:
     def _see(self, name: str, module: nn.Module, args: Any, output: torch.Tensor) -> None:
         self.seen[name] = output
 
-    def take(self, kv_heads: int, heads: int, scaling: float) -> tuple[Before, torch.Tensor | None]:
-        """What has been seen in this call, and what is real."""
+    def take(self, kv_heads: int, heads: int, scaling: float) -> tuple[Before, torch.Tensor | None, "Shared | None"]:
+        """What has been seen in this call, what is real, and what other layers have found out for all."""
         keys, queries = self.seen["keys"], self.seen.get("queries")
         keys = keys if self.part is None else self.part(keys)
-        real = self.real
+        real, shared = self.real, self.shared
         self.forget()
         of_heads = None if queries is None else queries.unflatten(-1, (heads, -1)).transpose(1, 2)
-        return Before(keys.unflatten(-1, (kv_heads, -1)).transpose(1, 2), of_heads, scaling), real
+        return Before(keys.unflatten(-1, (kv_heads, -1)).transpose(1, 2), of_heads, scaling), real, shared
 
     def forget(self) -> None:
-        self.seen, self.real = {}, None
+        self.seen, self.real, self.shared = {}, None, None
 
 
 def admitting_attention(
@@ -94,8 +95,10 @@ def admitting_attention(
     if held is None:
         return packed_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     assert held.layer is not None
-    before, real = held.take(key.shape[1], query.shape[1], query.shape[-1] ** -0.5 if scaling is None else scaling)
-    return held.layer.attend(query, key, value, before, real, scaling), None
+    before, real, shared = held.take(
+        key.shape[1], query.shape[1], query.shape[-1] ** -0.5 if scaling is None else scaling
+    )
+    return held.layer.attend(query, key, value, before, real, scaling, shared), None
 
 
 class LateAdmission:
@@ -220,19 +223,21 @@ class LateAdmission:
             )
         if real is None or len(layers) == self._model.config.num_hidden_layers:
             kwargs["attention_mask"] = None  # nobody needs it, and models look into it, which makes the host wait
+        shared = Shared()
         for i, held in self._held.items():
-            held.layer, held.real = layers[i], real
+            held.layer, held.real, held.shared = layers[i], real, shared
         self._cache = cache
         return (), kwargs
 
     def _begin_compiled(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The same of a step that is compiled, of a cache that has had its prompt. All of its tokens are real."""
         cache: Any = kwargs.get(CACHE)
+        shared = Shared()
         for i, held in self._held.items():
             layer = None if cache is None else cache.layers[i]
             if not isinstance(layer, StaticAdmittedLayer):
                 raise FilterMisuse("a compiled step needs a cache with length=, which has had its prompt uncompiled")
-            held.layer, held.real = layer, None
+            held.layer, held.real, held.shared = layer, None, shared
         if len(self._held) == len(cache.layers):
             kwargs = {**kwargs, "attention_mask": None}
         return args, kwargs

@@ -104,15 +104,16 @@ def _walk(
             before, states = states, [calls.run(block, index, state) for state in states]
             without = {gone: [calls.run(block, index, s) for s in streams] for gone, streams in without.items()}
         differences = (b.double() - a.double() for a, b in zip(before, states, strict=True))
-        total = summed(sum((x.sum((0, 1)) for x in differences), torch.zeros(view.shape.hidden, dtype=torch.float64)))
+        none = torch.zeros(view.shape.hidden, dtype=torch.float64)
+        total = summed(sum((x.sum((0, 1)).cpu() for x in differences), none))
         added.append((total / tokens * has_constants).to(view.lm.dtype))
         if index in candidates:
             without[index] = [state + added[-1].to(state) for state in before]
         advance(1)
     if not candidates:
         return {}, added
-    losses = torch.tensor([loss_behind(view, shares, streams) for streams in (states, *without.values())])
-    found = dict(zip((DENSE, *without), summed(losses).tolist(), strict=True))
+    losses = [loss_behind(view, shares, streams) for streams in (states, *without.values())]
+    found = dict(zip((DENSE, *without), summed(torch.tensor(losses, dtype=torch.float64)).tolist(), strict=True))
     for gone, loss in found.items():
         if not math.isfinite(loss):
             what = "the dense model" if gone == DENSE else f"the model without block {gone}"

@@ -27,7 +27,7 @@ class KeyDistance(Signal):
         assert self.mean is not None
         unit = torch.nn.functional.normalize(before.keys.float(), dim=-1)
         met, self.mean = averages(unit, self.mean, real)
-        return -torch.nn.functional.cosine_similarity(unit, met, dim=-1)
+        return -(unit * met).sum(-1) / met.norm(dim=-1).clamp_min(1e-8)
 
 
 def averages(
@@ -35,6 +35,9 @@ def averages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The moving average that each token meets, and the one behind the last; x (B, heads, T, width), mean (B, heads,
     width), real (B, T): what is not does not count."""
+    if x.shape[2] == 1:
+        moved = torch.lerp(x[:, :, 0], mean, memory)
+        return mean.unsqueeze(2), moved if real is None else torch.where(real.unsqueeze(-1), moved, mean)
     if real is None:
         found = moving_average(x, mean, memory)
         return found[:, :, :-1], found[:, :, -1]
