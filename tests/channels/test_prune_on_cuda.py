@@ -38,9 +38,12 @@ def test_whole_streamed_and_on_the_cpu(options, checkpoint, texts, tmp_path, mon
         assert host["pruned"] == pytest.approx(other["pruned"], rel=2e-2)
     whole, streamed = tensors_of(tmp_path / "cuda"), tensors_of(tmp_path / "streamed")
     assert whole.keys() == streamed.keys()
-    for name, tensor in whole.items():
-        assert torch.equal(streamed[name], tensor), name
-    assert perplexity_of(tmp_path / "cuda") == perplexity_of(tmp_path / "streamed")
+    for name, tensor in whole.items():  # to the last bit on a CPU; a GPU's products depend on where numbers stand
+        torch.testing.assert_close(streamed[name], tensor, rtol=0, atol=1e-5)
+    plans = [(tmp_path / name / "plan.json").read_text() for name in ("cuda", "streamed")]
+    assert plans[0].split('"layers": [')[-1] == plans[1].split('"layers": [')[-1]
+    for one, other in zip(perplexity_of(tmp_path / "cuda"), perplexity_of(tmp_path / "streamed"), strict=True):
+        assert one["pruned"] == pytest.approx(other["pruned"], rel=1e-4)
 
 
 def test_what_one_does_with_a_folder(checkpoint, pruned_half, texts, tmp_path, command):

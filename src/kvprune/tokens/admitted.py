@@ -16,6 +16,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kvprune.errors import CacheMismatch
+from kvprune.runtime.attention import for_any_shape
 from kvprune.tokens.admission import Admission, Schedule
 from kvprune.tokens.signals import SIGNALS, Before, Signal
 
@@ -472,5 +473,6 @@ def _attention(
     packed = query.reshape(batch, kv_heads, -1, width)  # (B, KV heads, groups * T, width)
     if mask is not None and tokens > 1:
         mask = mask.repeat(*[1] * (mask.dim() - 2), query.shape[1] // kv_heads, 1)
-    found = torch.nn.functional.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
+    with for_any_shape(query.device):
+        found = torch.nn.functional.scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scaling)
     return found.reshape(batch, -1, tokens, width)
