@@ -178,11 +178,11 @@ def test_steps_that_are_graphs(tmp_path, monkeypatch):
     words = ("--cells", "2x200", "--rounds", 1, "--device", "cpu", "--dtype", "float32", "--out", tmp_path / "graph")
     run(monkeypatch, "graph_speed", checkpoint, *words)
     cells = json.loads((tmp_path / "graph.json").read_text())["cells"]
-    assert list(cells) == [f"2 x 200: {way}" for way in ("half the width", "half the tokens", "both")]
+    assert len(cells) == 4
     for cell in cells.values():
         for part in ("prefill", "eager", "graph"):
             assert cell[part]["ratio"] == pytest.approx(cell[part]["ms"]["dense"] / cell[part]["ms"]["other"])
     limits = [cell["graph"]["limit"] for cell in cells.values()]
     assert 1 < limits[0] < 2
-    assert limits[1] < limits[2] < 2 * limits[0]
+    assert limits[2] < limits[3] < 2 * limits[1]
     assert len((tmp_path / "graph.md").read_text().splitlines()) == 2 + len(cells)

@@ -114,6 +114,9 @@ class Coming(ModelHook):
     def _bring(self, block: nn.Module) -> None:
         for name, _ in list(block.named_parameters()):
             set_module_tensor_to_device(block, name, self.device, value=self.shelf[self.prefix + name])
+        for name, buffer in list(block.named_buffers()):  # few numbers, which stay
+            if not buffer.is_meta and buffer.device.type != torch.device(self.device).type:
+                set_module_tensor_to_device(block, name, self.device, value=buffer)
 
     def _let_go(self, block: nn.Module) -> None:
         for name, _ in list(block.named_parameters()):

@@ -21,6 +21,7 @@ from kvprune.tokens.admission import Admission, Schedule
 from kvprune.tokens.signals import SIGNALS, Before, Signal
 
 SPARE = 24  # a cache that must grow does by a part in so many
+AT_ONCE = 1024  # tokens of a long text that are scored together
 ALIGNED = 8  # columns of a mask: what a GPU's attention reads without a copy
 
 New = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # keys, values (B, KV heads, T, width), scores (B, KV heads, T)
@@ -138,6 +139,7 @@ class AdmittedLayer(CacheLayerMixin):
     ) -> torch.Tensor:
         """(B, heads, T, width). A piece at a time: up to the next decision."""
         tokens, outputs, start = key.shape[2], [], 0
+        ahead = Ahead(before, self.signal, self.seen)
         filled = self._filled(self.seen) - self.away
         self._make_room(filled, self._needed(self.seen + tokens))
         assert self.key_room is not None
@@ -150,7 +152,10 @@ class AdmittedLayer(CacheLayerMixin):
             piece = slice(start, min(start + self.rule.block - seen % self.rule.block, tokens))
             place = slice(filled, filled + piece.stop - start)
             self.key_room[:, :, place], self.value_room[:, :, place] = key[:, :, piece], value[:, :, piece]
-            self.waiting.append(before if tokens == 1 else before.part(piece))
+            if seen % self.rule.block == 0 and piece.stop - piece.start == self.rule.block:
+                self.scores[:, :, place] = ahead.scores(piece)
+            else:
+                self.waiting.append(before if tokens == 1 else before.part(piece))
             filled, start = place.stop, piece.stop
             self.keys, self.values = self.key_room[:, :, :filled], self.value_room[:, :, :filled]
             keys, values = self._read()
@@ -450,6 +455,27 @@ class AdmittedLayer(CacheLayerMixin):
         self.keys, self.values = self.key_room[:, :, :filled], self.value_room[:, :, :filled]
         self.signal.select(chosen)
         self.waiting = [block.of(chosen) for block in self.waiting]
+
+
+class Ahead:
+    """Scores of a long text's whole blocks, for many of them at once: a GPU then has fewer, larger things to do."""
+
+    def __init__(self, before: Before, signal: Signal, seen: int):
+        self.before, self.signal, self.seen = before, signal, seen
+        self.first = self.end = 0
+        self.found: torch.Tensor | None = None
+
+    def scores(self, piece: slice) -> torch.Tensor:
+        """Of one block (B, KV heads, block); blocks come in order, none is left out."""
+        if piece.start >= self.end:
+            tokens, block = self.before.keys.shape[2], piece.stop - piece.start
+            whole = (tokens - piece.start) // block * block
+            self.first, self.end = piece.start, piece.start + min(whole, max(AT_ONCE // block, 1) * block)
+            positions = torch.arange(self.seen + self.first, self.seen + self.end, device=self.before.keys.device)
+            part = self.before.part(slice(self.first, self.end))
+            self.found = self.signal.scores(part, positions.unsqueeze(0), None)
+        assert self.found is not None
+        return self.found[:, :, piece.start - self.first : piece.stop - self.first]
 
 
 def _over(index: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
