@@ -24,7 +24,7 @@ def moving_average(x: torch.Tensor, anchor: torch.Tensor | None, gamma: float) -
     if tokens == 1:
         return torch.stack((anchor, torch.lerp(x[..., 0, :], anchor, gamma)), dim=-2)
     found = x.new_empty(*x.shape[:-2], tokens + 1, x.shape[-1])
-    weights, decay = _powers(min(tokens, BLOCK), gamma, x.dtype, x.device)
+    weights, decay = _powers(gamma, x.dtype, x.device)
     for start in range(0, tokens, BLOCK):
         piece = x[..., start : start + BLOCK, :]
         n = piece.shape[-2]
@@ -35,14 +35,14 @@ def moving_average(x: torch.Tensor, anchor: torch.Tensor | None, gamma: float) -
 
 
 @lru_cache(maxsize=64)
-def _powers(n: int, gamma: float, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n + 1, n) with (1 - gamma) * gamma^(t - 1 - s) where s < t, and (n + 1, 1) with gamma^t. Made once: bringing
-    them to a GPU makes the host wait."""
+def _powers(gamma: float, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n + 1, n) with (1 - gamma) * gamma^(t - 1 - s) where s < t, and (n + 1, 1) with gamma^t, for a BLOCK of n. Made
+    once, and where they are used: to bring something to a GPU makes the host wait."""
     with torch.inference_mode(False):
-        t, s = torch.arange(n + 1).unsqueeze(1), torch.arange(n)
+        t, s = torch.arange(BLOCK + 1, device=device).unsqueeze(1), torch.arange(BLOCK, device=device)
         age = t - 1 - s
         weights = torch.where(age >= 0, (1 - gamma) * gamma ** age.clamp_min(0).double(), 0.0)
-        return weights.to(device, dtype), (gamma ** t.double()).to(device, dtype)
+        return weights.to(dtype), (gamma ** t.double()).to(dtype)
 
 
 def cosine(x: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
