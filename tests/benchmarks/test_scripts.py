@@ -186,3 +186,26 @@ def test_steps_that_are_graphs(tmp_path, monkeypatch):
     assert 1 < limits[0] < 2
     assert limits[2] < limits[3] < 2 * limits[1]
     assert len((tmp_path / "graph.md").read_text().splitlines()) == 2 + len(cells)
+
+
+def test_the_picture_shows_what_the_tables_say(monkeypatch):
+    """Each point from the tables that other scripts wrote, rounded there."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    picture = importlib.import_module("kv_picture")
+    results = SCRIPTS / "results"
+
+    def rows(name):
+        return [[cell.strip("* ") for cell in line.strip("|").split("|")] for line in (results / name).open()]
+
+    curve = {f"{row[0]}: {row[1]}": row[4:6] for row in rows("kv_curve_2048.md") if len(row) > 5}
+    for name in ("dense: 2 bits", "dense: 50% of tokens kept", "merged-0.5, distilled: 4 bits, 50% of tokens kept"):
+        share, ratio = picture.read_as(name)
+        assert [f"{share:.1%}", f"{ratio:.3f}"] == curve[name]
+    others = {(row[0], row[1]): row[3].split()[0] for row in rows("kv_peers.md") if len(row) > 3}
+    for name in (*picture.PRESSES, "ours, key-distance"):
+        assert [f"{ratio:.3f}" for _, ratio in picture.peers(name)] == [others[name, f"{k:.0%}"] for k in picture.KEEPS]
+    quality = {row[0]: row[10] for row in rows("quality.md") if len(row) > 10}
+    for name in ("paper {}", "closed form {}", "merged {}", "merged {}, distilled"):
+        assert [f"{ratio:.3f}" for _, ratio in picture.widths(name)] == [
+            quality[name.format(k)] for k in (0.25, 0.5, 0.75)
+        ]

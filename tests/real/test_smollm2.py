@@ -21,7 +21,7 @@ OTHERS = {
     importance: ["--ratio", "0.5", "--importance", importance, "--repair", "none", "--allocation", "uniform"]
     for importance in ("energy", "taylor")
 }
-# Far from the published tables (docs/results.md) means that something broke, in either direction.
+# Far from the published tables (docs/results-width.md) means that something broke, in either direction.
 PERPLEXITY_RATIOS = {"default": (1.01, 1.5), "energy": (1.5, 8), "taylor": (1.5, 8)}
 
 

@@ -300,7 +300,7 @@ def _share_kept(sizes: _Sizes, kv: float) -> float:
 
 def _recommended(ratio: float | None, quantized: list[dict[str, Any]]) -> dict[str, Any] | None:
     """What loses least of what fits: nothing, fewer bits down to 4, width beside 4 bits, 2 bits where that would take
-    too much of the width, then width again [ours, docs/results.md]."""
+    too much of the width, then width again [ours, docs/results-bits.md]."""
     options: list[dict[str, Any]] = [{"kv_bits": None, "ratio": ratio}]
     options += [{"kv_bits": q["kv_bits"], "ratio": q["ratio"]} for q in quantized if q["kv_bits"] >= 4]
     reachable = [option for option in options if option["ratio"] is not None]

@@ -180,7 +180,7 @@ def identity(kv_heads: int, head_dim: int) -> Basis:
 def slow_channels(attention: Attention) -> torch.Tensor:
     """The channels of the pairs that turn by SLOW at most over all that the layer looks back on, pair by pair, slowest
     first; (n,). Without RoPE these are all. Pairs that turn more within it cost much at its far end: see
-    docs/results.md."""
+    docs/results-width.md."""
     turns = attention.frequencies * attention.context  # (pairs,)
     order = turns.argsort(stable=True)
     chosen = order[turns[order] <= SLOW]
