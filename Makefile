@@ -13,7 +13,7 @@ SOURCES := $(shell find src -name "*.py")
 PIP := -m pip install --quiet --disable-pip-version-check
 PROMPT := The Eiffel Tower is a famous landmark in
 
-.PHONY: demo test lint test-oldest test-newest constraints test-models test-gemma3 test-install test-report test-bits test-vllm test-gguf clean
+.PHONY: demo test lint docs test-oldest test-newest constraints test-models test-gemma3 test-install test-report test-bits test-vllm test-gguf clean
 
 demo: .venv/done $(MODEL)
 	! test -f build/demo/config.json || rm -rf build/demo
@@ -34,6 +34,10 @@ lint: .venv/done
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+# The site, in build/site; a link, an anchor or a page that leads nowhere is an error.
+docs: .venv-docs/done
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 # With the oldest supported transformers what depends on transformers: models, surgery, caches, commands.
 test-oldest: .venv-oldest/done
 	.venv-oldest/bin/python -m pytest tests/models tests/runtime tests/tokens tests/channels/test_prune.py tests/test_cli.py
@@ -53,6 +57,7 @@ constraints:
 	.venv-newest/bin/python tests/constraints.py > constraints/newest.txt
 	.venv-oldest/bin/python tests/constraints.py > constraints/oldest.txt
 	test ! -d .venv-vllm || .venv-vllm/bin/python tests/constraints.py > constraints/vllm.txt
+	test ! -d .venv-docs || .venv-docs/bin/python tests/constraints.py > constraints/docs.txt
 
 # A real model: figures, memory, the demo's commands.
 test-models: .venv/done $(PRUNED)/config.json
@@ -69,7 +74,7 @@ test-bits: .venv/done
 		.venv/bin/python $(PIP) -c constraints/newest.txt -e '.[bits]' ninja && PATH="$(CURDIR)/.venv/bin:$$PATH" .venv/bin/python -m pytest tests/runtime/test_quantized.py tests/tokens/test_late.py; \
 	else echo "no C++ compiler: caches of 4 and 2 bits are not tested"; fi
 
-# A new user: an empty environment, `pip install .`, and the README's example in a folder outside the repository.
+# A new user: an empty environment, `pip install .`, and the quickstart's commands in a folder outside the repository.
 test-install: .venv/done $(MODEL)
 	KVPRUNE_DATA=$(CURDIR)/$(CACHE) KVPRUNE_TEST_MODEL=$(CURDIR)/$(MODEL) TORCH="$(TORCH)" \
 		.venv/bin/python -m pytest tests/real/test_install.py -s
@@ -143,10 +148,16 @@ $(MODEL): demo/fetch.py
 	.venv-vllm/bin/python $(PIP) -c constraints/vllm.txt -r .venv-vllm/requirements.txt pytest
 	touch $@
 
+# It reads the sources, and does not import them: no PyTorch. Ruff formats the signatures.
+.venv-docs/done: constraints/docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python $(PIP) -c constraints/docs.txt mkdocs-material 'mkdocstrings[python]' ruff
+	touch $@
+
 .venv-gguf/done:
 	$(PYTHON) -m venv .venv-gguf
 	.venv-gguf/bin/python $(PIP) xllamacpp==2026.10.11549
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-gguf .cache build
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm .venv-docs .venv-gguf .cache build
