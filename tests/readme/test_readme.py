@@ -1,4 +1,4 @@
-"""The README's commands run as they stand there, on a tiny model in place of the hub id."""
+"""The commands of README and quickstart run as they stand there, on a tiny model in place of the hub id."""
 
 import json
 import re
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "docs/quickstart.md")
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMALLER = {
     "prune": "--calibration-tokens 512 --repair-tokens 4096 --eval-tokens 512 --window 64 --align 2 --min-width 4",
@@ -21,8 +22,8 @@ SMALLER = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.S)
 
 
 @pytest.fixture
@@ -35,35 +36,41 @@ def roomy(checkpoint, tmp_path):
     return folder
 
 
-def test_console_commands(command, roomy, texts, tmp_path, monkeypatch):
-    commands = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ kvprune")]
-    assert {shlex.split(c)[1] for c in commands} >= {
-        "prune",
-        "recover",
-        "eval",
-        "bench",
-        "fit",
-        "generate",
-        "show",
-        "study",
-    }
+def commands_of(page: str) -> list[str]:
+    return [
+        line[2:] for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ kvprune")
+    ]
+
+
+def test_readme_and_quickstart_have_every_verb_that_a_user_begins_with():
+    verbs = {page: {shlex.split(line)[1] for line in commands_of(page)} for page in PAGES}
+    assert verbs["README.md"] == {"prune", "generate"}
+    assert verbs["docs/quickstart.md"] == {
+        "prune", "recover", "eval", "bench", "fit", "generate", "show", "study", "report", "doctor",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_console_commands(page, command, roomy, texts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for line in commands:
+    for line in commands_of(page):
         words = shlex.split(line.replace(HUB_ID, str(roomy)))
         words += SMALLER.get(words[1], "").split()
         code, _, err = command(*words[1:])
         assert code == 0, f"{line}\n{err}"
 
 
-def test_python_example(roomy, texts, tmp_path, monkeypatch):
-    code = "\n".join(blocks("python"))
+@pytest.mark.parametrize("page", PAGES)
+def test_python_example(page, roomy, texts, tmp_path, monkeypatch):
+    code = "\n".join(blocks(page, "python"))
+    assert code
     quick = "calibration_tokens=512, repair_tokens=4096, eval_tokens=512, windows=(64,), align=2, min_width=4"
     code = code.replace(HUB_ID, str(roomy)).replace("ratio=0.5", f"ratio=0.5, {quick}")
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, page, "exec"), {})
 
 
 def test_make_targets_exist():
-    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
-    for target in re.findall(r"`make ([a-z-]+)`", README):
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`make ([a-z-]+)`", (ROOT / "README.md").read_text()):
         assert f"\n{target}:" in makefile

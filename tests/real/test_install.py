@@ -1,4 +1,4 @@
-"""As a new user does it: an empty environment, `pip install .`, the README's example elsewhere."""
+"""As a new user does it: an empty environment, `pip install .`, the quickstart's commands elsewhere."""
 
 import os
 import re
@@ -20,7 +20,7 @@ FEWER = {
 
 
 def test_install_and_first_example(tmp_path):
-    """The README's console block as it stands, but for the hub id, the data folder and the number of tokens."""
+    """The quickstart's console blocks as they stand, but for the hub id, the data folder and the number of tokens."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     binaries = tmp_path / "venv" / "bin"
     pip = [binaries / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -33,9 +33,9 @@ def test_install_and_first_example(tmp_path):
             shutil.copy(Path(os.environ["KVPRUNE_DATA"]) / f"wiki-{split}.txt", data / f"{name}-{split}.txt")
     environment = os.environ | {"KVPRUNE_DATA": str(data)}
 
-    (block,) = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "docs" / "quickstart.md").read_text(), re.S)
     verbs = set()
-    for line in block.splitlines():
+    for line in "".join(blocks).splitlines():
         program, *words = shlex.split(line.removeprefix("$ ").replace(HUB_ID, os.environ["KVPRUNE_TEST_MODEL"]))
         if program == "pip":
             subprocess.run([*pip, *words[1:]], check=True, cwd=ROOT)
