@@ -79,12 +79,12 @@ test-install: .venv/done $(MODEL)
 	KVPRUNE_DATA=$(CURDIR)/$(CACHE) KVPRUNE_TEST_MODEL=$(CURDIR)/$(MODEL) TORCH="$(TORCH)" \
 		.venv/bin/python -m pytest tests/real/test_install.py -s
 
-# The report in a headless Chromium, which is installed where there is none (Debian; as root, or with sudo).
-test-report: .venv/done
+# The report and the site in a headless Chromium, which is installed where there is none (Debian; as root, or with sudo).
+test-report: .venv/done docs
 	command -v chromedriver || (SUDO=$$(command -v sudo || true); $$SUDO apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive $$SUDO apt-get install -y -qq chromium chromium-driver)
 	.venv/bin/python $(PIP) -c constraints/newest.txt 'selenium>=4.20'
-	.venv/bin/python -m pytest tests/real/test_browser.py
+	.venv/bin/python -m pytest tests/real/test_browser.py tests/real/test_site_browser.py
 
 # vLLM's CPU build serves a folder with mixed widths, its own Llama one of the stock layout, and tiny models of other
 # families; with the folder's code and with kvprune as a plugin, on one rank and on several.

@@ -66,7 +66,7 @@ def draw(colours: dict[str, str]) -> Figure:
     import matplotlib
 
     with matplotlib.rc_context({**SIZE, "text.color": colours["ink"], "axes.labelcolor": colours["ink"]}):
-        figure = Figure(figsize=(6.4, 7.6), layout="constrained")
+        figure = Figure(figsize=(5.6, 7.2), layout="constrained")
         upper, lower = figure.subplots(2, 1, height_ratios=(3, 2))
         _whole(upper, colours)
         _presses(lower, colours)
@@ -81,7 +81,7 @@ def _whole(axes: Axes, colours: dict[str, str]) -> None:
     _name(axes, "width, recovered", recovered[-1], (9, -5), colours["width"], "left")
 
     for pattern, marker, words, place, side in (
-        ("closed form {}", "v", "channels inside\neach head, repaired", (-9, 4), "right"),
+        ("closed form {}", "v", "inside each\nhead, repaired", (-9, 4), "right"),
         ("paper {}", "X", "as KVPruner", (0, 9), "center"),
     ):
         points = widths(pattern)
@@ -105,7 +105,7 @@ def _whole(axes: Axes, colours: dict[str, str]) -> None:
         _name(axes, words, point, place, colours[group], "center")
 
     axes.set_xscale("log", base=2)
-    axes.set_xlim(1.15, 1 / 10.5)
+    axes.set_xlim(1.2, 1 / 10.5)
     axes.set_xticks(*_shares(1, 0.75, 0.5, 0.25, 0.125))
     axes.set_title("PTB, windows of 2,048 tokens", color=colours["ink"])
     _finish(axes, colours, (1, 1.25, 1.5, 2, 3), HIGHEST)
@@ -129,10 +129,10 @@ def _presses(axes: Axes, colours: dict[str, str]) -> None:
         colours["faint"],
         "left",
     )
-    axes.set_xlim(0.85, 0.03)
+    axes.set_xlim(0.85, 0.0)
     axes.set_xticks(*_shares(*KEEPS))
     axes.set_title("PTB, the 128 tokens behind 1,024", color=colours["ink"])
-    axes.set_xlabel("KV bytes that are left")
+    axes.set_xlabel("KV bytes that are left, % of dense")
     _finish(axes, colours, (1, 1.25, 1.5, 1.75), 1.85)
 
 
@@ -145,7 +145,7 @@ def _apart(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]
 
 
 def _shares(*shares: float) -> tuple[tuple[float, ...], list[str]]:
-    return shares, [f"{100 * share:g} %" for share in shares]
+    return shares, [f"{100 * share:g}" for share in shares]
 
 
 def _finish(axes: Axes, colours: dict[str, str], ratios: tuple[float, ...], highest: float) -> None:
