@@ -16,6 +16,17 @@ PICTURE = re.compile(
 )
 
 
+# Pages that the menu has where the file is there.
+OPTIONAL = {"changelog.md": ROOT / "CHANGELOG.md", "security.md": ROOT / "docs" / "security.md"}
+
+
+def on_config(config):
+    """Put them into the last part of the menu."""
+    (last,) = config["nav"][-1].values()
+    last += [page for page, file in OPTIONAL.items() if file.is_file() and page not in last]
+    return config
+
+
 def on_files(files: Files, config) -> Files:
     """Add the pages from outside of docs/ that are there."""
     for name, page in OUTSIDE.items():
