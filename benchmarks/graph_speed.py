@@ -30,7 +30,7 @@ from kvprune.models.source import find_device
 from kvprune.runtime import attention
 from kvprune.runtime.attention import NAME, packed_attention
 from kvprune.runtime.modeling import CACHE
-from kvprune.tokens import admitted
+from kvprune.tokens import rooms
 
 STEPS, WARM = 16, 3
 KEEP = 0.5
@@ -108,7 +108,7 @@ def graph(models, way: str, ids: torch.Tensor, rounds: int) -> dict[str, Any]:
     needed = ids.shape[1] + 2 * WARM + (rounds + 1) * STEPS
     both = sides(models, way, Step, math.ceil(needed / 64) * 64)
     with ExitStack() as stack:
-        for place in (attention, admitted):  # shapes stay: as where torch.compile makes the graph
+        for place in (attention, rooms):  # shapes stay: as where torch.compile makes the graph
             stack.enter_context(patch.object(place, "for_any_shape", lambda device: nullcontext()))
         for side in both:
             with side.running():

@@ -21,9 +21,10 @@ from kvprune.runtime.attention import packed_attention
 from kvprune.runtime.modeling import CACHE, window_of
 from kvprune.runtime.quantized import is_quantized
 from kvprune.tokens.admission import Admission
-from kvprune.tokens.admitted import AdmittedLayer, Shared
+from kvprune.tokens.admitted import AdmittedLayer
 from kvprune.tokens.admitted_quantized import QuantizedAdmittedLayer
 from kvprune.tokens.admitted_static import StaticAdmittedLayer
+from kvprune.tokens.apart import Shared
 from kvprune.tokens.attention import FilteredAttention
 from kvprune.tokens.binding import (
     ADMISSION,
