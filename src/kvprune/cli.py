@@ -328,7 +328,10 @@ def refresh(
     found = kvprune.refresh(directory)
     if as_json:
         print(json.dumps(found))
-    elif found["is"] is None:
+        return
+    if found["card"]:
+        print(f"{directory}: wrote a model card, README.md")
+    if found["is"] is None:
         print(f"{directory} is a stock checkpoint without code of kvprune's: nothing to do")
     elif not found["changed"]:
         print(f"{directory} is up to date: modeling.py version {found['is']}")

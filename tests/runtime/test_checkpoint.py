@@ -29,6 +29,7 @@ def test_everything_is_there(parts, tmp_path):
     checkpoint.save(*parts, tmp_path)
     names = {p.name for p in tmp_path.iterdir()}
     expected = {
+        "README.md",
         "config.json",
         "generation_config.json",
         "kvprune.json",
@@ -37,7 +38,7 @@ def test_everything_is_there(parts, tmp_path):
         "plan.json",
     }
     assert expected | {"tokenizer.json", "tokenizer_config.json"} <= names
-    assert set(json.loads((tmp_path / "kvprune.json").read_text())["files"]) == names - {"kvprune.json"}
+    assert set(json.loads((tmp_path / "kvprune.json").read_text())["files"]) == names - {"kvprune.json", "README.md"}
     verify_files(tmp_path)
 
 

@@ -29,6 +29,7 @@ from kvprune.measure import memory
 from kvprune.measure.fit import fit
 from kvprune.measure.perplexity import perplexity
 from kvprune.models.held import each_parameter, quietly
+from kvprune.models.origin import origin
 from kvprune.models.source import Source, find_device, load_config, load_model, resolve, skeleton
 from kvprune.models.tokenizer import load_tokenizer
 from kvprune.models.view import ModelView
@@ -193,7 +194,7 @@ class _Run:
             memories = memory_of(s, view, plan, peak, texts.scored, texts.repaired if refitted else [])
             if room.streamed:
                 memories["memory_formula_bytes"] = room.needs
-            return found | {"fit": self.fit, "streamed": room.streamed} | memories
+            return found | {"fit": self.fit, "streamed": room.streamed} | memories | origin(source)
 
         if self.out is None:
             return Pruned(pruned, tokenizer, plan, record())

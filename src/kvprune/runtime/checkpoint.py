@@ -9,9 +9,10 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from kvprune.pages.card import card
 from kvprune.progress import without_bars
 from kvprune.runtime.dtype import stored_dtype
-from kvprune.runtime.files import PLAN, RECORD, checksums, flush, writing_to
+from kvprune.runtime.files import CARD, PLAN, RECORD, checksums, flush, writing_to
 
 SHARD_SIZE = "2GB"  # a shard is in memory while it is written
 _PARTIAL = ".partial"
@@ -25,7 +26,7 @@ def save(
     record: Callable[[], dict[str, Any]],
     folder: Path,
 ) -> dict[str, Any]:
-    """Write weights (safetensors, in shards), tokenizer, generation config, code, plan and record to `folder`.
+    """Write weights (safetensors, in shards), tokenizer, generation config, code, plan, record and card to `folder`.
 
     Everything is written to a folder inside first, flushed to the disk, and then moved, config.json last: a crash
     at any moment leaves nothing that loads. Returns the record with the checksums added. Raises NoSpace, after which
@@ -42,6 +43,8 @@ def save(
             (partial / PLAN).write_text(plan_json, encoding="utf-8")
             complete = {**record(), "files": checksums(partial)}
             (partial / RECORD).write_text(json.dumps(complete, indent=2) + "\n", encoding="utf-8")
+            if not (folder / CARD).exists():  # someone's own words
+                (partial / CARD).write_text(card(complete, model.config.model_type), encoding="utf-8")
             _move(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -23,6 +23,7 @@ from kvprune.errors import BrokenCheckpoint, NoSpace, UnknownSource
 
 RECORD = "kvprune.json"  # the plan's summary, every measured figure, and a checksum of every other file
 PLAN = "plan.json"
+CARD = "README.md"  # the model card
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
 CHANGED = (
     "the weights are not those that kvprune measured, so the figures of its record are not theirs; "
@@ -89,8 +90,9 @@ def checksum(path: Path) -> str:
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """Of every file of the folder but the record itself."""
-    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != RECORD)
+    """Of every file of the folder but the record itself, and the model card, which people edit, or take away: nothing
+    is loaded from it, and all that it says is in the record."""
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name not in (RECORD, CARD))
     return {name: checksum(folder / name) for name in names}
 
 

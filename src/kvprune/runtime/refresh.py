@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from kvprune.errors import BrokenCheckpoint, NewerFolder
+from kvprune.pages.card import card
 from kvprune.runtime import PREFIX
-from kvprune.runtime.files import RECORD, check_there, note, read_record, write_whole, writing_to
+from kvprune.runtime.files import CARD, RECORD, check_there, note, read_record, write_whole, writing_to
 
 CODE = "modeling.py"
 OWN = Path(__file__).with_name(CODE)
+_MEND = "make the folder writable, or free some space"
 # What copies of an older version do wrong with the model of their own folder. Version 2 knows no merged heads, and no
 # folder that it came with has any.
 FAULTS = {1: "loses the KV cache with transformers 5.24 and newer, without an error"}
@@ -45,30 +47,49 @@ def look(name: str | Path) -> None:
 
 
 def refresh(folder: str | Path) -> dict[str, Any]:
-    """Give a pruned folder today's modeling.py, and its record the checksum of it.
+    """Give a pruned folder today's modeling.py, and its record the checksum of it; and a model card if it has none.
 
-    Returns {"folder", "was", "is" (versions; None where there is no such file), "changed"}. A portable or stock folder
-    has no code of ours and stays as it is. The file is written first and the record behind it, each whole, so that
-    whatever happens in between the folder loads. Raises UnknownSource, BrokenCheckpoint, NewerFolder or NoSpace.
+    Returns {"folder", "was", "is" (versions; None where there is no such file), "changed", "card" (whether one was
+    written)}. A portable or stock folder has no code of ours. The code is written first and the record behind it, each
+    whole, so that whatever happens in between the folder loads. Raises UnknownSource, BrokenCheckpoint, NewerFolder or
+    NoSpace.
     """
     folder = Path(folder)
     check_there(folder)
-    record, path = read_record(folder), folder / CODE
-    if not _model_type(folder).startswith(PREFIX):
-        return {"folder": str(folder), "was": None, "is": None, "changed": False}
-    own = OWN.read_bytes()
+    record = read_record(folder)
+    model_type, has_card = _model_type(folder), (folder / CARD).exists()
+    written = None if has_card else _card(folder, record, model_type)
+    found = {"folder": str(folder), "was": None, "is": None, "changed": False, "card": not has_card}
+    if model_type.startswith(PREFIX):
+        found |= _refresh_code(folder, record)
+    if written is not None:
+        with writing_to(folder, _MEND):
+            write_whole(folder / CARD, written)
+    return found
+
+
+def _refresh_code(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """{"was", "is", "changed"}"""
+    own, path = OWN.read_bytes(), folder / CODE
     code = path.read_bytes() if path.is_file() else None
     was, now = None if code is None else version_of(code), version_of(own)
     _refuse_newer(folder, was or 0, now)
     digest = hashlib.sha256(own).hexdigest()
     is_recorded = record["files"].get(CODE) == digest
-    with writing_to(folder, "make the folder writable, or free some space"):
+    with writing_to(folder, _MEND):
         if code != own:
             write_whole(path, own)
         if not is_recorded:
             record["files"][CODE] = digest
             write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
-    return {"folder": str(folder), "was": was, "is": now, "changed": code != own or not is_recorded}
+    return {"was": was, "is": now, "changed": code != own or not is_recorded}
+
+
+def _card(folder: Path, record: dict[str, Any], model_type: str) -> str:
+    try:
+        return card(record, model_type)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise BrokenCheckpoint(f"{folder / RECORD} is damaged; prune the model again") from None
 
 
 def _model_type(folder: Path) -> str:
