@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvprune.recovery.recover import Recovered, recover
     from kvprune.runtime.cache import GrowingCache
     from kvprune.runtime.files import read_record
+    from kvprune.runtime.hub import push
     from kvprune.runtime.linear import pack_weights
     from kvprune.runtime.refresh import refresh
     from kvprune.studies.calibration import study_calibration
@@ -56,6 +57,7 @@ _HOMES = {
     "report": "kvprune.pages.report",
     "Recovered": "kvprune.recovery.recover",
     "read_record": "kvprune.runtime.files",
+    "push": "kvprune.runtime.hub",
     "study_calibration": "kvprune.studies.calibration",
     "study_depth": "kvprune.studies.depth",
     "study_layers": "kvprune.studies.layers",
@@ -83,6 +85,7 @@ __all__ = [
     "pack_weights",
     "perplexity",
     "prune",
+    "push",
     "read_record",
     "recover",
     "refresh",

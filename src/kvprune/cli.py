@@ -26,7 +26,7 @@ from kvprune.cli_options import (
     Trust,
     given,
 )
-from kvprune.cli_serve import doctor, export
+from kvprune.cli_serve import doctor, export, push
 from kvprune.cli_study import study
 from kvprune.errors import KVPruneError
 from kvprune.measure.memory import is_out_of_memory
@@ -41,6 +41,7 @@ app = typer.Typer(
 )
 app.add_typer(study, name="study")
 app.command()(export)
+app.command()(push)
 app.command()(doctor)
 
 

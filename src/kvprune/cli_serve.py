@@ -29,6 +29,18 @@ def export(
     print(*found["differences"], sep="\n", end="\n" if found["differences"] else "")
 
 
+def push(
+    folder: FolderArgument,
+    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="repository on the hub; made if there is none")],
+    private: Annotated[bool | None, typer.Option(help="of a new repository")] = None,
+    revision: Annotated[str | None, typer.Option(help="branch to write to  [default: main]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Upload a pruned folder to the hub; the token is HF_TOKEN, or what `hf auth login` stored."""
+    done = kvprune.push(**given(locals()))
+    print(json.dumps(done) if as_json else done["url"])
+
+
 def doctor(
     folder: FolderArgument,
     target: Annotated[

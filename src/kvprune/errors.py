@@ -76,5 +76,9 @@ class CacheMismatch(KVPruneError):
     """A cache that was made without the token filter, or with another one."""
 
 
+class HubRefused(KVPruneError):
+    """The hub cannot be reached, or does not let this token write."""
+
+
 class FilterMisuse(KVPruneError):
     """A model that a token filter cannot run: gradient mode, a second filter, outputs that are never computed."""

@@ -37,6 +37,7 @@ from kvprune.progress import Progress
 from kvprune.runtime.checkpoint import save
 from kvprune.runtime.dtype import round_as_stored
 from kvprune.runtime.files import DENSE, writing_to
+from kvprune.runtime.hub import remember
 from kvprune.text.windows import digest
 from kvprune.versions import versions
 
@@ -197,12 +198,15 @@ class _Run:
             return found | {"fit": self.fit, "streamed": room.streamed} | memories | origin(source)
 
         if self.out is None:
-            return Pruned(pruned, tokenizer, plan, record())
+            found = record()
+            remember(pruned, tokenizer, plan.to_json(), found)
+            return Pruned(pruned, tokenizer, plan, found)
         with self.phase("save"), quietly():
             is_main = processes.is_main()
             saved = save(pruned, tokenizer, plan.to_json(), record, self.out) if is_main else record()
             processes.wait()
         journal.close()
+        remember(pruned, tokenizer, plan.to_json(), saved)
         return Pruned(None if room.streamed else pruned, tokenizer, plan, saved)
 
     def _identity(self, view: ModelView, texts: Texts) -> dict[str, Any]:

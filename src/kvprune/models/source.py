@@ -35,6 +35,7 @@ from kvprune.progress import without_bars
 from kvprune.runtime import register
 from kvprune.runtime.dtype import asked_dtype, compute_in_auto, find_dtype
 from kvprune.runtime.files import RECORD
+from kvprune.runtime.hub import pruned_snapshot
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,10 @@ def resolve(
         raise UnknownSource(f"{name} is a file, but no .gguf; give a checkpoint folder, a .gguf file or a hub id")
     elif name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise UnknownSource(f"there is no folder {name}")
+    elif (folder := pruned_snapshot(name, revision, whole=needs_weights)) is not None:
+        if needs_weights:
+            check_folder(folder, needs_weights)
+        return Source(name, str(folder), None, None, trust_remote_code)
     return Source(name, name, None, revision, trust_remote_code)
 
 

@@ -29,6 +29,7 @@ from kvprune.recovery.trainee import ADAPTER, Trainee, add_adapters, blocks, che
 from kvprune.runtime.checkpoint import save
 from kvprune.runtime.dtype import name_of, round_as_stored, stored_dtype
 from kvprune.runtime.files import PLAN, read_record, weight_checksums
+from kvprune.runtime.hub import remember
 from kvprune.text.corpus import SELF
 from kvprune.text.sampled import sample_ids
 from kvprune.text.windows import digest
@@ -95,7 +96,7 @@ class _Run:
 
     def _recovered(self) -> Recovered:
         self.peak = memory.PeakMemory(self.device)
-        old = read_record(Path(self.settings.folder))
+        old = read_record(Path(self.source.folder))
         s = self.settings = self.settings.for_cut(old["ratio_achieved"])
         with self._phase("load"):
             tokenizer = load_tokenizer(self.source)
@@ -141,11 +142,12 @@ class _Run:
         def record() -> dict[str, Any]:
             return self._record(old, rows, training, merged)
 
-        saved = record()
+        saved, plan = record(), (Path(self.source.folder) / PLAN).read_text(encoding="utf-8")
         if self.out is not None:
             with self._phase("save"):
-                saved = save(merged, tokenizer, (Path(s.folder) / PLAN).read_text(encoding="utf-8"), record, self.out)
+                saved = save(merged, tokenizer, plan, record, self.out)
             checkpoints.close()
+        remember(merged, tokenizer, plan, saved)
         self.accelerator.wait_for_everyone()
         return Recovered(merged, tokenizer, saved)
 
@@ -224,7 +226,7 @@ class _Run:
         """What must be the same for an unfinished run to go on: the settings, and what they led to."""
         return self.settings.as_json() | {
             "recovery_text": digest(tensor for part in data for tensor in (part.ids, part.labels)),
-            "weights": hashlib.sha256(repr(weight_checksums(Path(self.settings.folder))).encode()).hexdigest(),
+            "weights": hashlib.sha256(repr(weight_checksums(Path(self.source.folder))).encode()).hexdigest(),
             "teacher_weights": None if teacher is None else _fingerprint(teacher),
             "computed_on": f"{self.accelerator.num_processes} x {self.device.type} in {self.computes} "
             f"on {torch.get_num_threads()} threads",

@@ -48,6 +48,13 @@ def register() -> None:
             CONFIG_MAPPING.register(name, _Placeholder(name), exist_ok=True)  # type: ignore[arg-type]
 
 
+def push_model(model, repo_id, **options):
+    """What `push_to_hub` of a pruned model calls: see hub.py."""
+    from kvprune.runtime.hub import push_model
+
+    return push_model(model, repo_id, **options)
+
+
 def look_at_copy(name: str) -> None:
     """What modeling.py calls before it reads a folder's config: see refresh.py."""
     from kvprune.runtime.refresh import look

@@ -38,7 +38,7 @@ def save(
         with writing_to(folder):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            _save_model(model, partial)
+            save_model(model, partial)
             tokenizer.save_pretrained(partial)
             (partial / PLAN).write_text(plan_json, encoding="utf-8")
             complete = {**record(), "files": checksums(partial)}
@@ -51,7 +51,7 @@ def save(
     return complete
 
 
-def _save_model(model: PreTrainedModel, folder: Path) -> None:
+def save_model(model: PreTrainedModel, folder: Path) -> None:
     """Weights in the dtype that they are stored in, config and code; the generation config as it came, even where
     transformers would refuse to write it (a temperature without do_sample, as many checkpoints have)."""
     generation, stored = model.generation_config, stored_dtype(model)

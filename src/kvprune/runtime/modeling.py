@@ -610,6 +610,12 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
             setattr(self, self.base_model_prefix, Model(config))
             self.post_init()
 
+        def push_to_hub(self, *args, **kwargs):
+            """As transformers does it; where this file is kvprune's own, with tokenizer, plan, record and model card
+            beside the weights."""
+            push = getattr(sys.modules.get(__package__ or ""), "push_model", None)
+            return super().push_to_hub(*args, **kwargs) if push is None else push(self, *args, **kwargs)
+
         def init_continuous_batching(self, *args, **kwargs):
             """As the family does it, which has one cache for all layers. Raises ValueError for mixed widths."""
             widths = {layer.head_dim for layer in self.config.per_layer_config}

@@ -58,7 +58,7 @@ def refresh(folder: str | Path) -> dict[str, Any]:
     check_there(folder)
     record = read_record(folder)
     model_type, has_card = _model_type(folder), (folder / CARD).exists()
-    written = None if has_card else _card(folder, record, model_type)
+    written = None if has_card else card_of(folder, record, model_type)
     found = {"folder": str(folder), "was": None, "is": None, "changed": False, "card": not has_card}
     if model_type.startswith(PREFIX):
         found |= _refresh_code(folder, record)
@@ -85,7 +85,8 @@ def _refresh_code(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     return {"was": was, "is": now, "changed": code != own or not is_recorded}
 
 
-def _card(folder: Path, record: dict[str, Any], model_type: str) -> str:
+def card_of(folder: Path, record: dict[str, Any], model_type: str) -> str:
+    """The model card that a folder of this record wants. Raises BrokenCheckpoint."""
     try:
         return card(record, model_type)
     except (LookupError, TypeError, ValueError, AttributeError):
