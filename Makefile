@@ -13,7 +13,7 @@ SOURCES := $(shell find src -name "*.py")
 PIP := -m pip install --quiet --disable-pip-version-check
 PROMPT := The Eiffel Tower is a famous landmark in
 
-.PHONY: demo test lint docs test-oldest test-newest constraints test-models test-gemma3 test-install test-report test-bits test-vllm test-gguf clean
+.PHONY: demo test lint docs test-oldest test-newest constraints test-models test-gemma3 test-notebook test-install test-report test-bits test-vllm test-gguf clean
 
 demo: .venv/done $(MODEL)
 	! test -f build/demo/config.json || rm -rf build/demo
@@ -63,6 +63,11 @@ constraints:
 test-models: .venv/done $(PRUNED)/config.json
 	KVPRUNE_DATA=$(CACHE) KVPRUNE_TEST_MODEL=$(MODEL) KVPRUNE_TEST_PRUNED=$(PRUNED) \
 		.venv/bin/python -m pytest tests/real/test_smollm2.py tests/real/test_tokens.py -s
+
+# The notebook, as it stands.
+test-notebook: .venv/done $(MODEL)
+	.venv/bin/python $(PIP) -c constraints/newest.txt -e '.[notebook]'
+	KVPRUNE_DATA=$(CACHE) KVPRUNE_TEST_MODEL=$(MODEL) .venv/bin/python -m pytest tests/real/test_notebook.py -s
 
 # Another real model: norms on q and k, windows, norms before the residual stream. A download of 230 MB, no part of CI.
 test-gemma3: .venv/done $(GEMMA) $(MODEL)
