@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -188,6 +189,21 @@ def test_a_card_that_was_there_before_is_kept(checkpoint, texts, tmp_path, monke
     monkeypatch.setattr(module, "save", save)
     kvprune.prune(checkpoint, tmp_path / "out", ratio=0.5, **COARSE)
     assert (tmp_path / "out" / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "ratio", [["--ratio", "0.5"], ["--ratio", "0.4", "--allocation", "budget", "--repair", "refit"]]
+)
+def test_its_command_makes_the_same_again(checkpoint, texts, tmp_path, command, monkeypatch, ratio):
+    options = shlex.split("--calibration-tokens 640 --repair-tokens 2048 --align 2 --min-width 4 --seed 1")
+    judged = ["--eval-tokens", "512", "--window", "64"]
+    assert command("prune", checkpoint, "--out", tmp_path / "first", *ratio, *options, *judged)[0] == 0
+    (line,) = re.findall("^kvprune prune .*", (tmp_path / "first" / "README.md").read_text(), re.M)
+    monkeypatch.chdir(tmp_path / "first")
+    words = {"SOURCE": checkpoint, "DIR": tmp_path / "again"}
+    assert command(*[words.get(word, word) for word in line.split()[1:]], *judged)[0] == 0
+    first, again = (kvprune.read_record(tmp_path / name) for name in ("first", "again"))
+    assert again["files"] == first["files"]
 
 
 def test_refresh_says_so(pruned_half, tmp_path, command):
