@@ -2,12 +2,20 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from kvprune.errors import BadOption
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def given_of(kind: Any, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a function's parameters, `locals()`, those that are fields of the dataclass `kind` and are not None: what was
+    given, or has a default in the signature. None leaves the choice to a preset, or to the default of `kind`."""
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in parameters.items() if name in names and value is not None}
 
 
 def preset_options(

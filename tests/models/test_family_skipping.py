@@ -23,7 +23,7 @@ REFUSED = {
     **dict.fromkeys(("gemma2", "gpt_oss"), "has a cap or sinks"),
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral3"), "does more behind it; use keep"),
 }
-OPTIONS = {"ratio": 0.3, "warmup": 4, "sinks": 0, "block": 4, "tail": 1.0, "layer_ratio": None}
+OPTIONS = {"ratio": 0.3, "warmup": 4, "sinks": 0, "block": 4, "tail": 1.0, "layer_ratio": "all"}
 
 
 @contextmanager

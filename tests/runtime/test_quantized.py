@@ -183,7 +183,7 @@ def test_a_filter_on_bits_that_round_nothing_is_the_filter(name, drop_ratio):
 def test_beams_and_copies_of_a_filtered_quantised_cache():
     """All layers skip: transformers' own quantised layers do not reorder beams in older versions."""
     model, ids = models()["dense"], ids_of(80)
-    every_layer = kvprune.TokenFilter(0.3, tail=1.0, layer_ratio=None)
+    every_layer = kvprune.TokenFilter(0.3, tail=1.0, layer_ratio="all")
     options = {"max_new_tokens": 30, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
     with every_layer(model):
         plain = model.generate(ids, **{CACHE: DynamicCache(config=model.config)}, **options)

@@ -127,7 +127,6 @@ def test_the_best_and_its_sentence():
     ({"context": 126}, "130 together, the model takes 128"),
     ({"rounds": 0}, "--rounds must be at least 1"),
     ({"ratios": ()}, "needs ratios above 0"),
-    ({"layout": "uniform"}, "layout is what a study of depth decides"),
 ])  # fmt: skip
 def test_what_cannot_be(checkpoint, texts, tmp_path, options, message):
     with pytest.raises(BadOption, match=message):

@@ -71,10 +71,10 @@ def test_a_prompt_is_what_the_plain_loop_makes_of_it(family, attention):
         {"on_skip": "zero"},
         {"keys": "post-rope"},
         {"gamma": 0.5, "output_gamma": 0.0},
-        {"tail": 1.0, "layer_ratio": None, "block": 5, "warmup": 0, "sinks": 0},
+        {"tail": 1.0, "layer_ratio": "all", "block": 5, "warmup": 0, "sinks": 0},
         {"warmup": 20},
         {"sinks": 11},
-        {"tail": 1.0, "layer_ratio": None, "decide_every": 3},
+        {"tail": 1.0, "layer_ratio": "all", "decide_every": 3},
         {"decide_every": 2, "threshold": "adaptive", "alpha": 0.5, "beta": 0.8, "eta": 0.01},
         {"fusion": "mean"},
         {"fusion": "key"},
@@ -166,7 +166,7 @@ def test_a_layer_that_follows_decides_nothing(monkeypatch):
         (0.4, {"layers": [1, 3, 0]}, {0: 0.4 * 4 / 3, 1: 0.4 * 4 / 3, 3: 0.4 * 4 / 3}),
         (0.4, {"layers": [1, 3]}, {1: 0.8, 3: 0.8}),  # but where there are no more layers
         (0.15, {"tail": 1.0}, {3: 0.6}),  # or the last
-        (0.3, {"layers": (1, 3, 0), "layer_ratio": None}, {0: 0.4, 1: 0.4, 3: 0.4}),
+        (0.3, {"layers": (1, 3, 0), "layer_ratio": "all"}, {0: 0.4, 1: 0.4, 3: 0.4}),
     ],
     ids=str,
 )
@@ -551,7 +551,7 @@ def test_what_stops_the_first_prompt_half_way_comes_out_as_it_is(monkeypatch):
         ({"block": 0}, errors.BadOption, "block"),
         ({"preset": "papers"}, errors.BadOption, "paper"),
         ({"preset": "paper", "gamma": 0.5}, errors.BadOption, "gamma"),
-        ({"sink": 3}, errors.BadOption, "sinks"),
+        ({"window": 64}, errors.BadOption, r"window is of TokenFilter\(keep=...\), not of ratio"),
         ({"seed": -1}, errors.BadOption, "seed"),
         ({"decide_every": 0}, errors.BadOption, "decide_every"),
         ({"ratio": "0.25"}, errors.BadOption, "ratio"),

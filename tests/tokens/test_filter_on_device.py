@@ -18,7 +18,7 @@ from tiny import make_plan, merged_model, random_layers
 
 RATES = {2: 0.5, 3: 0.5}
 PIECES = ([1] * 60, [20, *[1] * 25, 5, *[1] * 10])
-ALL = {"tail": 1.0, "layer_ratio": None}
+ALL = {"tail": 1.0, "layer_ratio": "all"}
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def test_decoding_is_what_the_plain_loop_makes_of_it(family, monkeypatch):
     [
         ({"on_skip": "zero"}, RATES, None),
         ({"keys": "post-rope"}, RATES, None),
-        ({"tail": 1.0, "layer_ratio": None, "decide_every": 3}, dict.fromkeys(range(4), 0.25), None),
+        ({"tail": 1.0, "layer_ratio": "all", "decide_every": 3}, dict.fromkeys(range(4), 0.25), None),
         ({"threshold": "adaptive", "alpha": 0.5, "beta": 0.8, "eta": 0.01}, RATES, None),
         ({"drop_ratio": 0.0}, RATES, {2: 0.0, 3: 0.0}),
         ({"drop_ratio": 0.1}, RATES, {2: 0.0, 3: 0.4}),

@@ -258,7 +258,7 @@ def test_the_model_is_as_it_was():
         ({"keep": 0.5, "signal": "magic"}, "choose key-distance, expected-attention"),
         ({"keep": 0.5, "ratio": 0.25}, "leave it out, or keep"),
         ({"keep": 0.5, "preset": "paper"}, "leave it out, or keep"),
-        ({"keep": 0.5, "tail": 0.5}, "unknown option tail"),
+        ({"keep": 0.5, "tail": 0.5}, r"tail is of TokenFilter\(ratio=...\), not of keep"),
     ],
 )
 def test_options_that_cannot_be(options, message):

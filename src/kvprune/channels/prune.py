@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,6 +33,7 @@ from kvprune.models.origin import origin
 from kvprune.models.source import Source, find_device, load_config, load_model, resolve, skeleton
 from kvprune.models.tokenizer import load_tokenizer
 from kvprune.models.view import ModelView
+from kvprune.options import given_of
 from kvprune.progress import Progress
 from kvprune.runtime.checkpoint import save
 from kvprune.runtime.dtype import round_as_stored
@@ -57,47 +58,96 @@ def prune(
     source: str | Path,
     out: str | Path | None = None,
     *,
+    ratio: float | None = None,
+    fit: str | int | None = None,
+    context: int | None = None,
+    batch: int | None = None,
+    reserve: float | None = None,
+    preset: str | None = None,
+    target: str | None = None,
+    plan: str | Path | None = None,
+    importance: str | None = None,
+    channels: str | None = None,
+    merge: int | str | None = None,
+    tensor_parallel: int = 1,
+    depth: int | str | None = None,
+    drop_blocks: int | None = None,
+    allocation: str | None = None,
+    layout: str | None = None,
+    repair: str | None = None,
+    repair_tokens: int | None = None,
+    probes: str | None = None,
+    probe: float | None = None,
+    probe_tokens: int | None = None,
+    tau: float | None = None,
+    align: int | None = None,
+    min_width: int | None = None,
+    calibration: str | Path = "wikitext2",
+    calibration_tokens: int = 16384,
+    calibration_window: int = 512,
+    eval: str | Path | Sequence[str | Path] = (),
+    eval_tokens: int = 16384,
+    windows: Sequence[int] = (128, 2048),
     memory: str | int | None = None,
     resume: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
-    **options,
 ) -> Pruned:
     """Prune the KV channels of `source` and, if `out` is given, save the result there.
 
+    What is None is left to the preset, the target or the plan, else to the default in brackets.
+
+    source: a hub id, checkpoint folder or .gguf file; revision of a hub id; trust_remote_code: run code that comes with
+    it. out: a folder, missing or empty; resume: continue the unfinished run in it.
+    ratio: fraction of the KV bytes to remove (0.5). Or fit: a memory ("24GiB") in which sequences of `context` tokens
+    are to fit, `batch` (1) at once, with `reserve` (0.1) of it left over (see `fit`); the record has it as "fit".
+    preset: "kvpruner", the paper's choices. target: "vllm" or another engine (engines/targets.py), which sets layout,
+    align and min_width. plan: a plan.json to apply. The other choices of method are described in Settings: importance
+    ("variance", "energy", "taylor", "l1", "l2"), channels ("split", "joint"), merge ("auto", or a number), depth (0, or
+    "auto"), drop_blocks (0), allocation ("uniform", "budget", "sensitivity", "rank"), layout ("per-layer", "uniform",
+    "portable", "stock"), repair ("rotate+refit", "rotate", "refit", "none"), repair_tokens (32768), probes
+    ("estimated", "measured"), probe, probe_tokens, tau, align (8), min_width (16), tensor_parallel.
+    calibration: a text's name, a file, or "self". calibration_tokens: how much of it is read, in windows of
+    calibration_window tokens. eval: names or files to judge on, eval_tokens of each in windows of every length of
+    `windows`; without, the test splits of the named texts, or the end of the file.
     memory: what may be used of the device ("20GiB"; None: most of what is free). A model that does not fit stays on
     disk and is pruned block by block, to the same plan and weights: see docs/large-models.md.
-    options: the fields of Settings; preset="kvpruner"; target="vllm" or another engine (see engines/targets.py), which
-    sets layout, alignment and least width; or, in place of ratio, fit=, context=, batch= and reserve=: the memory, and
-    what is to fit in it (see `fit`), which the record then has as "fit". Raises a KVPruneError for what the user can
-    mend; nothing is written then but the journal of an unfinished run, which `resume` continues.
+    device: "auto", "cpu", "cuda", ...; dtype: to compute in, "auto", "float32", "bfloat16" or "float16"; seed: of text
+    that is sampled.
+
+    Raises a KVPruneError for what the user can mend; nothing is written then but the journal of an unfinished run,
+    which `resume` continues.
     """
-    preset = options.pop("preset", None)
-    options = with_target(options.pop("target", None), options)
-    options, asked = _to_fit(source, preset, options)
-    settings = Settings(source=str(source), **with_preset(preset, options))
+    parameters = locals()
+    options = with_target(target, given_of(Settings, parameters))
+    wish = {name: parameters[name] for name in ("fit", "context", "batch", "reserve")}
+    options, asked = _to_fit(preset, options, wish)
+    settings = Settings(**with_preset(preset, options))
     return _Run(settings, None if out is None else Path(out), memory, resume, progress or Progress(), asked).run()
 
 
 def _to_fit(
-    source: str | Path, preset: str | None, options: dict[str, Any]
+    preset: str | None, options: dict[str, Any], parameters: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The options with the ratio that is needed, where they ask for a memory to fit in, and what they asked."""
-    asked: dict[str, Any] = {
-        name: options.pop(name) for name in ("fit", "context", "batch", "reserve") if name in options
-    }
-    if asked.get("fit") is None:
+    """The options with the ratio that is needed, where a memory to fit in is asked for, and what was asked."""
+    asked = {name: value for name, value in parameters.items() if value is not None}
+    if "fit" not in asked:
         if asked:
             raise BadOption(f"--{next(iter(asked))} needs --fit: the memory to fit in")
         return options, None
-    if options.get("ratio") is not None or options.get("plan") is not None:
+    if "ratio" in options or "plan" in options:
         raise BadOption("--fit finds the ratio itself; leave out --ratio and --plan")
     if "context" not in asked:
         raise BadOption("--fit needs --context: how many tokens a sequence has")
-    chosen = Settings(source=str(source), **with_preset(preset, options))
+    chosen = Settings(**with_preset(preset, options))
     shared = ("dtype", "layout", "min_width", "align", "drop_blocks", "revision", "trust_remote_code")
     known = {name: getattr(chosen, name) for name in shared} | {"merge": chosen.merge if chosen.can_merge else 1}
     asked["memory"] = asked.pop("fit")
-    report = fit(source, **asked, **known)
+    report = fit(chosen.source, **asked, **known)
     if report["ratio"] is None:
         raise UnreachableRatio(
             f"not even --ratio {report['largest_ratio']:.3g} makes this fit: at that, the memory takes a --batch of "

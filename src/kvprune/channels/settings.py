@@ -74,10 +74,11 @@ class Settings:
     plan: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("calibration", "plan"):  # paths are welcome, and JSON wants strings
+        for name in ("source", "calibration", "plan"):  # paths are welcome, and JSON wants strings
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(getattr(self, name)))
         object.__setattr__(self, "eval", text_names(self.eval))
+        object.__setattr__(self, "windows", tuple(self.windows))
         if self.repair is None:
             object.__setattr__(self, "repair", "refit" if self.channels == "joint" else "rotate+refit")
         self._decide_widths()

@@ -2,7 +2,7 @@
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from kvprune.models.family import family_of, mlp_width
 from kvprune.models.held import held
 from kvprune.models.source import Source, find_device, load_model, resolve, skeleton
 from kvprune.models.tokenizer import check_ids, load_tokenizer
-from kvprune.options import size_in_bytes
+from kvprune.options import given_of, size_in_bytes
 from kvprune.progress import Progress
 from kvprune.recovery import evaluation
 from kvprune.recovery.checkpoints import Checkpoints
@@ -52,21 +52,63 @@ def recover(
     folder: str | Path,
     out: str | Path | None = None,
     *,
+    text: str | Path = "wikitext2",
+    tokens: int = 0,
+    window: int | None = None,
+    batch: int | None = None,
+    steps: int | None = None,
+    epochs: int | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+    dropout: float | None = None,
+    lr: float | None = None,
+    warmup: int = 10,
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+    targets: Sequence[str] | None = None,
+    loss: str | None = None,
+    temperature: float = 1.0,
+    attention_weight: float = 1.0,
+    teacher: str | Path | None = None,
+    checkpoint_every: int = 25,
+    patience: int = 3,
+    held_out: int = 4096,
+    gradient_checkpointing: bool = False,
+    preset: str | None = None,
+    eval: str | Path | Sequence[str | Path] = (),
+    eval_tokens: int = 16384,
+    eval_windows: Sequence[int] = (128, 2048),
     memory: str | int | None = None,
     resume: bool = False,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
     progress: Progress | None = None,
-    **options,
 ) -> Recovered:
     """Train LoRA adapters on the pruned model in `folder`, merge the best of them, and, if `out` is given, save there.
 
+    What is None is left to the preset, else to the default in brackets.
+
+    text: a named text (its valid split), a text file, an Alpaca file (.json, .jsonl), or "self": sampled from the dense
+    model; tokens: how much of it, 0 for all.
+    window: tokens trained on at a time (512); batch: windows a step, of all processes together (4); steps (100), or
+    epochs: passes over the text. rank (16), alpha (twice the rank) and dropout (0) of the adapters, on `targets` (last
+    parts of module names, or "all-linear"). lr: the highest learning rate (by the loss, and by how much is cut: see
+    docs/recovery.md), reached in `warmup` steps; weight_decay of AdamW; clip: largest norm of the gradient.
+    loss: "logits", which distils from `teacher`, "logits+attention" or "next-token"; temperature of distillation;
+    attention_weight of the second. teacher: a source; None is the dense model that the folder's record names.
+    held_out: tokens at the text's end that are evaluated every `checkpoint_every` steps; after `patience` evaluations
+    without a new best the run stops (0: never). gradient_checkpointing: less memory, a third more time.
+    preset: "kvpruner", what its neighbours train with. eval: names or files to judge on, eval_tokens of each in windows
+    of every length of eval_windows; None given are the test split of the text, or what the folder's record has.
     memory: what may be used of the device ("20GiB"; None: what is free). Where it does not hold the teacher beside the
     pruned model, the teacher's blocks stay on disk and come one at a time, in every step.
-    options: the fields of Settings, and preset="kvpruner". Started by `accelerate launch`, the work is spread over its
-    processes. Raises a KVPruneError for what the user can mend; nothing is written then but the checkpoints of an
-    unfinished run, which `resume` continues.
+    device: "auto", "cpu", "cuda", ...; dtype: to compute in; seed: of adapters, order and sampled text.
+
+    Started by `accelerate launch`, the work is spread over its processes. Raises a KVPruneError for what the user can
+    mend; nothing is written then but the checkpoints of an unfinished run, which `resume` continues.
     """
-    preset = options.pop("preset", None)
-    settings = from_options(str(folder), preset, options)
+    settings = from_options(preset, given_of(Settings, locals()))
     return _Run(settings, None if out is None else Path(out), memory, resume, progress or Progress()).run()
 
 

@@ -19,13 +19,9 @@ SAMPLED = 65536  # tokens that "self" is sampled to
 class Settings:
     """Everything that decides what is learnt; two runs with the same settings give the same weights.
 
-    text: a named text (its valid split), a text file, an Alpaca file (.json, .jsonl), or "self": sampled from the dense
-    model. tokens: how much of it, 0 for all (of "self": SAMPLED). window, held_out and eval_tokens in tokens; batch in
-    windows, of all processes together. steps or epochs, not both. alpha None is twice the rank; lr None is what the
-    loss wants: TEXT_LR, DISTIL_LR, or GENTLE_LR where little is cut. targets: last parts of module names, or
-    "all-linear". warmup in steps, then a cosine down to 0. temperature is for distillation, attention_weight for the
-    loss "logits+attention". teacher None is the record's source. Every `checkpoint_every` steps the held-out slice is
-    evaluated and the state written; after `patience` evaluations in a row without a new best the run stops (0: never).
+    What each is, `recover` says. tokens 0 of "self" is SAMPLED. steps or epochs, not both. alpha None is twice the
+    rank; lr None is what the loss wants: TEXT_LR, DISTIL_LR, or GENTLE_LR where little is cut; behind `warmup` it goes
+    down to 0 by a cosine. Every `checkpoint_every` steps the state is written.
     """
 
     folder: str
@@ -151,7 +147,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def from_options(folder: str, preset: str | None, options: dict[str, Any]) -> Settings:
+def from_options(preset: str | None, options: dict[str, Any]) -> Settings:
     """Settings from what a user gave. Raises BadOption for an unknown preset, and for an option that it decides."""
     decided = preset_options(preset, PRESETS, options, replaces=("steps",))
-    return Settings(folder=folder, **{**options, **decided})
+    return Settings(**{**options, **decided})

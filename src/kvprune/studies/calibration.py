@@ -25,6 +25,7 @@ from kvprune.measure.plot import check as check_matplotlib
 from kvprune.models.source import Source, find_device, load_config, resolve
 from kvprune.models.tokenizer import check_ids, load_tokenizer
 from kvprune.models.view import ModelView
+from kvprune.options import given_of
 from kvprune.progress import Progress
 from kvprune.runtime.dtype import find_dtype
 from kvprune.runtime.files import writing_to
@@ -51,23 +52,46 @@ def study_calibration(
     eval_tokens: int = 16384,
     window: int = 512,
     resume: bool = False,
+    preset: str | None = None,
+    ratio: float | None = None,
+    importance: str | None = None,
+    channels: str | None = None,
+    merge: int | str | None = None,
+    tensor_parallel: int = 1,
+    depth: int | str | None = None,
+    drop_blocks: int | None = None,
+    allocation: str | None = None,
+    layout: str | None = None,
+    repair: str | None = None,
+    probes: str | None = None,
+    probe: float | None = None,
+    probe_tokens: int | None = None,
+    tau: float | None = None,
+    align: int | None = None,
+    min_width: int | None = None,
+    calibration_window: int = 512,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
-    **options,
 ) -> dict[str, Any]:
     """Prune `source` once for every text, size and seed, and report the spread of perplexity, pruned / dense.
 
     texts: names, files, or "self". tokens: sizes. seeds: how many of each. eval: texts that all cells are judged on
-    (default: the test splits of the named ones). options: ratio, preset, and the other fields of prune's Settings.
+    (default: the test splits of the named ones). preset to trust_remote_code: as in `prune`.
     Writes out/study.jsonl (a cell a line, as they finish), study.json (the report, which is returned) and study.png.
     Raises a KVPruneError before anything is pruned or written for whatever can be known by then.
     """
-    return _Study(source, out, texts, tokens, seeds, eval, eval_tokens, window, resume, progress, options).run()
+    options = with_preset(preset, given_of(Settings, locals()))
+    options |= {"eval": text_names(eval), "windows": (window,)}
+    return _Study(options, out, texts, tokens, seeds, resume, progress).run()
 
 
 class _Study:
     """The checks, then the cells, then the report."""
 
-    def __init__(self, source, out, texts, tokens, seeds, eval, eval_tokens, window, resume, progress, options) -> None:
+    def __init__(self, options: dict[str, Any], out, texts, tokens, seeds: int, resume: bool, progress) -> None:
         check_matplotlib()
         self.texts = list(dict.fromkeys(text_names(texts)))
         self.sizes = sorted(set(tokens))
@@ -79,7 +103,7 @@ class _Study:
             raise BadOption(f"--seeds {seeds} is too few: give at least 1")
         if self.sizes[0] < 2:
             raise BadOption(f"--tokens {self.sizes[0]} is too few: give at least 2")
-        self.options = self._options(source, eval, eval_tokens, window, options)
+        self.options = options | {"eval": self._judged(options["eval"])}
         checked = Settings(**self.options, calibration_tokens=self.sizes[0], repair_tokens=self.sizes[0])
         if not checked.ratio > 0:
             raise BadOption(f"--ratio {checked.ratio:g} removes nothing to study; give one above 0")
@@ -94,18 +118,13 @@ class _Study:
         judged = self._check_evaluation(tokenizer, config)
         self.journal = StudyJournal(Path(out), self._identity(judged), resume)
 
-    def _options(self, source, eval, eval_tokens, window, options: dict[str, Any]) -> dict[str, Any]:
-        """What every cell's `prune` gets; one and the same but for the calibration text."""
-        for name in _OWN:
-            if name in options:
-                raise BadOption(f"{name} is what a study decides itself; leave it out")
-        options = with_preset(options.pop("preset", None), options)
+    def _judged(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The texts that all cells are judged on."""
         named_texts = [text for text in self.texts if text != SELF and not is_file(text)]
-        judged = list(dict.fromkeys(text_names(eval))) or named_texts
+        judged = list(dict.fromkeys(names)) or named_texts
         if not judged:
             raise BadOption("files and self have no test split; name a text to judge on with --eval")
-        given = {"eval": tuple(judged), "eval_tokens": eval_tokens, "windows": (window,)}
-        return {"source": str(source), **given, **options}
+        return tuple(judged)
 
     def _resolve(self, s: Settings) -> Source:
         find_device(s.device)

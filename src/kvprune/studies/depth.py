@@ -16,11 +16,12 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 
 from kvprune.channels.prune import prune
-from kvprune.channels.settings import Settings, with_preset
+from kvprune.channels.settings import Settings
 from kvprune.errors import BadOption, KVPruneError, UnreachableRatio
 from kvprune.measure import memory
 from kvprune.measure.plot import check as check_matplotlib
 from kvprune.models.source import load_config, resolve
+from kvprune.options import given_of
 from kvprune.progress import Progress
 from kvprune.runtime.files import writing_to
 from kvprune.studies.depth_picture import draw
@@ -51,14 +52,29 @@ def study_depth(
     new_tokens: int = 32,
     rounds: int = 5,
     resume: bool = False,
+    calibration: str | Path = "wikitext2",
+    calibration_tokens: int = 16384,
+    calibration_window: int = 512,
+    importance: str | None = None,
+    channels: str | None = None,
+    merge: int | str | None = None,
+    tensor_parallel: int = 1,
+    repair: str | None = None,
+    repair_tokens: int | None = None,
+    align: int | None = None,
+    min_width: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
-    **options: Any,
 ) -> dict[str, Any]:
     """Prune `source` at every ratio with every number of blocks dropped, and of layers without attention beside these,
     and say which is best.
 
     ratios: fractions of the KV bytes to remove; depths: how many layers lose their attention, drop_blocks: how many
-    their block, 0 among both. options: the other fields of prune's Settings. What takes more than a ratio allows is
+    their block, 0 among both. calibration to trust_remote_code: as in `prune`. What takes more than a ratio allows is
     left out there. speed: also time decoding beside dense, in `rounds` alternating runs of new_tokens steps behind
     batch x context tokens; a study without is made whole with `resume`. Writes out/study.jsonl (a cell a line, as they
     finish), study.json (the report, which is returned) and study.png. Returns the settings and {"cells": [{"ratio",
@@ -68,6 +84,7 @@ def study_depth(
     "best" (of every ratio: the depth), "best_blocks" (the number of blocks that go with it), "said" (a sentence)}.
     Raises a KVPruneError.
     """
+    options = given_of(Settings, {name: value for name, value in locals().items() if name not in _OWN})
     check_matplotlib()
     ratios, depths, drop_blocks = sorted(set(ratios)), sorted(set(depths)), sorted(set(drop_blocks))
     if not ratios or ratios[0] <= 0 or 0 not in depths or 0 not in drop_blocks or min(*depths, *drop_blocks) < 0:
@@ -75,12 +92,8 @@ def study_depth(
             "a study of depth needs ratios above 0, and depths and drop-blocks from 0 up with 0 among them, to compare "
             "with"
         )
-    for name in _OWN:
-        if name in options:
-            raise BadOption(f"{name} is what a study of depth decides itself; leave it out")
-    options = with_preset(None, options)
-    given = {"eval": tuple(text_names(eval)), "eval_tokens": eval_tokens, "windows": (window,), **options}
-    settings = Settings(source=str(source), **given)
+    given = {**options, "eval": tuple(text_names(eval)), "eval_tokens": eval_tokens, "windows": (window,)}
+    settings = Settings(**given)
     found = resolve(settings.source, settings.revision, settings.trust_remote_code)
     if found.is_pruned:
         raise BadOption(f"{found.name} is pruned already; study the dense model it came from")
@@ -98,7 +111,7 @@ def study_depth(
             for key in wanted:
                 if key not in done:
                     inner = Noted(progress, advance, f"{key[0]:.0%}, {told(*key[1:])}")
-                    journal.add(_cell(str(source), key, given, inner))
+                    journal.add(_cell(key, given, inner))
                 advance(1)
     except KVPruneError:
         journal.discard_if_empty()
@@ -116,12 +129,12 @@ def key_of(cell: dict[str, Any]) -> Key:
     return cell["ratio"], cell["drop_blocks"], cell["depth"]
 
 
-def _cell(source: str, key: Key, given: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def _cell(key: Key, given: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """One prune; "perplexity" is None where that takes more than the ratio. "config": of the pruned model."""
     ratio, blocks, depth = key
     start, cell = time.perf_counter(), {"ratio": ratio, "drop_blocks": blocks, "depth": depth}
     try:
-        result = prune(source, ratio=ratio, depth=depth, drop_blocks=blocks, progress=progress, **given)
+        result = prune(ratio=ratio, depth=depth, drop_blocks=blocks, progress=progress, **given)
     except UnreachableRatio:
         if not depth + blocks:
             raise

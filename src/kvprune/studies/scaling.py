@@ -22,18 +22,33 @@ def study_scaling(
     source: str | Path,
     out: str | Path,
     *,
+    against: str | Path | None = None,
     batch: str | int | Sequence[int] = (1, 2, 4, 8),
     context: str | int | Sequence[int] = (256, 512, 1024, 2048, 4096),
+    new_tokens: int = 64,
+    rounds: int = 5,
+    skip: float | None = None,
+    skip_layers: str | Sequence[int] | None = None,
+    keep: float | None = None,
+    kv_bits: int | None = None,
+    memory_size: str | int | None = None,
+    pruned_shape: bool = False,
+    ratio: float | None = None,
+    merge: int | str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
-    **options: Any,
 ) -> dict[str, Any]:
     """`bench` of two models over a grid, and each cell's decoding ratio against the share of KV in what a step reads.
 
-    options: bench's. Writes out/study.json (the report, which is returned), study.png, and bench's own bench.json and
-    bench.png, after every cell. Returns bench's report with {"study", "scaling": [{"batch", "context", "kv_share"
-    (of the dense model's bytes), "decode_ratio", "decode_limit", "kv_bytes_saved"}]}; cells that do not fit in memory
-    are left out of it. Raises a KVPruneError before anything is timed for what can be known by then.
+    The options are those of `bench`. Writes out/study.json (the report, which is returned), study.png, and bench's own
+    bench.json and bench.png, after every cell. Returns bench's report with {"study", "scaling": [{"batch", "context",
+    "kv_share" (of the dense model's bytes), "decode_ratio", "decode_limit", "kv_bytes_saved"}]}; cells that do not fit
+    in memory are left out of it. Raises a KVPruneError before anything is timed for what can be known by then.
     """
+    options = locals() | {"out": Path(out) / "bench.json"}
     check_matplotlib()
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -41,7 +56,7 @@ def study_scaling(
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        found = bench(source, batch=batch, context=context, out=folder / "bench.json", progress=progress, **options)
+        found = bench(**options)
     finally:
         if not any(folder.iterdir()):
             folder.rmdir()

@@ -12,6 +12,7 @@ from kvprune.tokens.threshold import THRESHOLDS, Rule
 SIGNALS = ("similarity", "random")
 KEYS = ("pre-rope", "post-rope")
 ON_SKIP = ("anchor", "zero")
+ALL = "all"
 MOST = 0.95  # share of its tokens that a layer may be asked to skip: the rest keeps threshold and anchor alive
 
 
@@ -23,7 +24,7 @@ class Settings:
     share whose K/V are not cached [ours]; None: the skipped ones. tail: share of the layers, counted from the last,
     that may skip. layers: the layers that may, in the order in which they are taken [ours]; None: the tail's, from the
     last backwards. layer_ratio: as few of them skip as the ratio needs if each may skip this share of its tokens, and
-    all where that is not enough [ours]; None: all of them, as the paper has it. Those that skip do so at one rate.
+    all where that is not enough [ours]; "all": all of them, as the paper has it. Those that skip do so at one rate.
     decide_every: of so many of these layers in a row, the first one's decisions hold for all [ours]; 1: each its own.
     warmup: first tokens that are never skipped; sinks: the same, beside it, for cached K/V and output [ours]. gamma,
     output_gamma [ours]: memory of the anchors of keys and values, and of the outputs. on_skip: what a skipped token's
@@ -37,7 +38,7 @@ class Settings:
     drop_ratio: float | None = None
     tail: float = 0.5
     layers: tuple[int, ...] | None = None
-    layer_ratio: float | None = 0.75
+    layer_ratio: float | str = 0.75
     decide_every: int = 1
     warmup: int = 32
     sinks: int = 4
@@ -76,8 +77,8 @@ class Settings:
                 raise BadOption(f"{name} must lie from 0 to below 1, not {value!r}")
         if not (_is_number(self.tail) and 0 < self.tail <= 1):
             raise BadOption(f"tail must lie above 0 and be at most 1, not {self.tail!r}")
-        if self.layer_ratio is not None and not (_is_number(self.layer_ratio) and 0 < self.layer_ratio <= MOST):
-            raise BadOption(f"layer_ratio must lie above 0 and be at most {MOST}, or None, not {self.layer_ratio!r}")
+        if self.layer_ratio != ALL and not (_is_number(self.layer_ratio) and 0 < float(self.layer_ratio) <= MOST):
+            raise BadOption(f"layer_ratio must lie above 0 and be at most {MOST}, or {ALL!r}, not {self.layer_ratio!r}")
         least_of = {"warmup": 0, "sinks": 0, "block": 1, "seed": 0, "prompt_length": 1, "decide_every": 1}
         for name, least in least_of.items():
             value = getattr(self, name)
@@ -111,8 +112,8 @@ class Settings:
                 f"ask for less, or {remedy}"
             )
         number = len(order)
-        if self.layer_ratio is not None:
-            number = min(max(math.ceil(ratio * layers / self.layer_ratio - 1e-9), 1), number)
+        if self.layer_ratio != ALL:
+            number = min(max(math.ceil(ratio * layers / float(self.layer_ratio) - 1e-9), 1), number)
         return dict.fromkeys(sorted(order[:number]), ratio * layers / number)
 
     def _order(self, layers: int) -> list[int]:
@@ -134,5 +135,5 @@ def _is_number(value: Any) -> bool:
 
 PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2512.07090, where it says; what it leaves open is as above
-    "paper": {"on_skip": "zero", "fusion": "variance", "gamma": 0.9, "threshold": "adaptive", "layer_ratio": None}
+    "paper": {"on_skip": "zero", "fusion": "variance", "gamma": 0.9, "threshold": "adaptive", "layer_ratio": ALL}
 }
