@@ -83,7 +83,12 @@ def prune(
         str | None, typer.Option(help="rotate+refit, rotate, refit or none  [default: rotate+refit; joint: refit]")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="kvpruner: the paper's choices")] = None,
-    calibration: Annotated[str, typer.Option(help="text name, file, or self: sampled from the model")] = "wikitext2",
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="text name, file, self: sampled from the model, chat:FILE of conversations, or hub:NAME:COLUMN"
+        ),
+    ] = "wikitext2",
     calibration_tokens: Annotated[int, typer.Option(help="how much of it")] = 16384,
     eval: Eval = None,
     eval_tokens: EvalTokens = 16384,

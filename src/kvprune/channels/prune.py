@@ -29,6 +29,7 @@ from kvprune.measure import memory
 from kvprune.measure.fit import fit
 from kvprune.measure.perplexity import perplexity
 from kvprune.models.held import each_parameter, quietly
+from kvprune.models.in_memory import InMemory, copied, from_memory
 from kvprune.models.origin import origin
 from kvprune.models.source import Source, find_device, load_config, load_model, resolve, skeleton
 from kvprune.models.tokenizer import load_tokenizer
@@ -39,6 +40,7 @@ from kvprune.runtime.checkpoint import save
 from kvprune.runtime.dtype import round_as_stored
 from kvprune.runtime.files import DENSE, writing_to
 from kvprune.runtime.hub import remember
+from kvprune.text.given import Calibration, Text, find_text
 from kvprune.text.windows import digest
 from kvprune.versions import versions
 
@@ -49,15 +51,16 @@ class Pruned:
     plan, and the record that kvprune.json holds."""
 
     model: PreTrainedModel | None
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     plan: PruningPlan
     record: dict[str, Any] = field(repr=False)
 
 
 def prune(
-    source: str | Path,
+    source: str | Path | PreTrainedModel,
     out: str | Path | None = None,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     ratio: float | None = None,
     fit: str | int | None = None,
     context: int | None = None,
@@ -82,7 +85,7 @@ def prune(
     tau: float | None = None,
     align: int | None = None,
     min_width: int | None = None,
-    calibration: str | Path = "wikitext2",
+    calibration: Calibration = "wikitext2",
     calibration_tokens: int = 16384,
     calibration_window: int = 512,
     eval: str | Path | Sequence[str | Path] = (),
@@ -102,7 +105,8 @@ def prune(
     What is None is left to the preset, the target or the plan, else to the default in brackets.
 
     source: a hub id, checkpoint folder or .gguf file; revision of a hub id; trust_remote_code: run code that comes with
-    it. out: a folder, missing or empty; resume: continue the unfinished run in it.
+    it. Or a dense model in memory: a copy of it is pruned, on its device, and it stays as it is. tokenizer: for such a
+    model, or in place of the source's. out: a folder, missing or empty; resume: continue the unfinished run in it.
     ratio: fraction of the KV bytes to remove (0.5). Or fit: a memory ("24GiB") in which sequences of `context` tokens
     are to fit, `batch` (1) at once, with `reserve` (0.1) of it left over (see `fit`); the record has it as "fit".
     preset: "kvpruner", the paper's choices. target: "vllm" or another engine (engines/targets.py), which sets layout,
@@ -111,9 +115,11 @@ def prune(
     "auto"), drop_blocks (0), allocation ("uniform", "budget", "sensitivity", "rank"), layout ("per-layer", "uniform",
     "portable", "stock"), repair ("rotate+refit", "rotate", "refit", "none"), repair_tokens (32768), probes
     ("estimated", "measured"), probe, probe_tokens, tau, align (8), min_width (16), tensor_parallel.
-    calibration: a text's name, a file, or "self". calibration_tokens: how much of it is read, in windows of
+    calibration: a text's name, a file, or "self"; strings, as a list or a column of a data set; token ids, as a tensor
+    (n,) or windows (n, tokens); conversations, as lists of {"role", "content"}; "chat:FILE" of these; or "hub:NAME
+    [[:CONFIG]:SPLIT]:COLUMN" (see docs/channels.md). calibration_tokens: how much of it is read, in windows of
     calibration_window tokens. eval: names or files to judge on, eval_tokens of each in windows of every length of
-    `windows`; without, the test splits of the named texts, or the end of the file.
+    `windows`; without, the test split of a named text, or the end of what else was given.
     memory: what may be used of the device ("20GiB"; None: most of what is free). A model that does not fit stays on
     disk and is pruned block by block, to the same plan and weights: see docs/large-models.md.
     device: "auto", "cpu", "cuda", ...; dtype: to compute in, "auto", "float32", "bfloat16" or "float16"; seed: of text
@@ -123,11 +129,24 @@ def prune(
     which `resume` continues.
     """
     parameters = locals()
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise BadOption(f"tokenizer is a {type(tokenizer).__name__}; give one of transformers, loaded")
+    text = find_text(calibration)
+    found = None if isinstance(source, (str, Path)) else from_memory(source, revision, trust_remote_code)
+    for name, value in (("memory", memory), ("fit", fit)):
+        if found is not None and value is not None:
+            raise BadOption(f"--{name} {value} is for a model on disk; this one is in memory already: leave it out")
+    parameters |= {"calibration": text.name} | ({} if found is None else {"source": found.name})
     options = with_target(target, given_of(Settings, parameters))
     wish = {name: parameters[name] for name in ("fit", "context", "batch", "reserve")}
     options, asked = _to_fit(preset, options, wish)
     settings = Settings(**with_preset(preset, options))
-    return _Run(settings, None if out is None else Path(out), memory, resume, progress or Progress(), asked).run()
+    if found is not None and tokenizer is None and (text.needs_tokenizer or settings.eval):
+        raise BadOption(
+            "a model in memory comes without its tokenizer: add tokenizer=..., or calibrate on token ids alone"
+        )
+    run = _Run(settings, text, None if out is None else Path(out), memory, resume, progress or Progress(), asked)
+    return run.run(found or resolve(settings.source, revision, trust_remote_code), tokenizer)
 
 
 def _to_fit(
@@ -165,18 +184,18 @@ class _Run:
     def __init__(
         self,
         settings: Settings,
+        text: Text,
         out: Path | None,
         memory: str | int | None,
         resume: bool,
         progress: Progress,
         fit: dict[str, Any] | None,
     ):
-        self.settings, self.out, self.memory, self.resume = settings, out, memory, resume
+        self.settings, self.text, self.out, self.memory, self.resume = settings, text, out, memory, resume
         self.progress, self.fit = progress, fit
 
-    def run(self) -> Pruned:
+    def run(self, source: Source, tokenizer: PreTrainedTokenizerBase | None) -> Pruned:
         s = self.settings
-        source = resolve(s.source, s.revision, s.trust_remote_code)
         if source.is_pruned:
             raise BadOption(f"{source.name} is pruned already; prune the dense model it came from")
         given = None if s.plan is None else PruningPlan.read(s.plan)
@@ -187,13 +206,21 @@ class _Run:
         torch.manual_seed(s.seed)
         peak = memory.PeakMemory(find_device(s.device))
         with ExitStack() as stack:
-            return self._pruned(source, given, peak, stack)
+            return self._pruned(source, tokenizer, given, peak, stack)
 
-    def _pruned(self, source: Source, given: PruningPlan | None, peak: memory.PeakMemory, stack: ExitStack) -> Pruned:
+    def _pruned(
+        self,
+        source: Source,
+        tokenizer: PreTrainedTokenizerBase | None,
+        given: PruningPlan | None,
+        peak: memory.PeakMemory,
+        stack: ExitStack,
+    ) -> Pruned:
         s = self.settings
         with self.phase("load"):
             load_config(source)  # refuses what is not supported, before anything is said of the tokenizer
-            tokenizer = load_tokenizer(source)
+            if tokenizer is None and not isinstance(source, InMemory):
+                tokenizer = load_tokenizer(source)
             view = ModelView(skeleton(source, s.device, s.dtype))
         if source.is_wrapper:
             wrapper = source.settings["model_type"]
@@ -205,16 +232,20 @@ class _Run:
         else:
             given.check(view.family.model_type, view.shape)
         portable.check(view, s.layout if given is None else given.layout)
-        room = find_room(s, view, merge, find_device(s.device), self.memory, self.out, source.gguf_file is None)
+        can_stream = source.gguf_file is None and not isinstance(source, InMemory)
+        room = find_room(s, view, merge, find_device(s.device), self.memory, self.out, can_stream)
         offload = None
         if room.streamed:
             self.progress.say(room.line(view))
             offload = stack.enter_context(_aside(cast(Path, self.out)))
         with self.phase("load"):
-            lm = load_model(source, s.device, s.dtype, offload)
+            if isinstance(source, InMemory):
+                lm = copied(source, s.device, s.dtype)
+            else:
+                lm = load_model(source, s.device, s.dtype, offload)
         view = ModelView(lm)
         calibrate = s.ratio > 0 if given is None else given.is_rotated or _refits(given)
-        texts = prepare(s, lm, tokenizer, calibrate, room.batch_tokens, self.progress)
+        texts = prepare(s, self.text, lm, tokenizer, calibrate, room.batch_tokens, self.progress)
         identity = self._identity(view, texts) | {"batch_tokens": room.batch_tokens}
         processes.check_same(identity)
         for batches in (texts.scored, split(texts.repaired)[0] if texts.repaired else []):
@@ -245,7 +276,8 @@ class _Run:
             memories = memory_of(s, view, plan, peak, texts.scored, texts.repaired if refitted else [])
             if room.streamed:
                 memories["memory_formula_bytes"] = room.needs
-            return found | {"fit": self.fit, "streamed": room.streamed} | memories | origin(source)
+            told = {"fit": self.fit, "streamed": room.streamed, "from_memory": isinstance(source, InMemory)}
+            return found | told | memories | origin(source)
 
         if self.out is None:
             found = record()

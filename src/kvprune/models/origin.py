@@ -10,6 +10,7 @@ from huggingface_hub.constants import REPOCARD_NAME
 from transformers.utils import cached_file
 
 from kvprune.models import gguf
+from kvprune.models.in_memory import InMemory
 from kvprune.models.source import Source
 
 # As model cards name them; a licence that the hub has no name for is "other", with a name and a link of its own.
@@ -19,7 +20,9 @@ _IN_GGUF = ("general.license", "general.license.name", "general.license.link")
 
 def origin(source: Source) -> dict[str, Any]:
     """{"base_model": the hub id, None for files on this machine; "license": what of `license`, `license_name` and
-    `license_link` the source's own model card, config.json or GGUF header says, None where they say nothing}."""
+    `license_link` the source's own model card, config.json or GGUF header says, None where they say nothing}. Of a model in memory neither is known."""
+    if isinstance(source, InMemory):  # what it was loaded from may not be what it is
+        return {"base_model": None, "license": None}
     on_hub = not (source.gguf_file or source.is_local)
     return {"base_model": source.name if on_hub else None, "license": _licence(source, on_hub)}
 

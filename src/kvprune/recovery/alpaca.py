@@ -4,7 +4,6 @@ The prompt is the one of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca).
 token are learnt; the prompt's labels are -100. Prompt and answer are tokenised apart, so that no token spans both.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from kvprune.errors import UnknownText
-from kvprune.text.corpus import read_file
+from kvprune.text.corpus import json_values, read_file
 
 WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -51,21 +50,11 @@ def read_examples(path: str) -> tuple[list[Example], int]:
     content = read_file(Path(path)).strip()
     if not content:
         raise UnknownText(f"{path} is empty")
-    read = [_example(value, f"{path}, example {i}") for i, value in enumerate(_values(content, path), 1)]
+    read = [_example(value, f"{path}, example {i}") for i, value in enumerate(json_values(content, path), 1)]
     whole = [example for example in read if example.instruction.strip() and example.output.strip()]
     if not whole:
         raise UnknownText(f"{path} has no example with an instruction and an output; give some")
     return whole, len(read) - len(whole)
-
-
-def _values(content: str, path: str) -> list[Any]:
-    """A list, or one JSON value a line."""
-    try:
-        if content.startswith("["):
-            return json.loads(content)
-        return [json.loads(line) for line in content.split("\n") if line.strip()]
-    except ValueError as error:
-        raise UnknownText(f"{path} is neither a JSON list nor JSON lines: {error}") from None
 
 
 def _example(value: Any, where: str) -> Example:

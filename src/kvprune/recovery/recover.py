@@ -15,6 +15,7 @@ from kvprune.errors import BadOption, KVPruneError, UnknownSource
 from kvprune.measure import memory
 from kvprune.models.family import family_of, mlp_width
 from kvprune.models.held import held
+from kvprune.models.in_memory import InMemory, copied, from_memory
 from kvprune.models.source import Source, find_device, load_model, resolve, skeleton
 from kvprune.models.tokenizer import check_ids, load_tokenizer
 from kvprune.options import given_of, size_in_bytes
@@ -69,7 +70,7 @@ def recover(
     loss: str | None = None,
     temperature: float = 1.0,
     attention_weight: float = 1.0,
-    teacher: str | Path | None = None,
+    teacher: str | Path | PreTrainedModel | None = None,
     checkpoint_every: int = 25,
     patience: int = 3,
     held_out: int = 4096,
@@ -96,7 +97,8 @@ def recover(
     parts of module names, or "all-linear"). lr: the highest learning rate (by the loss, and by how much is cut: see
     docs/recovery.md), reached in `warmup` steps; weight_decay of AdamW; clip: largest norm of the gradient.
     loss: "logits", which distils from `teacher`, "logits+attention" or "next-token"; temperature of distillation;
-    attention_weight of the second. teacher: a source; None is the dense model that the folder's record names.
+    attention_weight of the second. teacher: a source, or a dense model in memory, which is copied; None is the
+    dense model that the folder's record names.
     held_out: tokens at the text's end that are evaluated every `checkpoint_every` steps; after `patience` evaluations
     without a new best the run stops (0: never). gradient_checkpointing: less memory, a third more time.
     preset: "kvpruner", what its neighbours train with. eval: names or files to judge on, eval_tokens of each in windows
@@ -108,17 +110,27 @@ def recover(
     Started by `accelerate launch`, the work is spread over its processes. Raises a KVPruneError for what the user can
     mend; nothing is written then but the checkpoints of an unfinished run, which `resume` continues.
     """
-    settings = from_options(preset, given_of(Settings, locals()))
-    return _Run(settings, None if out is None else Path(out), memory, resume, progress or Progress()).run()
+    options = given_of(Settings, locals())
+    given = None if teacher is None or isinstance(teacher, (str, Path)) else from_memory(teacher)
+    if given is not None:
+        options["teacher"] = given.name
+    settings = from_options(preset, options)
+    return _Run(settings, None if out is None else Path(out), memory, resume, progress or Progress(), given).run()
 
 
 class _Run:
     """One run of `recover`, phase by phase."""
 
     def __init__(
-        self, settings: Settings, out: Path | None, memory: str | int | None, resume: bool, progress: Progress
+        self,
+        settings: Settings,
+        out: Path | None,
+        memory: str | int | None,
+        resume: bool,
+        progress: Progress,
+        teacher: InMemory | None,
     ):
-        self.settings, self.out, self.resume = settings, out, resume
+        self.settings, self.out, self.resume, self.teacher = settings, out, resume, teacher
         self.limit = None if memory is None else size_in_bytes(memory)
         self.source = _pruned_source(settings.folder, out)
         check_name(settings.text)
@@ -223,12 +235,20 @@ class _Run:
         if not s.needs_dense:
             return None
         name = s.teacher or old["source"]
+        if s.teacher is None and old.get("from_memory"):
+            raise UnknownSource(
+                f"{s.folder} was made of a model in memory ({name}), which may be saved anywhere by now: give it, or "
+                "its folder, with --teacher"
+            )
         try:
-            source = resolve(name, None if s.teacher else old.get("revision"))
-            offload = None if self._holds_both(lm, source) else self.aside
-            teacher = load_model(source, str(self.device), s.dtype, offload)
-            if teacher.dtype != lm.dtype:  # loaded so, since `to` would round the rotary table as well
-                teacher = load_model(source, str(self.device), name_of(lm.dtype), offload)
+            if self.teacher is not None:
+                teacher = copied(self.teacher, str(self.device), name_of(lm.dtype))
+            else:
+                source = resolve(name, None if s.teacher else old.get("revision"))
+                offload = None if self._holds_both(lm, source) else self.aside
+                teacher = load_model(source, str(self.device), s.dtype, offload)
+                if teacher.dtype != lm.dtype:  # loaded so, since `to` would round the rotary table as well
+                    teacher = load_model(source, str(self.device), name_of(lm.dtype), offload)
         except KVPruneError as error:
             raise UnknownSource(f"the teacher {name}: {error}; name the dense model with --teacher") from error
         for what in ("vocab_size", "hidden_size", "num_hidden_layers"):

@@ -21,7 +21,7 @@ _LAST = "config.json"  # nothing loads a folder that lacks it, so it is moved in
 
 def save(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     plan_json: str,
     record: Callable[[], dict[str, Any]],
     folder: Path,
@@ -39,7 +39,8 @@ def save(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             save_model(model, partial)
-            tokenizer.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
             (partial / PLAN).write_text(plan_json, encoding="utf-8")
             complete = {**record(), "files": checksums(partial)}
             (partial / RECORD).write_text(json.dumps(complete, indent=2) + "\n", encoding="utf-8")

@@ -1,11 +1,12 @@
 """A text's name or file -> its characters. Calibration reads the valid split, evaluation the test split."""
 
 import codecs
+import json
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from kvprune.errors import UnknownText
 
@@ -87,6 +88,19 @@ def read_file(path: Path) -> str:
     if "\0" in text:
         raise UnknownText(f"{path} has zero bytes, as no text has; convert it first")
     return text
+
+
+def json_values(content: str, path: str) -> list[Any]:
+    """The values of a JSON list, or one JSON value a line, which may be lists too. content: without blanks around it.
+    Raises UnknownText."""
+    try:
+        if content.startswith("["):
+            value, end = json.JSONDecoder().raw_decode(content)
+            if end == len(content):
+                return value
+        return [json.loads(line) for line in content.split("\n") if line.strip()]
+    except (ValueError, RecursionError) as error:
+        raise UnknownText(f"{path} is neither a JSON list nor JSON lines: {error}") from None
 
 
 def _from_hub(name: str, split: Split) -> str:

@@ -10,9 +10,10 @@ from kvprune.channels.settings import Settings
 from kvprune.errors import BadOption, TextTooShort
 from kvprune.models.tokenizer import check_ids
 from kvprune.progress import Progress
-from kvprune.text.corpus import SELF, is_file, local_file, read_text
+from kvprune.text.corpus import SELF, is_file, local_file
+from kvprune.text.given import Text
 from kvprune.text.sampled import sample_ids
-from kvprune.text.windows import cut_windows, judged_windows, start_token, token_ids
+from kvprune.text.windows import judged_windows
 
 
 @dataclass(frozen=True)
@@ -26,43 +27,49 @@ class Texts:
 
 def prepare(
     s: Settings,
+    text: Text,
     lm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     calibrate: bool,
     batch_tokens: int,
     progress: Progress,
 ) -> Texts:
-    """Read, or sample, every text of a prune. calibrate: whether scores or repair need a text at all. batch_tokens: of
-    a calibration batch, at most, but one window.
+    """Read, or sample, every text of a prune. text: to calibrate on; calibrate: whether scores or repair need it at
+    all. batch_tokens: of a calibration batch, at most, but one window.
 
-    Calibration is the valid split, the beginning of a file, or sampled. Windows longer than the model's context
+    Calibration is the valid split, the beginning of what was given, or sampled. Windows longer than the model's context
     become that long. Raises UnknownText, TextTooShort, BadOption, TokenizerMismatch.
     """
-    _check_apart(s)
-    limit, start = lm.config.max_position_embeddings, start_token(tokenizer)
-    own_end = not s.eval and (is_file(s.calibration) or s.calibration == SELF)
+    _check_apart(s, text)
+    limit = lm.config.max_position_embeddings
+    if text.row is not None and text.row > limit:
+        raise BadOption(f"calibration has windows of {text.row} tokens, the model takes {limit}; give shorter ones")
+    own_end = not s.eval and text.judges
     wanted = max(s.calibration_tokens, s.repair_tokens if s.refits else 0) if calibrate else 0
-    ids = _calibration_ids(s, lm, tokenizer, wanted, own_end, progress) if wanted or own_end else torch.empty(0)
+    ids = _calibration_ids(s, text, lm, tokenizer, wanted, own_end, progress) if wanted or own_end else torch.empty(0)
     check_ids(ids, lm.config.vocab_size, f"the calibration text {s.calibration}")
+    lengths = _lengths(s, text.row or limit if own_end else limit)
     if own_end:
-        ids, end = ids[: -s.eval_tokens], ids[-s.eval_tokens :]
-        name = f"{s.calibration} (its end)" if is_file(s.calibration) else s.calibration
-        evaluated = [(name, cut_windows(end, n, start)) for n in _lengths(s, limit)]
+        judged = text.at_end(s.eval_tokens)
+        ids, end = ids[:-judged], ids[-judged:]
+        name = s.calibration if s.calibration == SELF else f"{s.calibration} (its end)"
+        evaluated = [(name, text.cut(end, n, tokenizer)) for n in lengths]
     else:
-        evaluated = judged_windows(s.eval or (s.calibration,), tokenizer, _lengths(s, limit), s.eval_tokens)
+        assert tokenizer is not None
+        evaluated = judged_windows(s.eval or (s.calibration,), tokenizer, lengths, s.eval_tokens)
     for name, pages in evaluated:
         check_ids(pages, lm.config.vocab_size, f"the evaluation text {name}")
     if not calibrate:
         return Texts([], [], evaluated)
-    length = min(s.calibration_window, limit, s.calibration_tokens)
-    if len(ids) < s.calibration_tokens // length * length:
+    length = text.row or min(s.calibration_window, limit, s.calibration_tokens)
+    if len(ids) < max(s.calibration_tokens // length, 1) * length:
         raise TextTooShort(
             f"the calibration text {s.calibration} has {len(ids)} tokens to calibrate on, but {s.calibration_tokens} "
             "are needed; give a longer text or ask for fewer"
         )
     size = max(batch_tokens // length, 1)
-    scored = cut_windows(ids[: s.calibration_tokens], length, start)
-    repaired = cut_windows(ids[: s.repair_tokens], length, start) if s.refits else ids[:0].view(0, length)
+    scored = text.cut(ids[: text.whole(s.calibration_tokens)], length, tokenizer)
+    repaired = text.cut(ids[: text.whole(s.repair_tokens)], length, tokenizer) if s.refits else scored[:0]
     if s.refits and len(repaired) < 2:
         raise TextTooShort(
             f"--repair {s.repair} holds out every eighth window of {length} tokens and needs at least two: ask for "
@@ -71,9 +78,9 @@ def prepare(
     return Texts(list(scored.split(size)), list(repaired.split(size)) if len(repaired) else [], evaluated)
 
 
-def _check_apart(s: Settings) -> None:
+def _check_apart(s: Settings, text: Text) -> None:
     """Raise BadOption for an evaluation text that is read for calibration too."""
-    calibration = local_file(s.calibration, "valid")
+    calibration = None if text.file is None else local_file(text.file, "valid")
     for name in s.eval:
         if is_file(name) and calibration is not None and calibration.samefile(name):
             raise BadOption(f"--eval {name} is the calibration text; leave --eval out, or name another text")
@@ -84,7 +91,7 @@ def _lengths(s: Settings, limit: int) -> list[int]:
 
 
 def _calibration_ids(
-    s: Settings, lm: PreTrainedModel, tokenizer: Any, wanted: int, own_end: bool, progress: Progress
+    s: Settings, text: Text, lm: PreTrainedModel, tokenizer: Any, wanted: int, own_end: bool, progress: Progress
 ) -> torch.Tensor:
     """Ids (n,): `wanted` of them or what there is; where the end is to be judged on, that comes on top."""
     if s.calibration == SELF:
@@ -93,10 +100,10 @@ def _calibration_ids(
             window = min(s.calibration_window, lm.config.max_position_embeddings)
             return sample_ids(lm, tokenizer, total, window, s.seed, advance)[:total]
     if not own_end:
-        return token_ids(read_text(s.calibration, "valid"), tokenizer, wanted)
-    ids = token_ids(read_text(s.calibration, "valid"), tokenizer)
-    needed = s.calibration_tokens if wanted else 0
-    if len(ids) < needed + s.eval_tokens:
+        return text.ids(tokenizer, text.whole(wanted))
+    ids = text.ids(tokenizer)
+    needed = text.whole(s.calibration_tokens) if wanted else 0
+    if len(ids) < needed + text.at_end(s.eval_tokens):
         raise BadOption(
             f"{s.calibration} has {len(ids)} tokens, too few to calibrate on {needed} and to evaluate on "
             f"{s.eval_tokens} others; name another text with --eval"
