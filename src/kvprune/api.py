@@ -18,6 +18,7 @@ from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.cache import GrowingCache
 from kvprune.runtime.linear import pack_weights
 from kvprune.runtime.modeling import CACHE
+from kvprune.text import conversations
 from kvprune.tokens.filter import asked_filter
 
 # What of a checkpoint's generation_config.json counts, and what besides where tokens are drawn
@@ -59,6 +60,8 @@ def generate(
     source: str | Path,
     prompt: str,
     *,
+    chat: bool = False,
+    system: str | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     skip: float | None = None,
@@ -74,6 +77,8 @@ def generate(
 ) -> dict[str, Any]:
     """Continue `prompt`; greedily, or sampled at `temperature`.
 
+    chat: answer it instead, as a user's turn in the tokenizer's chat template, up to the token that ends a turn there;
+    system: what the model is told before.
     keep: share of the KV bytes to keep online, by a TokenFilter, whose report is added as "filter". skip: share of all
     attention to skip instead, as Token Filtering does; skip_preset:
     "paper" for the paper's choices; skip_layers: the layers that may skip, best first, as numbers or "28,25,7" (see
@@ -87,6 +92,8 @@ def generate(
         raise BadOption("--max-new-tokens must be at least 1")
     if not prompt:
         raise BadOption("the prompt is empty")
+    if system is not None and not chat:
+        raise BadOption("--system needs --chat: only a conversation has a system's turn")
     if not temperature >= 0:
         raise BadOption("--temperature must not be negative")
     token_filter = asked_filter(skip, skip_preset, skip_layers, keep)
@@ -94,25 +101,27 @@ def generate(
     progress = progress or Progress()
     sources.load_config(resolved)  # refuses what is not supported, before anything is said of the tokenizer
     tokenizer = tokenizers.load_tokenizer(resolved)
+    ids, end = _asked(tokenizer, prompt, system) if chat else (tokenizer(prompt)["input_ids"], None)
+    if not ids:
+        raise BadOption(f"the prompt {prompt!r} makes no tokens; give some words")
     with progress.phase("load"):
         model = _ready(resolved, device, dtype)
     torch.manual_seed(seed)
-    inputs = tokenizer(prompt, return_tensors="pt")
-    if not inputs["input_ids"].numel():
-        raise BadOption(f"the prompt {prompt!r} makes no tokens; give some words")
-    tokenizers.check_ids(inputs["input_ids"], model.config.vocab_size, "the prompt")
+    inputs = torch.tensor([ids])
+    tokenizers.check_ids(inputs, model.config.vocab_size, "the prompt")
     inputs = inputs.to(model.device)
     pack_weights(model)
-    model.generation_config = _generation_config(model.generation_config, max_new_tokens, temperature)
+    model.generation_config = _generation_config(model.generation_config, max_new_tokens, temperature, end)
     filtering = nullcontext() if token_filter is None else token_filter(model)
     with progress.phase("generate", max_new_tokens) as advance, filtering:
         output: Any = model.generate(  # type: ignore[operator]
-            **inputs,
+            inputs,
+            attention_mask=torch.ones_like(inputs),
             return_dict_in_generate=True,
             streamer=_Counter(advance),
             **{CACHE: GrowingCache(model.config)},
         )
-    new = output.sequences[0, inputs["input_ids"].shape[1] :]
+    new = output.sequences[0, len(ids) :]
     cache = output[CACHE]
     return {
         "prompt": prompt,
@@ -122,6 +131,14 @@ def generate(
         "cache_bytes": cache_bytes(cache),
         **({} if token_filter is None else {"filter": token_filter.report}),
     }
+
+
+def _asked(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None) -> tuple[list[int], int | None]:
+    """The ids of a conversation up to where the answer begins, and the token that ends the answer."""
+    conversations.check_template(tokenizer, "leave out --chat")
+    told = [] if system is None else [{"role": "system", "content": system}]
+    messages = [*told, {"role": "user", "content": prompt}]
+    return conversations.render(tokenizer, messages, answer=True), conversations.end_of_turn(tokenizer, messages)
 
 
 class _Counter(BaseStreamer):
@@ -139,9 +156,13 @@ class _Counter(BaseStreamer):
         pass
 
 
-def _generation_config(own: Any, max_new_tokens: int, temperature: float) -> GenerationConfig:
-    """How to generate, with no more of the checkpoint's own config than `generate` says. One text is never padded."""
+def _generation_config(own: Any, max_new_tokens: int, temperature: float, end: int | None) -> GenerationConfig:
+    """How to generate, with no more of the checkpoint's own config than `generate` says. end: one more end token, if
+    there is one. One text is never padded."""
     drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     names = _KEPT + _KEPT_SAMPLING if temperature > 0 else _KEPT
     kept = {name: getattr(own, name, None) for name in names}
+    if end is not None:
+        ends = kept["eos_token_id"]
+        kept["eos_token_id"] = sorted({end, *(ends if isinstance(ends, (list, tuple)) else [ends])} - {None})
     return GenerationConfig(**kept, **drawn, max_new_tokens=max_new_tokens, pad_token_id=0, use_cache=True)
