@@ -75,6 +75,10 @@ def test_a_column_of_a_data_set(dense):
     assert found.plan.layers == of_list.plan.layers
     assert find_text(data["text"]).documents == tuple(DOCUMENTS)
     assert find_text(data["chat"]).conversations == tuple(CHATS[: len(DOCUMENTS)])
+    assert find_text(data["text"]).name == "a column 'text'" or isinstance(data["text"], list)  # as in datasets 3
+    with pytest.raises(errors.BadOption, match=r"whole data set; give one of its columns \(chat, text\)"):
+        find_text(data)
+    assert find_text(data.rename_column("chat", "messages")).conversations == tuple(CHATS[: len(DOCUMENTS)])
 
 
 def test_a_column_by_its_name(dense, tmp_path, command, monkeypatch):

@@ -1,6 +1,7 @@
 """`prune`: a source in, a smaller model and an honest record of it out."""
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -132,7 +133,7 @@ def prune(
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise BadOption(f"tokenizer is a {type(tokenizer).__name__}; give one of transformers, loaded")
     text = find_text(calibration)
-    found = None if isinstance(source, (str, Path)) else from_memory(source, revision, trust_remote_code)
+    found = None if isinstance(source, (str, os.PathLike)) else from_memory(source, revision, trust_remote_code)
     for name, value in (("memory", memory), ("fit", fit)):
         if found is not None and value is not None:
             raise BadOption(f"--{name} {value} is for a model on disk; this one is in memory already: leave it out")

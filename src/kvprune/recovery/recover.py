@@ -1,6 +1,7 @@
 """`recover`: a pruned folder in, the same kind of folder with better weights out."""
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -111,7 +112,7 @@ def recover(
     mend; nothing is written then but the checkpoints of an unfinished run, which `resume` continues.
     """
     options = given_of(Settings, locals())
-    given = None if teacher is None or isinstance(teacher, (str, Path)) else from_memory(teacher)
+    given = None if teacher is None or isinstance(teacher, (str, os.PathLike)) else from_memory(teacher)
     if given is not None:
         options["teacher"] = given.name
     settings = from_options(preset, options)

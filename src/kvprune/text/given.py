@@ -5,6 +5,7 @@ window begins with.
 """
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,7 +112,7 @@ class Tokens(Text):
 
 def find_text(given: Any) -> Text:
     """What `given` is. Raises UnknownText or BadOption."""
-    if isinstance(given, (str, Path)):
+    if isinstance(given, (str, os.PathLike)):
         return _named(str(given))
     if isinstance(given, torch.Tensor):
         return _tokens(given)
@@ -119,6 +120,10 @@ def find_text(given: Any) -> Text:
         raise BadOption(
             f"calibration is a {type(given).__name__}; give a text's name, a file, strings, token ids or conversations"
         )
+    columns = set(getattr(given, "column_names", None) or ())
+    if columns and not (columns >= {"messages"} or columns >= {"instruction", "output"}):
+        names = ", ".join(sorted(columns))
+        raise BadOption(f"calibration is a whole data set; give one of its columns ({names}), as dataset['text']")
     column = getattr(given, "column_name", None)
     return _rows(tuple(given), f"a column {column!r}" if isinstance(column, str) else None)
 
