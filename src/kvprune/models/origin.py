@@ -19,8 +19,9 @@ _IN_GGUF = ("general.license", "general.license.name", "general.license.link")
 
 
 def origin(source: Source) -> dict[str, Any]:
-    """{"base_model": the hub id, None for files on this machine; "license": what of `license`, `license_name` and
-    `license_link` the source's own model card, config.json or GGUF header says, None where they say nothing}. Of a model in memory neither is known."""
+    """{"base_model": the hub id, None for what is on this machine; "license": what of `license`, `license_name` and
+    `license_link` the source's own model card, config.json or GGUF header says, None where they say nothing (of a
+    model in memory they never do)}."""
     if isinstance(source, InMemory):  # what it was loaded from may not be what it is
         return {"base_model": None, "license": None}
     on_hub = not (source.gguf_file or source.is_local)

@@ -69,7 +69,9 @@ def push_model(
         return _upload(folder, repo_id, **where)
 
 
-def remember(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, plan: str, record: dict[str, Any]) -> None:
+def remember(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, plan: str, record: dict[str, Any]
+) -> None:
     """Keep at a model that was made in this process what `push_model` wants."""
     setattr(model, _MADE, (tokenizer, plan, record))
 
