@@ -13,7 +13,7 @@ SOURCES := $(shell find src -name "*.py")
 PIP := -m pip install --quiet --disable-pip-version-check
 PROMPT := The Eiffel Tower is a famous landmark in
 
-.PHONY: demo test lint docs test-oldest test-newest constraints test-models test-gemma3 test-notebook test-install test-report test-bits test-vllm test-gguf clean
+.PHONY: demo test test-fuzz test-kills lint docs test-oldest test-newest constraints test-models test-gemma3 test-notebook test-install test-report test-bits test-vllm test-gguf clean
 
 demo: .venv/done $(MODEL)
 	! test -f build/demo/config.json || rm -rf build/demo
@@ -27,7 +27,16 @@ demo: .venv/done $(MODEL)
 	.venv/bin/kvprune generate build/demo "$(PROMPT)" --max-new-tokens 40
 
 test: .venv/done
-	.venv/bin/python -m pytest tests --ignore=tests/real
+	.venv/bin/python -m pytest tests --ignore=tests/real --ignore=tests/fuzz
+
+# Damaged input to everything that is read from outside: KVPRUNE_FUZZ inputs to each reader, fewer to whole commands.
+test-fuzz: .venv/done
+	KVPRUNE_FUZZ=$${KVPRUNE_FUZZ:-300} .venv/bin/python -m pytest tests/fuzz
+
+# kill -9 at random moments, KVPRUNE_KILLS for each of six commands (`make test` has fewer): nothing is half-written,
+# and the end is the same.
+test-kills: .venv/done
+	KVPRUNE_KILLS=$${KVPRUNE_KILLS:-34} .venv/bin/python -m pytest tests/channels/test_kills.py tests/test_kills_of_others.py
 
 lint: .venv/done
 	.venv/bin/ruff check .
@@ -50,7 +59,7 @@ test-newest:
 	.venv-newest/bin/python $(PIP) -e '.[dev,bits,text]' ninja 'selenium>=4.20'
 	.venv-newest/bin/python $(PIP) --upgrade transformers
 	.venv-newest/bin/python -m pip list 2> /dev/null | grep -E "^(transformers|torch|peft|accelerate) "
-	.venv-newest/bin/python -m pytest tests --ignore=tests/real
+	.venv-newest/bin/python -m pytest tests --ignore=tests/real --ignore=tests/fuzz
 
 # Writes down what .venv-newest and .venv-oldest hold, for the environments that the other targets make.
 constraints:

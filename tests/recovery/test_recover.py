@@ -271,7 +271,7 @@ def test_importing_kvprune_imports_neither_peft_nor_accelerate():
 def test_recovery_on_sampled_text(pruned, tmp_path, monkeypatch):
     """From the dense model; judged on its end where no named text is known."""
     record_file = pruned / "kvprune.json"
-    monkeypatch.setattr("kvprune.recovery.recover.read_record", lambda _f: without_texts(record_file))
+    monkeypatch.setattr("kvprune.recovery.recover.read_shown", lambda *_: without_texts(record_file))
     options = {"tokens": 2048, "window": 32, "steps": 2, "batch": 2, "held_out": 256, "eval_tokens": 256}
     result = kvprune.recover(pruned, tmp_path / "out", text="self", eval_windows=(32,), **options)
     assert [row["text"] for row in result.record["perplexity"]] == ["self (its held-out end)"]

@@ -3,24 +3,26 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from kvprune import processes
 from kvprune.channels.choice.basis import Basis
 from kvprune.channels.evidence.importance.base import Scores
-from kvprune.errors import OutputExists
-from kvprune.runtime.files import DENSE, RESUME, write_whole, writing_to
+from kvprune.errors import BrokenCheckpoint, OutputExists
+from kvprune.runtime.files import DENSE, RESUME, read_json, write_whole, writing_to
 
 _SETTINGS, _LOSSES, _ESTIMATES = "settings.json", "losses{}.jsonl", "estimates{}.jsonl"
 _LAYER, _SCORES = "layer-{:04}.safetensors", "scores-{:04}.safetensors"
 _CUT, _REFIT = "cut-{:04}.safetensors", "refit-{:04}.safetensors"
+_LOSS, _ESTIMATE = TypeAdapter(tuple[int, int, float]), TypeAdapter(tuple[int, list[float]])  # a line of each file
 
 
 class Journal:
@@ -30,20 +32,21 @@ class Journal:
     def __init__(self, folder: Path | None = None):
         self.folder = folder
         self.losses: dict[tuple[int, int], float] = {
-            (batch, probe): loss for batch, probe, loss in self._lines(_LOSSES)
+            (batch, probe): loss for batch, probe, loss in self._lines(_LOSSES, _LOSS)
         }
 
-    def _lines(self, name: str) -> list[Any]:
+    def _lines(self, name: str, kind: TypeAdapter) -> list[Any]:
         """Of files that grow by lines of JSON, one a process; a last one that was cut short would spoil the next, and
-        goes."""
+        goes. Raises BrokenCheckpoint."""
         found = []
         for path in () if self.folder is None else sorted(self.folder.glob(name.format("*"))):
-            written = path.read_text()
-            whole = written[: written.rfind("\n") + 1]
+            written = path.read_bytes()
+            whole = written[: written.rfind(b"\n") + 1]
             if whole != written:
                 with writing_to(path.parent.parent):
-                    os.truncate(path, len(whole.encode()))
-            found += [json.loads(line) for line in whole.splitlines()]
+                    os.truncate(path, len(whole))
+            with _reading(path):
+                found += [kind.validate_json(line, strict=True) for line in whole.splitlines()]
         return found
 
     def _add_line(self, name: str, line: Any) -> None:
@@ -60,7 +63,7 @@ class Journal:
         """The settings of the unfinished run in `out`, if there is one. Raises OutputExists as `open` does, but for
         settings that differ: what can be known before any work is done."""
         try:
-            found = json.loads((out / RESUME / _SETTINGS).read_text())
+            found = read_json(out / RESUME / _SETTINGS)
         except (OSError, ValueError):
             found = None
         if found is None:
@@ -113,9 +116,10 @@ class Journal:
         path = self._there(_LAYER.format(layer))
         if path is None:
             return None
-        tensors = load_file(path)
-        scores = Scores(tensors.pop("qk").clone(), tensors.pop("vo").clone())
-        return scores, Basis.of(tensors) if tensors else None
+        with _reading(path):
+            tensors = load_file(path)
+            scores = Scores(tensors.pop("qk").clone(), tensors.pop("vo").clone())
+            return scores, Basis.of(tensors) if tensors else None
 
     def save_scores(self, layer: int, scores: Scores) -> None:
         """Keep the importance scores of a layer that go with no basis."""
@@ -125,7 +129,10 @@ class Journal:
     def load_scores(self, layer: int) -> Scores | None:
         """What save_scores kept of a layer, or None."""
         path = self._there(_SCORES.format(layer))
-        return None if path is None else Scores(**load_file(path))
+        if path is None:
+            return None
+        with _reading(path):
+            return Scores(**load_file(path))
 
     def save_estimates(self, block: int, changes: Sequence[float]) -> None:
         """Keep the estimated sensitivities of a block's probes, which all processes know."""
@@ -134,7 +141,7 @@ class Journal:
 
     def load_estimates(self) -> dict[int, list[float]]:
         """What save_estimates kept, by block."""
-        return {block: changes for block, changes in self._lines(_ESTIMATES)}
+        return {block: changes for block, changes in self._lines(_ESTIMATES, _ESTIMATE)}
 
     def cut_file(self, layer: int) -> Path:
         """Where save_cut writes."""
@@ -148,7 +155,10 @@ class Journal:
     def load_cut(self, layer: int) -> dict[str, torch.Tensor] | None:
         """What save_cut kept of a layer, mapped, or None."""
         path = self._there(_CUT.format(layer))
-        return None if path is None else load_file(path)
+        if path is None:
+            return None
+        with _reading(path):
+            return load_file(path)
 
     def refit_file(self, layer: int) -> Path:
         """Where save_refit writes."""
@@ -165,7 +175,7 @@ class Journal:
         path = self._there(_REFIT.format(layer))
         if path is None:
             return None
-        with safe_open(path, framework="pt") as file:
+        with _reading(path), safe_open(path, framework="pt") as file:
             report = json.loads(file.metadata()["report"])
             return {name: file.get_tensor(name) for name in file.keys()}, report  # noqa: SIM118  # no dict
 
@@ -198,8 +208,19 @@ class Journal:
                 self.folder.parent.rmdir()
 
 
-def check_same(found: dict[str, Any], settings: dict[str, Any], what: str) -> None:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise BrokenCheckpoint for a file of the journal that is not as it was written."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        raise BrokenCheckpoint(f"{path} is damaged; remove {path.parent.parent} and start again") from None
+
+
+def check_same(found: Any, settings: dict[str, Any], what: str) -> None:
     """Raise OutputExists, which begins with `what`, if `found` has other values than `settings`."""
+    if not isinstance(found, dict):
+        raise OutputExists(f"{what} whose settings are damaged; remove it, or choose another --out")
     for name, value in settings.items():
         if name not in found:
             raise OutputExists(f"{what} that an older kvprune began; remove it, or choose another --out")

@@ -1,9 +1,9 @@
 """The pruning plan: which channels stay, as plain JSON that can be read, edited, diffed and applied again."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kvprune.errors import PlanMismatch
 from kvprune.models.attention import AttentionShape
@@ -59,6 +59,14 @@ class Model(BaseModel):
     head_dim: int
 
 
+def _method(method: dict[str, Any]) -> dict[str, Any]:
+    """What of it is used again."""
+    for name, kind in (("importance", str), ("repair", str), ("repair_tokens", int)):
+        if not isinstance(method.get(name, kind()), kind):
+            raise ValueError(f"{name} is {method[name]!r}")
+    return method
+
+
 class PruningPlan(BaseModel):
     """What to keep in every layer, and where that came from.
 
@@ -74,7 +82,7 @@ class PruningPlan(BaseModel):
     ratio: float
     layout: str
     merge: int = Field(default=1, ge=1)
-    method: dict[str, Any]
+    method: Annotated[dict[str, Any], AfterValidator(_method)]
     calibration: dict[str, Any] | None
     sensitivity: tuple[float, ...] | None
     seed: int

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from kvprune.engines import gguf
 from kvprune.engines.targets import OWN, TARGETS, Target, degrees, find_target, kernels
 from kvprune.errors import KVPruneError
 from kvprune.measure.memory import cache_bytes
-from kvprune.models.source import load_model, resolve
-from kvprune.runtime import register
+from kvprune.models.source import load_config, load_model, resolve
 from kvprune.runtime.files import check_there, note_changed, read_shown
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.refresh import CODE, FAULTS, version_of
@@ -64,13 +63,12 @@ def doctor(
     names = list(TARGETS) if target is None else [target]
     targets = {name: find_target(name) for name in names}
     check_there(folder)
-    record = read_shown(folder)
-    register()
+    record = read_shown(folder, ("source", "widths", "kv_bytes_per_token"))
     copy = folder / CODE
     about = _Folder(
         folder,
         record,
-        AutoConfig.from_pretrained(folder),
+        load_config(resolve(folder, needs_weights=False)),
         version_of(copy.read_bytes()) if copy.is_file() else None,
     )
     return {

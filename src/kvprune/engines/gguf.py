@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvprune.engines.deci import STILL, Deci
 from kvprune.engines.deci import read as read_deci
 from kvprune.engines.targets import STOCK
 from kvprune.engines.vocabulary import differences, vocabulary
-from kvprune.errors import BadOption, BrokenCheckpoint, OutputExists, UnknownSource, UnsupportedArchitecture
-from kvprune.models.source import resolve
+from kvprune.errors import BadOption, BrokenCheckpoint, NotFinite, OutputExists, UnknownSource, UnsupportedArchitecture
+from kvprune.models.source import load_config, resolve, skeleton
 from kvprune.models.tokenizer import load_tokenizer
-from kvprune.runtime import register
-from kvprune.runtime.files import check_there, read_record, verify_files, weight_files, writing_to
+from kvprune.runtime.files import alone, check_there, read_shown, verify_files, weight_files, writing_to
 
 TYPES = ("f32", "f16", "q8_0")
+LARGEST = 65504.0  # of a float16, which q8_0's scales are too
+LARGEST_KEY = 2**32 - 1  # of a number among the keys
 BLOCK = 32  # numbers of a row that q8_0 quantises together
 _MEND = (
     "{folder} has the layout {layout}, whose channels differ by layer or head, which llama.cpp cannot hold: prune with "
@@ -48,27 +48,34 @@ def export(folder: str | Path, *, gguf: str | Path, type: str = "f16") -> dict[s
     folder, path = Path(folder), Path(gguf)
     if type not in TYPES:
         raise BadOption(f"unknown type {type!r}; choose {', '.join(TYPES)}")
-    if path.exists():
-        raise OutputExists(f"{path} is there already; remove it, or choose another --gguf")
+    _check_free(path)
     try:
         import gguf as library
     except ImportError:
         raise UnknownSource("writing GGUF needs the gguf package: pip install gguf") from None
     model = _Model.of(folder)
     verify_files(folder)
-    name = {"general.name": str(read_record(folder)["source"])}
+    name = {"general.name": read_shown(folder, ["source"])["source"]}
     keys = name | model.keys(type) | vocabulary(folder, load_tokenizer(resolve(folder)), model.config.vocab_size)
     partial = path.with_name(path.name + ".partial")
-    try:
-        with writing_to(path.parent, "free some space or choose another --gguf"):
+    with alone(path.parent), writing_to(path.parent, "free some space or choose another --gguf"):
+        _check_free(path)
+        try:
             kept = _write(library, partial, model.architecture, keys, model.tensors(), type)
             _check(library, partial, keys, kept, model.tensors())
             os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        finally:
+            partial.unlink(missing_ok=True)
     plain = sorted(name for name, kind in kept.items() if type == "q8_0" and kind == "F16")
     found = {"file": str(path), "architecture": model.architecture, "type": type, "bytes": path.stat().st_size}
     return found | {"tensors": len(kept), "not_quantised": plain, "differences": differences(folder)}
+
+
+def _check_free(path: Path) -> None:
+    if path.exists():
+        raise OutputExists(f"{path} is there already; remove it, or choose another --gguf")
+    if not path.parent.is_dir():
+        raise OutputExists(f"there is no folder {path.parent}; make it, or choose another --gguf")
 
 
 def check(folder: Path) -> None:
@@ -93,9 +100,10 @@ class _Model:
     def of(cls, folder: Path) -> "_Model":
         """Raises UnsupportedArchitecture for what llama.cpp cannot hold."""
         check_there(folder)
-        layout = read_record(folder).get("layout")
-        register()
-        config = AutoConfig.from_pretrained(folder)
+        layout = read_shown(folder, ()).get("layout")
+        source = resolve(folder, needs_weights=False)
+        config: Any = load_config(source)
+        model = skeleton(source)
         deci = None if layout in STOCK else read_deci(folder, config, _MEND.format(folder=folder, layout=layout))
         if getattr(config, "sliding_window", None):
             raise UnsupportedArchitecture(
@@ -107,7 +115,7 @@ class _Model:
                 "GGUF"
             )
         dense = config if deci is None else config.dense()
-        frequencies, scale = _rope(config, dense)
+        frequencies, scale = _rope(model, dense)
         width = config.head_dim if deci is None else deci.width
         plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
         factors = plain / frequencies if deci is None else deci.factors(plain, frequencies)
@@ -192,17 +200,15 @@ class _Model:
                         yield name, weights.get_tensor(name).float()
 
 
-def _rope(config: Any, dense: Any) -> tuple[torch.Tensor, float]:
+def _rope(model: Any, dense: Any) -> tuple[torch.Tensor, float]:
     """The frequency of each dense pair, and what YaRN scales scores by. dense: the config that they belong to."""
-    rope = config.rope_parameters
+    rope = model.config.rope_parameters
     changes = rope["rope_type"] == "longrope" and rope["short_factor"] != rope["long_factor"]
     if rope["rope_type"] == "dynamic" or changes:
         raise UnsupportedArchitecture(
             f"its {rope['rope_type']} RoPE changes with the context, which a GGUF file cannot say; serve the folder "
             "with vLLM or transformers"
         )
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
     rotary = type(model.base_model.rotary_emb)(dense)
     return rotary.inv_freq.double(), float(rotary.attention_scaling) ** 2
 
@@ -219,6 +225,8 @@ def _write(
     """Returns the type of each tensor written. Tensors are converted one at a time, and wait on the disk."""
     writer = library.GGUFWriter(path, architecture, use_temp_file=True)
     for key, value in keys.items():
+        if isinstance(value, (int, float)) and not 0 <= value <= LARGEST_KEY:
+            raise BrokenCheckpoint(f"{key} is {value}, which a GGUF file cannot hold; fetch or make the folder again")
         _add(writer, key, value)
     kept = {}
     kinds = library.GGMLQuantizationType
@@ -227,6 +235,11 @@ def _write(
         if type == "q8_0" and data.ndim > 1 and data.shape[-1] % BLOCK == 0:
             kind = kinds.Q8_0
         kept[name] = kind.name
+        largest = float(np.abs(data).max(initial=0.0))
+        if not math.isfinite(largest):
+            raise NotFinite(f"{name} has numbers that are no numbers; fetch or make the folder again")
+        if kind != kinds.F32 and largest > LARGEST:
+            raise BadOption(f"{name} has a number as large as {largest:.3g}, which {type} cannot hold; give --type f32")
         writer.add_tensor(name, library.quants.quantize(data, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import resource
 import sys
 from pathlib import Path
@@ -96,6 +97,8 @@ class PeakMemory:
 def is_out_of_memory(error: BaseException) -> bool:
     """What PyTorch, the CUDA driver and its libraries say."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     words = ("out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

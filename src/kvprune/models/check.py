@@ -1,5 +1,6 @@
 """What of a checkpoint is refused before anything large is read."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ from transformers.utils import find_adapter_config_file
 
 from kvprune.errors import BadOption, BrokenCheckpoint, UnknownSource, UnsafeWeights
 from kvprune.runtime.files import RECORD, RESUME, verify_files
+
+MOST = 1 << 14  # layers, heads, experts, or channels of a head
+_COUNTED = re.compile(r"(^|_)(layers?|heads?|experts?)(_|$)")
 
 
 def check_folder(folder: Path, needs_weights: bool) -> None:
@@ -49,6 +53,18 @@ def check_adapter(name: str, revision: str | None = None) -> None:
             f"{name} has an adapter (adapter_config.json); merge it first: peft.AutoPeftModelForCausalLM."
             f"from_pretrained({name!r}).merge_and_unload().save_pretrained(DIR), and the tokenizer to the same DIR"
         )
+
+
+def check_settings(name: str, settings: Any) -> dict[str, Any]:
+    """What config.json holds, if it is an object and its layers, heads and experts can be counted: a model is made of
+    them before any weight is read. Raises BrokenCheckpoint."""
+    if not isinstance(settings, dict) or not isinstance(settings.get("model_type", ""), str):
+        raise BrokenCheckpoint(f"config.json of {name} is no JSON object that names a model_type; fetch it again")
+    for part in (settings, settings.get("text_config")):
+        for key, value in part.items() if isinstance(part, dict) else ():
+            if _COUNTED.search(key) and isinstance(value, (int, float)) and not abs(value) <= MOST:
+                raise BrokenCheckpoint(f"config.json of {name}: {key} is {value}, more than {MOST}; fetch it again")
+    return settings
 
 
 def check_quantised(name: str, settings: dict[str, Any]) -> None:

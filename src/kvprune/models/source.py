@@ -2,7 +2,7 @@
 
 import copy
 import struct
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -27,8 +28,9 @@ from kvprune.errors import (
     UnsafeWeights,
     UnsupportedArchitecture,
 )
+from kvprune.measure.memory import is_out_of_memory
 from kvprune.models import gguf, wrapped
-from kvprune.models.check import check_adapter, check_folder, check_quantised, first_line
+from kvprune.models.check import check_adapter, check_folder, check_quantised, check_settings, first_line
 from kvprune.models.family import family_of, supported
 from kvprune.models.held import quietly
 from kvprune.progress import without_bars
@@ -139,7 +141,7 @@ def load_model(
     if source.is_wrapper:
         arguments["key_mapping"] = wrapped.TENSORS
     others = wrapped.without_others() if source.is_wrapper else nullcontext()
-    with _as_user_error(source), without_bars(), quietly(), others:
+    with _as_user_error(source), _by_what_it_says(source), without_bars(), quietly(), others:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True, **arguments)
     model: PreTrainedModel
     model, found = loaded
@@ -170,12 +172,13 @@ def load_model(
 def skeleton(source: Source, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
     """The model as `load_model` would load it, without its weights; with the table of RoPE."""
     config: Any = load_config(source)
-    stored = config.dtype or torch.bfloat16
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=asked_dtype(dtype, stored, find_device(device)))
-    rotary = getattr(model.base_model, "rotary_emb", None)
-    if rotary is not None:
-        model.base_model.rotary_emb = type(rotary)(config)
+    asked = asked_dtype(dtype, config.dtype or torch.bfloat16, find_device(device))
+    with _as_user_error(source), _by_config(source):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=asked)
+        rotary = getattr(model.base_model, "rotary_emb", None)
+        if rotary is not None:
+            model.base_model.rotary_emb = type(rotary)(config)
     return model
 
 
@@ -224,22 +227,22 @@ def _read_config(source: Source) -> PreTrainedConfig:
     if not source.gguf_file:
         _check_settings(source)
     config: Any
-    with _as_user_error(source):
+    with _as_user_error(source), _by_config(source):
         config = AutoConfig.from_pretrained(source.folder, **source.arguments())
-    if source.gguf_file:
-        family_of(config.model_type)
-        gguf.complete(config, gguf.read_header(Path(source.name)))
-    if source.is_wrapper:
-        config = wrapped.text_config(config)
+        if source.gguf_file:
+            family_of(config.model_type)
+            gguf.complete(config, gguf.read_header(Path(source.name)))
+        if source.is_wrapper:
+            config = wrapped.text_config(config)
     if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
         config.pad_token_id = None  # nothing is computed with it, but transformers builds no embedding with it
     return config
 
 
 def _read_settings(source: Source) -> dict[str, Any]:
-    with _as_user_error(source):
+    with _as_user_error(source), _by_config(source):
         revision = {"revision": source.revision} if source.revision else {}
-        return PreTrainedConfig.get_config_dict(source.folder, **revision)[0]
+        return check_settings(source.name, PreTrainedConfig.get_config_dict(source.folder, **revision)[0])
 
 
 def _check_settings(source: Source) -> None:
@@ -263,6 +266,35 @@ def find_device(name: str) -> torch.device:
         return device
     except (RuntimeError, AssertionError) as error:
         raise BadOption(f"device {name!r} cannot be used: {first_line(error)}") from None
+
+
+@contextmanager
+def _by_config(source: Source, file: str = "config.json"):
+    """Raise BrokenCheckpoint for whatever transformers makes of a config that describes no model; and what
+    `_as_user_error` knows better as it came."""
+    try:
+        yield
+    except (KVPruneError, OSError, ValueError, ImportError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        what = source.name if source.gguf_file else f"{file} of {source.name}"
+        raise BrokenCheckpoint(f"{what} cannot be used: {reason}; fetch it again") from error
+
+
+@contextmanager
+def _by_what_it_says(source: Source):
+    """Where a model cannot be loaded, look whether its config alone, or generation config, is the reason."""
+    try:
+        yield
+    except Exception as error:
+        if source.gguf_file is None and not isinstance(error, KVPruneError) and not is_out_of_memory(error):
+            skeleton(source)
+            with _by_config(source, "generation_config.json"), suppress(OSError):
+                GenerationConfig.from_pretrained(source.folder, revision=source.revision or "main")
+        raise
 
 
 @contextmanager

@@ -21,6 +21,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     register()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, **source.arguments())
+        tokenizer("a")  # some of its settings are read only now
     except (KVPruneError, MemoryError):
         raise
     except Exception as error:  # a file that cannot be read raises almost anything, plain Exception included

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +11,24 @@ import jinja2
 from kvprune.errors import BadOption, BrokenCheckpoint
 from kvprune.measure import plot
 from kvprune.measure.table import merged_heads
-from kvprune.runtime.files import CHANGED, note_changed, read_shown, write_whole, writing_to
+from kvprune.runtime.files import (
+    CHANGED,
+    SHOWN,
+    note_changed,
+    read_json,
+    read_record,
+    read_shown,
+    write_whole,
+    writing_to,
+)
+from kvprune.runtime.shown import Bench
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NAME = "report.html"
 THEMES = ("light", "dark")
+_NEEDED = (*SHOWN, "layout", "seed", "dtype", "device", "method", "versions")
 
 
 def report(
@@ -34,19 +44,19 @@ def report(
     wrote. Each figure is written as PNG too, beside the report. Raises BrokenCheckpoint and BadOption.
     """
     plot.check()
-    record, target = read_shown(Path(folder)), Path(folder) / NAME if out is None else Path(out)
+    record, target = read_shown(Path(folder), _NEEDED), Path(folder) / NAME if out is None else Path(out)
     if target.suffix != ".html":
         raise BadOption(f"--out {target} is no .html file")
     if not target.parent.is_dir():
         raise BadOption(f"--out {target}: {target.parent} is no folder; make it first")
     here, *beside = dict.fromkeys(Path(one).resolve() for one in (folder, *others))
-    records = [(here.name, record), *((one.name, read_shown(one)) for one in beside)]
+    records = [(here.name, record), *((one.name, read_shown(one, _NEEDED)) for one in beside)]
     for name, other in records:
         if Path(other["source"]).name != Path(record["source"]).name:
             raise BadOption(f"--with: {name} was made of {other['source']}, not of {record['source']}; leave it out")
     timed = None if bench is None else _read_bench(Path(bench))
     drawings = _drawings(record, quality_rows(records), timed)
-    changed = [f"{one.name}: {CHANGED}." for one in (here, *beside) if note_changed(one, read_shown(one))]
+    changed = [f"{one.name}: {CHANGED}." for one in (here, *beside) if note_changed(one, read_record(one))]
     environment = jinja2.Environment(loader=jinja2.PackageLoader("kvprune.pages", "."), autoescape=True)
     page = environment.get_template("report.html.j2").render(
         name=here.name,
@@ -148,14 +158,10 @@ def _draw(draw: "Callable[[], Figure]", theme: str, target: Any, **how: Any) -> 
 
 def _read_bench(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8-sig"))
-        where, cells = found["environment"], found["cells"]
-        whole = {"device", "source", "against", "skip", "pruned_shape_ratio"} <= set(where) and cells
-        figures = {"decode_ratio", "prefill_ratio", "decode_limit", "spread", "memory_bytes", "latency_seconds"}
-        if not whole or any("error" not in cell and not figures <= set(cell) for cell in cells):
-            raise KeyError
+        found = read_json(path)
+        Bench.model_validate(found)
     except OSError:
         raise BadOption(f"--bench {path} cannot be read; give the file that bench --out wrote") from None
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         raise BrokenCheckpoint(f"{path} is not what bench --out writes; run bench again") from None
     return found

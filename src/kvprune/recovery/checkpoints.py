@@ -10,15 +10,16 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kvprune.channels.journal import Journal
 from kvprune.errors import BrokenCheckpoint
-from kvprune.runtime.files import RESUME, flush, write_whole, writing_to
+from kvprune.runtime.files import RESUME, flush, read_json, write_whole, writing_to
 
 _SETTINGS, _BEFORE, _STOPPED, _STATE, _PARTIAL = (
     "settings.json",
@@ -36,7 +37,7 @@ class State:
     """How far a run is. Curves are [[step, nats per token], ...]: the loss trained on, and next tokens held out.
     worse: evaluations in a row without a new best."""
 
-    step: int = 0
+    step: Annotated[int, Field(ge=0)] = 0
     curve: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
     best_step: int = 0
@@ -44,6 +45,9 @@ class State:
     tokens: int = 0
     seconds: float = 0.0
     stopped_early: bool = False
+
+
+_STATES = TypeAdapter(State)
 
 
 @dataclass
@@ -109,11 +113,10 @@ class Checkpoints:
         if not steps:
             return None
         try:
-            state = State(**json.loads((steps[-1] / _STATE).read_text()))
+            state = _STATES.validate_json((steps[-1] / _STATE).read_bytes(), strict=True)
             tensors = [load_file(steps[-1] / f"{name}.safetensors") for name in ("adapter", "best", "optimizer")]
-        except (OSError, ValueError, TypeError, SafetensorError):
+        except (OSError, ValueError, SafetensorError):
             raise BrokenCheckpoint(f"{steps[-1]} is damaged; remove {self.out} and start again") from None
-        state.curve, state.held_out = ([(s, x) for s, x in curve] for curve in (state.curve, state.held_out))
         return Checkpoint(state, *tensors)
 
     def _steps(self) -> list[Path]:
@@ -157,6 +160,6 @@ class Checkpoints:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except (OSError, ValueError):
         return None

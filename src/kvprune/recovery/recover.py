@@ -4,7 +4,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from kvprune.recovery.train import MICRO_TOKENS, Training
 from kvprune.recovery.trainee import ADAPTER, Trainee, add_adapters, blocks, checkpoint_activations
 from kvprune.runtime.checkpoint import save
 from kvprune.runtime.dtype import name_of, round_as_stored, stored_dtype
-from kvprune.runtime.files import PLAN, read_record, weight_checksums
+from kvprune.runtime.files import PLAN, alone, read_shown, weight_checksums
 from kvprune.runtime.hub import remember
 from kvprune.text.corpus import SELF
 from kvprune.text.sampled import sample_ids
@@ -145,13 +145,16 @@ class _Run:
         self.progress = progress if self.main else Progress()
 
     def run(self) -> Recovered:
-        with tempfile.TemporaryDirectory(prefix="kvprune-") as aside:
+        with tempfile.TemporaryDirectory(prefix="kvprune-") as aside, self._alone():
             self.aside = Path(aside)
             return self._recovered()
 
+    def _alone(self) -> AbstractContextManager[None]:
+        return alone(self.out) if self.out is not None and self.main else nullcontext()
+
     def _recovered(self) -> Recovered:
         self.peak = memory.PeakMemory(self.device)
-        old = read_record(Path(self.source.folder))
+        old = read_shown(Path(self.source.folder), ("source", "ratio_achieved"))
         s = self.settings = self.settings.for_cut(old["ratio_achieved"])
         with self._phase("load"):
             tokenizer = load_tokenizer(self.source)

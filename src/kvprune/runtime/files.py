@@ -6,20 +6,24 @@ own. Weights that are whole but not those of the record were trained further, or
 tell which from the outside, so they load and a note says both.
 """
 
+import codecs
 import errno
+import fcntl
 import hashlib
-import json
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 
-from kvprune.errors import BrokenCheckpoint, NoSpace, UnknownSource
+from kvprune.errors import BrokenCheckpoint, NoSpace, OutputExists, UnknownSource
+from kvprune.runtime.shown import Files, Index, Recorded
 
 RECORD = "kvprune.json"  # the plan's summary, every measured figure, and a checksum of every other file
 PLAN = "plan.json"
@@ -32,6 +36,9 @@ CHANGED = (
 _INDEX = "model.safetensors.index.json"
 _log = logging.getLogger("kvprune")
 _noted: set[tuple[Path, str]] = set()
+# What `show` needs of a record
+SHOWN: tuple[str, ...] = ("source", "ratio_achieved", "kv_bytes_per_token", "parameters", "perplexity", "widths")
+SHOWN += ("head_dim", "seconds", "peak_memory_bytes", "memory_formula_bytes")
 RESUME = ".resume"  # the state of an unfinished run
 DENSE = ".dense"  # while one works: weights that the source's files do not hold as the model wants them
 
@@ -48,6 +55,37 @@ def writing_to(folder: Path, mend: str = "free some space or choose another --ou
         if code not in _DISK_ERRORS:
             raise
         raise NoSpace(f"cannot write to {folder}: {error}; {mend}") from error
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Work in a folder, which is made if it is missing, while no other process does. Raises OutputExists if one does,
+    and NoSpace.
+
+    The operating system holds the lock, and lets go of it however the process ends: no file is left behind. A file
+    system without locks has none.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputExists(f"{folder} is a file; choose another --out")
+    made = not folder.exists()
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputExists(
+                f"another run is writing to {folder}; wait until it is done, or choose another --out"
+            ) from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+        if made:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
@@ -80,6 +118,12 @@ def note(folder: Path, about: str, message: str) -> None:
         _log.warning("%s: %s", folder, message)
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises OSError, and ValueError for what is damaged, nested without end, or no UTF-8 (half
+    characters that are escaped too: nobody could print them)."""
+    return from_json(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+
+
 def checksum(path: Path) -> str:
     """sha256 of a file, read in pieces."""
     digest = hashlib.sha256()
@@ -105,21 +149,26 @@ def check_there(folder: Path) -> None:
 def read_record(folder: Path) -> dict[str, Any]:
     """kvprune.json of a pruned folder. Raises BrokenCheckpoint."""
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8-sig"))
-        if not isinstance(record["files"], dict):
-            raise TypeError
+        record = read_json(folder / RECORD)
+        Files.model_validate(record)
         return record
     except OSError:
         raise BrokenCheckpoint(f"{folder} has no {RECORD}; it is not a folder that kvprune wrote") from None
-    except (ValueError, KeyError, TypeError):
+    except ValueError:
         raise BrokenCheckpoint(f"{folder / RECORD} is damaged; prune the model again") from None
 
 
-def read_shown(folder: Path) -> dict[str, Any]:
-    """The same, with what is shown of a folder. Raises BrokenCheckpoint."""
+def read_shown(folder: Path, needs: Iterable[str] = SHOWN) -> dict[str, Any]:
+    """The same, whose figures can be read: those that are needed are there. Raises BrokenCheckpoint."""
     record = read_record(folder)
-    if not {"source", "widths", "head_dim", "kv_bytes_per_token", "perplexity", "seconds"} <= set(record):
-        raise BrokenCheckpoint(f"{folder / RECORD} lacks what was measured; prune the model again")
+    try:
+        Recorded.validate_python(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ": ".join([".".join(map(str, first["loc"])), first["msg"].lower()])
+        raise BrokenCheckpoint(f"{folder / RECORD}: {where.removeprefix(': ')}; prune the model again") from None
+    if lacking := sorted(set(needs) - set(record)):
+        raise BrokenCheckpoint(f"{folder / RECORD} lacks {lacking[0]}; prune the model again")
     return record
 
 
@@ -128,8 +177,8 @@ def weight_files(folder: Path) -> list[str]:
     if (folder / "model.safetensors").is_file() or not (folder / _INDEX).is_file():
         return ["model.safetensors"]
     try:
-        return sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return sorted(set(Index.model_validate(read_json(folder / _INDEX)).weight_map.values()))
+    except ValueError:
         raise BrokenCheckpoint(f"{folder / _INDEX} is damaged; copy the folder again or prune again") from None
 
 
@@ -174,6 +223,6 @@ def _check_readable(path: Path) -> None:
             with safe_open(path, framework="np"):
                 pass
         elif path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
+            read_json(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise BrokenCheckpoint(f"{path} is damaged ({error}); copy the folder again or prune again") from None

@@ -12,7 +12,17 @@ from typing import Any
 from kvprune.errors import BrokenCheckpoint, NewerFolder
 from kvprune.pages.card import card
 from kvprune.runtime import PREFIX
-from kvprune.runtime.files import CARD, RECORD, check_there, note, read_record, write_whole, writing_to
+from kvprune.runtime.files import (
+    CARD,
+    RECORD,
+    alone,
+    check_there,
+    note,
+    read_json,
+    read_record,
+    write_whole,
+    writing_to,
+)
 
 CODE = "modeling.py"
 OWN = Path(__file__).with_name(CODE)
@@ -56,6 +66,11 @@ def refresh(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     check_there(folder)
+    with alone(folder):
+        return _refresh(folder)
+
+
+def _refresh(folder: Path) -> dict[str, Any]:
     record = read_record(folder)
     model_type, has_card = _model_type(folder), (folder / CARD).exists()
     written = None if has_card else card_of(folder, record, model_type)
@@ -95,7 +110,7 @@ def card_of(folder: Path, record: dict[str, Any], model_type: str) -> str:
 
 def _model_type(folder: Path) -> str:
     try:
-        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+        return str(read_json(folder / "config.json")["model_type"])
     except (OSError, ValueError, KeyError, TypeError):
         raise BrokenCheckpoint(f"{folder / 'config.json'} is missing or damaged; copy the folder again") from None
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 from kvprune.channels.planning import choose_merge, grid_of, reachable
 from kvprune.channels.prune import prune
 from kvprune.channels.settings import Settings, with_preset
-from kvprune.errors import BadOption, KVPruneError
+from kvprune.errors import BadOption
 from kvprune.measure import memory
 from kvprune.measure.plot import check as check_matplotlib
 from kvprune.models.source import Source, find_device, load_config, resolve
@@ -201,24 +201,20 @@ class _Study:
 
     def run(self) -> dict[str, Any]:
         cells = [(text, size, seed) for text in self.texts for size in self.sizes for seed in range(self.seeds)]
-        done = {(cell["text"], cell["tokens"], cell["seed"]) for cell in self.journal.cells}
-        self.journal.start()
         for (text, size), stretches in sorted(self.stretches.items()):
             if stretches.overlap:
                 self.progress.say(f"{text} is too short for {self.seeds} times {size} tokens: stretches overlap")
-        try:
+        with self.journal.running():
+            done = {(cell["text"], cell["tokens"], cell["seed"]) for cell in self.journal.cells}
             with self.progress.phase("prunes", len(cells)) as advance:
                 for cell in cells:
                     if cell not in done:
                         self.journal.add(self._cell(*cell, advance))
                     advance(1)
-        except KVPruneError:
-            self.journal.discard_if_empty()
-            raise
-        report = self._report(cells)
-        with writing_to(self.journal.out):
-            plot.draw(report, self.journal.out / PICTURE)
-        self.journal.finish(report)
+            report = self._report(cells)
+            with writing_to(self.journal.out):
+                plot.draw(report, self.journal.out / PICTURE)
+            self.journal.finish(report)
         return report
 
     def _cell(self, text: str, size: int, seed: int, advance: Callable[..., None]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from kvprune.channels.prune import prune
 from kvprune.channels.settings import Settings
-from kvprune.errors import BadOption, KVPruneError, UnreachableRatio
+from kvprune.errors import BadOption, UnreachableRatio
 from kvprune.measure import memory
 from kvprune.measure.plot import check as check_matplotlib
 from kvprune.models.source import load_config, resolve
@@ -102,26 +102,22 @@ def study_depth(
     fixed = {name: value for name, value in settings.as_json().items() if name not in _OWN}
     identity = {"study": "depth", **fixed, "ratios": ratios, "depths": depths, "drop_blocks": drop_blocks}
     journal = StudyJournal(Path(out), identity | {"run": asdict(run), "versions": versions()}, resume)
-    journal.start()
     progress = progress or Progress()
     wanted = [(ratio, blocks, depth) for ratio in ratios for blocks in drop_blocks for depth in depths]
-    done = {key_of(cell) for cell in journal.cells}
-    try:
+    with journal.running():
+        done = {key_of(cell) for cell in journal.cells}
         with progress.phase("prunes", len(wanted)) as advance:
             for key in wanted:
                 if key not in done:
                     inner = Noted(progress, advance, f"{key[0]:.0%}, {told(*key[1:])}")
                     journal.add(_cell(key, given, inner))
                 advance(1)
-    except KVPruneError:
-        journal.discard_if_empty()
-        raise
-    if speed:
-        add_speeds(journal, load_config(found), run, settings.device, settings.dtype, progress)
-    report = _report(journal, wanted)
-    with writing_to(journal.out):
-        draw(report, journal.out / PICTURE)
-    journal.finish(report)
+        if speed:
+            add_speeds(journal, load_config(found), run, settings.device, settings.dtype, progress)
+        report = _report(journal, wanted)
+        with writing_to(journal.out):
+            draw(report, journal.out / PICTURE)
+        journal.finish(report)
     return report
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from kvprune.errors import BadOption, KVPruneError, TextTooShort
+from kvprune.errors import BadOption, TextTooShort
 from kvprune.measure import memory
 from kvprune.measure.plot import check as check_matplotlib
 from kvprune.models.source import Source, load_config, load_model, resolve
@@ -102,18 +102,14 @@ def study_retrieval(
     }
     settings |= {"contexts": list(contexts), "keeps": list(keeps), "samples": samples, "seed": seed, "dtype": dtype}
     journal = StudyJournal(Path(out), {**settings, "sha256": digest([hay]), "versions": versions()}, resume)
-    journal.start()
     progress = progress or Progress()
-    try:
+    with journal.running():
         for index, one in enumerate(sources):
             _study_one(index, one, made, filters, kv_bits, journal, progress, device, dtype)
-    except KVPruneError:
-        journal.discard_if_empty()
-        raise
-    report = {**journal.settings, "rows": journal.cells}
-    with writing_to(journal.out):
-        draw(report, journal.out / PICTURE)
-    journal.finish(report)
+        report = {**journal.settings, "rows": journal.cells}
+        with writing_to(journal.out):
+            draw(report, journal.out / PICTURE)
+        journal.finish(report)
     return report
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from kvprune.errors import BadOption, KVPruneError, TextTooShort
+from kvprune.errors import BadOption, TextTooShort
 from kvprune.measure import memory
 from kvprune.measure.perplexity import LARGEST
 from kvprune.measure.plot import check as check_matplotlib
@@ -75,18 +75,14 @@ def study_robustness(
     settings = {"study": "robustness", "sources": [s.name for s in sources], "context": context, "text": str(text)}
     settings |= {"tokens": tokens, "new_tokens": new_tokens, "dtype": dtype, "sha256": digest([ids])}
     journal = StudyJournal(Path(out), {**settings, "versions": versions()}, resume)
-    journal.start()
     progress = progress or Progress()
-    try:
+    with journal.running():
         for index, one in enumerate(sources):
             _study_one(index, one, ids, context, new_tokens, journal, progress, device, dtype)
-    except KVPruneError:
-        journal.discard_if_empty()
-        raise
-    report = {**journal.settings, **_side_by_side(journal.cells, len(sources))}
-    with writing_to(journal.out):
-        draw(report, journal.out / PICTURE)
-    journal.finish(report)
+        report = {**journal.settings, **_side_by_side(journal.cells, len(sources))}
+        with writing_to(journal.out):
+            draw(report, journal.out / PICTURE)
+        journal.finish(report)
     return report
 
 

@@ -1,12 +1,14 @@
 """A text's name or file -> its characters. Calibration reads the valid split, evaluation the test split."""
 
 import codecs
-import json
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic_core import from_json
 
 from kvprune.errors import UnknownText
 
@@ -95,11 +97,10 @@ def json_values(content: str, path: str) -> list[Any]:
     Raises UnknownText."""
     try:
         if content.startswith("["):
-            value, end = json.JSONDecoder().raw_decode(content)
-            if end == len(content):
-                return value
-        return [json.loads(line) for line in content.split("\n") if line.strip()]
-    except (ValueError, RecursionError) as error:
+            with suppress(ValueError):  # or lists, one a line
+                return from_json(content)
+        return [from_json(line) for line in content.split("\n") if line.strip()]
+    except ValueError as error:
         raise UnknownText(f"{path} is neither a JSON list nor JSON lines: {error}") from None
 
 
