@@ -39,7 +39,7 @@ from kvprune.options import given_of
 from kvprune.progress import Progress
 from kvprune.runtime.checkpoint import save
 from kvprune.runtime.dtype import round_as_stored
-from kvprune.runtime.files import DENSE, writing_to
+from kvprune.runtime.files import DENSE, alone, writing_to
 from kvprune.runtime.hub import remember
 from kvprune.text.given import Calibration, Text, find_text
 from kvprune.text.windows import digest
@@ -202,12 +202,18 @@ class _Run:
         given = None if s.plan is None else PruningPlan.read(s.plan)
         if given is not None:
             s = self.settings = replace(s, repair_tokens=given.method.get("repair_tokens", s.repair_tokens))
-        if self.out is not None:
-            processes.after_main(partial(Journal.check, self.out, self.resume))
-        torch.manual_seed(s.seed)
-        peak = memory.PeakMemory(find_device(s.device))
         with ExitStack() as stack:
+            if self.out is not None:
+                processes.after_main(partial(self._claim, self.out, stack))
+            torch.manual_seed(s.seed)
+            peak = memory.PeakMemory(find_device(s.device))
             return self._pruned(source, tokenizer, given, peak, stack)
+
+    def _claim(self, out: Path, stack: ExitStack) -> None:
+        """Nobody else writes there from now on, and nothing there is overwritten."""
+        if processes.is_main():
+            stack.enter_context(alone(out))
+        Journal.check(out, self.resume)
 
     def _pruned(
         self,
