@@ -13,6 +13,7 @@ import torch
 from transformers.utils import logging as hf_logging
 
 import kvprune
+from killing import killed
 from kvprune import cli
 from tiny import COARSE, tiny_model, tiny_tokenizer, words
 
@@ -29,6 +30,11 @@ def pytest_cmdline_main(config):
     watched = asked.capture == "no" or asked.usepdb
     if asked.numprocesses is None and not watched and any(map(os.path.isdir, config.args)):
         asked.numprocesses, asked.dist = 2, "worksteal"
+
+
+def pytest_terminal_summary(terminalreporter):
+    for name, times in killed.items():
+        terminalreporter.write_line(f"{name}: killed {times} times")
 
 
 @pytest.fixture(scope="session")
