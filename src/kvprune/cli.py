@@ -286,6 +286,18 @@ def _show(record: dict[str, Any], as_json: bool) -> None:
     print_table(pruned_table(record))
 
 
+# What takes less memory, by command
+_ON = "or free some memory, and go on with --resume"
+_LESS = {
+    "prune": f"give --memory, so that more is done block by block, or less --calibration-tokens; {_ON}",
+    "recover": f"give --memory, a smaller --batch or --window, or --gradient-checkpointing; {_ON}",
+    "eval": "give a smaller --window, or --dtype bfloat16",
+    "generate": "give a shorter prompt, less --max-new-tokens, or --dtype bfloat16",
+    "bench": "give a smaller --batch or --context, or --dtype bfloat16",
+}
+_LESS_OF_ANY = "give a smaller batch, context, window or model, or another --device"
+
+
 def main() -> None:
     """Run the command line; a user's mistake becomes one line and exit code 2."""
     hf_logging.disable_progress_bar()  # ours say more
@@ -298,7 +310,7 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         if is_out_of_memory(error):
-            _refuse("out of memory; give a smaller batch, context, window or model, or another --device")
+            _refuse(f"out of memory; {_LESS.get(sys.argv[1], _LESS_OF_ANY)}")
         if not hasattr(error, "format_message"):  # what the parser raises for wrong words
             raise
         _refuse(f"{error.format_message()} See: kvprune --help")
