@@ -32,7 +32,12 @@ def test_config(kind, copied, checkpoint, pruned_half):
 
     faults = [DEEP, b"[]", b"null", but(plain, "vocab_size", False), but(plain, "model_type", 5)]
     faults += [but(plain, "num_hidden_layers", 10**9), but(plain, "num_hidden_layers", 1e30), but(plain, "self", 1)]
-    faults += [but(plain, "hidden_act", {}), but(plain, "hidden_act", "a"), but(plain, "dtype", "silu")]
+    faults += [
+        but(plain, "hidden_act", {}),
+        but(plain, "hidden_act", "a"),
+        but(plain, "dtype", "silu"),
+        but(plain, "dtype", {}),
+    ]
     faults += [
         but(plain, "num_key_value_heads", ""),
         but(plain, "head_dim", -(2**63)),

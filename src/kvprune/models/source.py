@@ -75,7 +75,7 @@ class Source:
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for every from_pretrained."""
-        arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code or None}
+        arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}  # without, transformers would ask
         if self.gguf_file:
             arguments["gguf_file"] = self.gguf_file
         if self.revision:
@@ -172,8 +172,8 @@ def load_model(
 def skeleton(source: Source, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
     """The model as `load_model` would load it, without its weights; with the table of RoPE."""
     config: Any = load_config(source)
-    asked = asked_dtype(dtype, config.dtype or torch.bfloat16, find_device(device))
     with _as_user_error(source), _by_config(source):
+        asked = asked_dtype(dtype, config.dtype or torch.bfloat16, find_device(device))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=asked)
         rotary = getattr(model.base_model, "rotary_emb", None)
