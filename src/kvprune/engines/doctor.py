@@ -15,7 +15,7 @@ from kvprune.engines.targets import OWN, TARGETS, Target, degrees, find_target, 
 from kvprune.errors import KVPruneError
 from kvprune.measure.memory import cache_bytes
 from kvprune.models.source import load_config, load_model, resolve
-from kvprune.runtime.files import check_there, note_changed, read_shown
+from kvprune.runtime.files import changed_files, check_there, note_changed, read_shown
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.refresh import CODE, FAULTS, version_of
 from kvprune.runtime.refresh import OWN as OWN_CODE
@@ -56,8 +56,8 @@ def doctor(
     {"folder", "layout", "widths", "kv_heads", "merge", "code", "versions", "engines": {name: {"takes", "why" (lines
     that say what is wrong and how to mend it), "how" (a command or call), "tensor_parallel" (numbers of ranks that can
     share it), "caches", and for vLLM "kernels"}}, "checks"}; "checks" is None, or has "weights" ("as recorded" or
-    "changed"), "cached_divergence" (nats), "cache_bytes_per_token" {"recorded", "measured"}, "compute_dtype" and
-    "passed". Raises BadOption, UnknownSource or BrokenCheckpoint.
+    "changed"), "changed_files" (names, of any kind of file), "cached_divergence" (nats), "cache_bytes_per_token"
+    {"recorded", "measured"}, "compute_dtype" and "passed". Raises BadOption, UnknownSource or BrokenCheckpoint.
     """
     folder = Path(folder)
     names = list(TARGETS) if target is None else [target]
@@ -142,10 +142,11 @@ def _checks(about: _Folder, device: str, dtype: str) -> dict[str, Any]:
     recorded = about.record["kv_bytes_per_token"]["pruned"]
     stored = torch.finfo(getattr(torch, about.record["dtype"])).bits // 8 if "dtype" in about.record else 0
     found = measured * (stored or model.dtype.itemsize) / model.dtype.itemsize / tokens
-    changed = note_changed(about.path, about.record)
+    weights_changed, changed = note_changed(about.path, about.record), changed_files(about.path, about.record)
     passed = divergence <= ROUNDING.get(model.dtype, math.inf) and found == recorded
     return {
-        "weights": "changed" if changed else "as recorded",
+        "weights": "changed" if weights_changed else "as recorded",
+        "changed_files": changed,
         "cached_divergence": divergence,
         "cache_bytes_per_token": {"recorded": recorded, "measured": found},
         "compute_dtype": str(model.dtype).removeprefix("torch."),
@@ -193,4 +194,6 @@ def lines(report: dict[str, Any]) -> list[str]:
             f"  token by token against all at once: KL {checks['cached_divergence']:.1e} nats",
             f"  cache: {kv['measured']:,.0f} bytes a token, recorded {kv['recorded']:,}; weights {checks['weights']}",
         ]
+        if checks["changed_files"]:
+            found.append(f"  changed since it was written: {', '.join(checks['changed_files'])}")
     return found

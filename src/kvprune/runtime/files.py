@@ -187,6 +187,13 @@ def weight_checksums(folder: Path) -> dict[str, str]:
     return {name: checksum(folder / name) for name in weight_files(folder) if (folder / name).is_file()}
 
 
+def changed_files(folder: Path, record: dict[str, Any]) -> list[str]:
+    """The names of the files that are there, and are not as they were recorded; weights that were saved in other pieces
+    are not among them."""
+    recorded = record["files"].items()
+    return sorted(name for name, kept in recorded if (folder / name).is_file() and checksum(folder / name) != kept)
+
+
 def note_changed(folder: Path, record: dict[str, Any]) -> bool:
     """Whether the weights, if they are there, are others than the record's; then with a note."""
     changed = any(digest != record["files"].get(name) for name, digest in weight_checksums(folder).items())
