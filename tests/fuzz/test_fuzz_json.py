@@ -45,9 +45,15 @@ def test_plan(checkpoint, pruned_half, tmp_path):
         path.write_bytes(content)
         plan = PruningPlan.read(path)
         plan.check("llama", shape)
-        assert PruningPlan.model_validate_json(plan.to_json()) == plan
+        assert PruningPlan.model_validate_json(plan.to_json()).to_json() == plan.to_json()
 
-    fuzz("plan.json", check, valid, damaged_json(json.loads(valid)), [DEEP, b"\xef\xbb\xbf", b"\xff\xfe{\0}\0"])
+    fuzz(
+        "plan.json",
+        check,
+        valid,
+        damaged_json(json.loads(valid)),
+        [DEEP, b"\xef\xbb\xbf", but(json.loads(valid), "ratio", float("nan"))],
+    )
 
 
 def test_shown(copied, pruned_half, record):

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import kvprune
 from kvprune import errors
+from kvprune.errors import BrokenCheckpoint
+from kvprune.models.check import MOST, check_settings
 from tiny import QUICK
 
 
@@ -96,3 +98,20 @@ def test_arithmetic_still_refuses_what_it_would_count_wrong(checkpoint, tmp_path
     (tmp_path / "config.json").unlink()
     with pytest.raises(errors.UnknownSource, match=r"config\.json"):
         kvprune.fit(tmp_path, memory="1MB", context=64)
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer", "num_key_value_heads", "head_dim", "num_experts"])
+def test_what_a_model_has_of_each_can_be_counted(name):
+    """A model is made of them before any weight is read; matrices may be as large as they like."""
+    large = {
+        "model_type": "llama",
+        "shared_expert_intermediate_size": 20480,
+        "hidden_size": 10**6,
+        "layer_norm_eps": 1e9,
+    }
+    assert check_settings("m", large | {name: MOST})
+    for value in (MOST + 1, 10**30, float("nan")):
+        with pytest.raises(BrokenCheckpoint, match=f"{name} is"):
+            check_settings("m", large | {name: value})
+        with pytest.raises(BrokenCheckpoint, match=f"{name} is"):
+            check_settings("m", {"text_config": {name: value}})

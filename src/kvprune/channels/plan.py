@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from kvprune.errors import PlanMismatch
 from kvprune.models.attention import AttentionShape
@@ -79,12 +79,12 @@ class PruningPlan(BaseModel):
 
     format: Literal[1, 2] = 2
     model: Model
-    ratio: float
+    ratio: FiniteFloat
     layout: str
     merge: int = Field(default=1, ge=1)
     method: Annotated[dict[str, Any], AfterValidator(_method)]
     calibration: dict[str, Any] | None
-    sensitivity: tuple[float, ...] | None
+    sensitivity: tuple[FiniteFloat, ...] | None
     seed: int
     versions: dict[str, str]
     layers: tuple[LayerPlan, ...]

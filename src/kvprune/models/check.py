@@ -11,7 +11,7 @@ from kvprune.errors import BadOption, BrokenCheckpoint, UnknownSource, UnsafeWei
 from kvprune.runtime.files import RECORD, RESUME, verify_files
 
 MOST = 1 << 14  # layers, heads, experts, or channels of a head
-_COUNTED = re.compile(r"(^|_)(layers?|heads?|experts?)(_|$)")
+_COUNTED = re.compile(r"(^|_)((layers?|heads?|experts?)$|head_dim)")
 
 
 def check_folder(folder: Path, needs_weights: bool) -> None:
