@@ -83,6 +83,9 @@ def test_gguf(tmp_path):
 
     header = damaged_bytes(valid[:end]).map(lambda content: content + valid[end:])
     faults = [valid[:4], valid[:20], b"GGUF" + b"\xff" * 40, valid[:8] + b"\xff" * 8 + valid[16:]]
+    for key in (b"block_count", b"head_count", b"key_length"):  # and 4 bytes that say the type
+        at = valid.index(b"." + key) + len(key) + 5
+        faults.append(valid[:at] + (2**31 - 1).to_bytes(4, "little") + valid[at + 4 :])
     fuzz("GGUF, header", check, valid, header, faults)
     fuzz("GGUF, whole", check, valid, damaged_bytes(valid), share=4)
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from kvprune.errors import BrokenCheckpoint, UnknownSource, UnsupportedArchitecture
+from kvprune.models.check import MOST
 from kvprune.models.family import family_of
 
 ORIGINAL = "give the checkpoint that it was made from"
@@ -28,6 +29,9 @@ _KNOWN = {
     "rope.scaling.original_context_length", "rope.scaling.type", "tensor_data_layout", "use_parallel_residual",
     "vocab_size",
 }  # fmt: skip
+
+
+_COUNTED = ("block_count", "head_count", "head_count_kv", "key_length", "value_length", "expert_count")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ def _read(path: Path, _mtime: int, _size: int) -> Header:
         raise UnknownSource(
             f"{path} is one of {keys['split.count']} parts; merge them: llama-gguf-split --merge FIRST-PART OUT.gguf"
         )
+    for key, value in keys.items():
+        if key.rpartition(".")[2] in _COUNTED and isinstance(value, int) and value > MOST:
+            raise BrokenCheckpoint(f"{path}: {key} is {value}, more than {MOST}; fetch it again")
     if "general.architecture" not in keys:
         raise UnsupportedArchitecture(f"{path} names no architecture: it is no language model; {ORIGINAL}")
     factors = tuple(tensors[FREQUENCIES].tolist()) if FREQUENCIES in tensors else None
