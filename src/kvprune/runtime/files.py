@@ -18,12 +18,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 
 from kvprune.errors import BrokenCheckpoint, NoSpace, OutputExists, UnknownSource
-from kvprune.runtime.shown import Files, Index, Recorded
 
 RECORD = "kvprune.json"  # the plan's summary, every measured figure, and a checksum of every other file
 PLAN = "plan.json"
@@ -148,6 +146,8 @@ def check_there(folder: Path) -> None:
 
 def read_record(folder: Path) -> dict[str, Any]:
     """kvprune.json of a pruned folder. Raises BrokenCheckpoint."""
+    from kvprune.runtime.shown import Files
+
     try:
         record = read_json(folder / RECORD)
         Files.model_validate(record)
@@ -160,6 +160,10 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def read_shown(folder: Path, needs: Iterable[str] = SHOWN) -> dict[str, Any]:
     """The same, whose figures can be read: those that are needed are there. Raises BrokenCheckpoint."""
+    from pydantic import ValidationError
+
+    from kvprune.runtime.shown import Recorded
+
     record = read_record(folder)
     try:
         Recorded.validate_python(record)
@@ -176,6 +180,8 @@ def weight_files(folder: Path) -> list[str]:
     """The names of the files that transformers reads the weights from, there or not. Raises BrokenCheckpoint."""
     if (folder / "model.safetensors").is_file() or not (folder / _INDEX).is_file():
         return ["model.safetensors"]
+    from kvprune.runtime.shown import Index
+
     try:
         return sorted(set(Index.model_validate(read_json(folder / _INDEX)).weight_map.values()))
     except ValueError:
