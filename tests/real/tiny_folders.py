@@ -53,6 +53,7 @@ FOLDERS = {  # name -> model_type, what its config says beside the sizes, how it
     ),
     "stock-llama3": ("llama", {**EIGHT, "rope_parameters": LLAMA3}, {"ratio": 0.5, "layout": "stock"}),
     "deci": ("llama", {**EIGHT, "attention_bias": True}, {"ratio": 0.5, "depth": 1, "merge": 1}),
+    "llama-merged": ("llama", EIGHT, {"merge": 4, **UNIFORM}),  # wider than the dense heads
     "olmo2-merged": ("olmo2", {**EIGHT, "hidden_size": 512}, {"merge": 2, **UNIFORM}),
 }
 

@@ -22,12 +22,13 @@ from transformers import (
     GenerationConfig,
     StaticCache,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kvprune
 from kvprune.channels.cut.surgery import cut
 from kvprune.models.view import ModelView
 from kvprune.runtime.checkpoint import save
-from kvprune.runtime.modeling import CACHE
+from kvprune.runtime.modeling import CACHE, MANY
 from tiny import (
     VOCABULARY,
     make_plan,
@@ -275,11 +276,38 @@ def test_continuous_batching_of_mixed_widths_is_refused(saved):
         saved.pruned.generate_batch([[5, 6, 7]], **BATCHING)
 
 
-def test_an_engine_with_one_head_dim_for_all_layers_is_refused(saved, ids):
+def test_an_engine_with_one_head_dim_for_all_layers_is_refused(saved, ids, monkeypatch):
     for width, refused in ((8, False), (16, True)):
         engine = {0: SimpleNamespace(head_size=width)}
         with pytest.raises(ValueError, match="update vLLM") if refused else nullcontext():
             saved.pruned(ids, attention_instances=engine)
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(ValueError, match="update vLLM") if refused else nullcontext(),
+        ):
+            patch.setattr(saved.pruned.model.layers[0].self_attn, "attn", engine[0], raising=False)
+            saved.pruned(ids)
+
+
+@pytest.mark.parametrize("how", ["handed over", "a part of the layer", "none"])
+def test_an_engine_is_given_keys_of_the_kept_width_however_long_the_prompt(how, monkeypatch):
+    dense = tiny_model("llama", kv_heads=4, groups=2, layers=1)
+    bases = random_bases(dense, 2)
+    pruned = cut(ModelView(dense), merged_plan(dense, bases, (28,)), bases)
+    layer, seen = pruned.model.layers[0].self_attn, []
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def looking(module, query, key, *more, **kwargs):
+        seen.append((module, key.shape[1], key.shape[3]))
+        return attend(module, query, key, *more, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", looking)
+    engine = SimpleNamespace(head_size=28)
+    told = {"attention_instances": {0: engine}} if how == "handed over" else {}
+    if how == "a part of the layer":
+        layer.attn = engine
+    pruned(torch.randint(3, VOCABULARY, (1, MANY)), use_cache=False, **told)
+    assert seen == [(layer.dense_heads, 4, 16) if how == "none" else (layer, 2, 28)]
 
 
 def test_an_engine_that_splits_heads_and_does_not_say_so_is_refused(saved, ids, monkeypatch):

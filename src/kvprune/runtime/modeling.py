@@ -64,7 +64,7 @@ PREFIX = "kvprune_"  # model_type of the twin: kvprune_llama, ...
 # Of this file. 1 (which said no number) loses the cache from transformers 5.24 on; 2 knows no merged heads; 3 has no
 # channels that RoPE leaves alone; 4 knows Llama, Mistral and Qwen2 alone; 5 drops no blocks, and refuses tensor
 # parallelism.
-VERSION = 6
+VERSION = 7
 MANY = 256  # new tokens at once from which attention at the dense width saves more than leading keys and values there
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what transformers has called it, or may
 # What it is called here, in calls of a model and in what a model returns: "cache" from transformers 5.24 on.
@@ -352,7 +352,7 @@ class PrunedAttention(nn.Module):
     def _is_rebuilt(self, tokens, cache, kwargs):
         """Whether keys and values are led to the dense width: for many new tokens, where no engine reads the cache."""
         own = cache is None or isinstance(cache, (Cache, CacheLayerMixin))
-        engine = kwargs.get("attention_instances") is not None or kwargs.get(PAGED) is not None
+        engine = self._engine(kwargs) is not None or kwargs.get(PAGED) is not None
         return self.dense_heads is not None and tokens >= MANY and own and not engine
 
     def _update(self, cache, key, value, kwargs):
@@ -361,9 +361,13 @@ class PrunedAttention(nn.Module):
         told = {"kwargs": kwargs} if CACHE_NAMES[0] == CACHE else {}
         return cache.update(key, value, *place, **told)
 
+    def _engine(self, kwargs):
+        """vLLM's attention of this layer: handed over, or a part of this module in newer ones; None elsewhere."""
+        return (kwargs.get("attention_instances") or {}).get(self.layer_idx) or getattr(self, "attn", None)
+
     def _check_engine(self, kwargs):
         """vLLM before 0.27.2 gives all layers the one head_dim of the config, and would mix up tokens."""
-        engine = (kwargs.get("attention_instances") or {}).get(self.layer_idx)
+        engine = self._engine(kwargs)
         if engine is not None and getattr(engine, "head_size", self.head_dim) != self.head_dim:
             raise ValueError(
                 f"layer {self.layer_idx} has {self.head_dim} channels a head and this vLLM gives it "

@@ -29,7 +29,11 @@ OWN = Path(__file__).with_name(CODE)
 _MEND = "make the folder writable, or free some space"
 # What copies of an older version do wrong with the model of their own folder. Version 2 knows no merged heads, and no
 # folder that it came with has any.
-FAULTS = {1: "loses the KV cache with transformers 5.24 and newer, without an error"}
+_IN_VLLM = "does not start in vLLM 0.32 and newer where heads are merged"
+FAULTS = {
+    1: "loses the KV cache with transformers 5.24 and newer, without an error",
+    **dict.fromkeys((4, 5, 6), _IN_VLLM),
+}
 
 
 def version_of(code: bytes) -> int:
