@@ -35,7 +35,8 @@ def load(
 ) -> PreTrainedModel:
     """A hub id, checkpoint folder, pruned folder (whose plan and weights are checked) or .gguf file, in eval mode.
 
-    On a CPU, decoding packs the query heads of a group: see runtime/attention.py.
+    Decoding packs the query heads of a group, and on a GPU leaves out kernels that plan for each length: see
+    runtime/attention.py.
     dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own (bfloat16 for GGUF), but float32 on a CPU
     that has no instructions for that. Raises a KVPruneError: UnknownSource, UnsupportedArchitecture, UnsafeWeights,
     BrokenCheckpoint or BadOption.
