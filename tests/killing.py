@@ -31,11 +31,22 @@ def processes():
     return context
 
 
+def _begun(work, arguments):
+    """In a process of its own, with this one's environment: the server has that of whoever asked for it first."""
+    process = processes().Process(target=_work, args=(dict(os.environ), work, arguments))
+    process.start()
+    return process
+
+
+def _work(environment, work, arguments):
+    os.environ.update(environment)
+    work(*arguments)
+
+
 def seconds(work, *arguments) -> float:
     """How long it takes when it is not disturbed."""
-    process = processes().Process(target=work, args=arguments)
     start = time.monotonic()
-    process.start()
+    process = _begun(work, arguments)
     process.join()
     assert process.exitcode == 0
     return time.monotonic() - start
@@ -46,8 +57,7 @@ def disturb(name: str, times: int, takes: float, work, *arguments):
     Yields whether that was a run that ended by itself, after each."""
     moments, done = random.Random(name), 0
     while True:
-        process = processes().Process(target=work, args=arguments)
-        process.start()
+        process = _begun(work, arguments)
         is_last = done == times
         process.join(None if is_last else moments.uniform(0, takes))
         done += process.exitcode is None
