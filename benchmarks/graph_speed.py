@@ -19,24 +19,23 @@ from unittest.mock import patch
 
 import torch
 from cells import Cells
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel, StaticCache
-from transformers.masking_utils import sdpa_mask
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import kvprune
+from kvprune.channels.choice.merging import AUTO
 from kvprune.measure import memory
 from kvprune.measure.shapes import dense_config, pruned_config, random_model
 from kvprune.measure.speed import Side, Timing, alternate
 from kvprune.models.source import find_device
 from kvprune.runtime import attention
-from kvprune.runtime.attention import NAME, packed_attention
+from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.modeling import CACHE
 from kvprune.tokens import rooms
 
 STEPS, WARM = 16, 3
 KEEP = 0.5
-AS_ASKED = "auto"
 WAYS = {  # how many heads became one (0: the dense model), and what is kept
-    "half the width": (AS_ASKED, None),
+    "half the width": (AUTO, None),
     "half the width, two heads in one": (2, None),
     "half the tokens": (0, KEEP),
     "half the width, two heads in one, and half the tokens": (2, KEEP),
@@ -161,10 +160,8 @@ def main() -> None:
     for merge, _ in WAYS.values():
         if merge not in models:
             models[merge] = random_model(pruned_config(dense, 0.5, merge=merge), device, dtype)
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
     for model in models.values():
-        model.set_attn_implementation(NAME)
+        pack_groups(model)
     for asked in a.cells:
         batch, context = map(int, asked.split("x"))
         for way in WAYS:

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvprune.errors import BadOption
+from kvprune.models.check import first_line
 from kvprune.models.tokenizer import check_ids
 from kvprune.progress import replaced
 
@@ -80,7 +81,7 @@ def _load(manager: Any, name: str) -> Any:
     try:
         manager.load(name)  # the data stays in the hub's cache
     except Exception as error:  # the hub's errors have no common class
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise BadOption(
             f"task {name!r} did not load: {reason}; without a network give a task .yaml whose data_files are local"
         ) from error

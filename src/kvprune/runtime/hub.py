@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from kvprune.errors import BadOption, HubRefused, KVPruneError, UnknownSource
+from kvprune.models.check import first_line
 from kvprune.runtime.files import CARD, RECORD, check_there, read_record, verify_files
 
 _UNFINISHED = [".*", "*.partial"]  # and hidden files, which are no part of a model
@@ -194,6 +195,6 @@ def pruned_snapshot(name: str, revision: str | None = None, *, whole: bool = Tru
         try:
             snapshot_download(name, revision=folder.name, allow_patterns=wanted)  # of that commit
         except Exception as error:  # the hub's errors have no common class
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UnknownSource(f"{name} is not whole in the hub's cache, and cannot be fetched: {reason}") from error
     return folder

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic_core import from_json
 
 from kvprune.errors import UnknownText
+from kvprune.models.check import first_line
 
 Split = Literal["valid", "test"]
 
@@ -117,7 +118,7 @@ def _from_hub(name: str, split: Split) -> str:
         part = "validation" if split == "valid" else "test"
         rows = load_dataset(repository, configuration, revision=revision, split=part)
     except Exception as error:  # the hub's errors have no common class
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UnknownText(
             f"text {name!r} is not in $KVPRUNE_DATA and the hub did not give {repository}: {reason}"
         ) from error

@@ -146,9 +146,7 @@ def _rows(rows: tuple[Any, ...], name: str | None) -> Text:
     if not rows:
         raise UnknownText(f"the calibration text is empty: {name or 'a list'} without anything in it")
     if all(isinstance(row, str) for row in rows):
-        return Documents(
-            name or f"{len(rows)} string{'s' if len(rows) > 1 else ''}", tuple(row for row in rows if row.strip())
-        )
+        return Documents(name or _counted(rows, "string"), tuple(row for row in rows if row.strip()))
     odd = [(number, row) for number, row in enumerate(rows, 1) if not isinstance(row, (list, dict))]
     if odd:
         number, row = next((pair for pair in odd if not isinstance(pair[1], str)), odd[0])
