@@ -25,7 +25,7 @@ from kvprune.measure.perplexity import perplexity
 from kvprune.runtime.cache import GrowingCache
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import RECENT, decoding_pieces, quantized_cache
-from kvprune.text.windows import judged_windows
+from kvprune.text.judged import find_texts, judged_windows
 
 TEXTS, TOKENS = ("wikitext2", "ptb"), 8192
 BITS = (None, 8, 4, 2)
@@ -69,7 +69,7 @@ def measure(model, texts, bits: int | None, given: dict[str, Any], layers: list[
 
 
 def run(cells: Cells, models: dict[str, str], window: int) -> None:
-    texts = judged_windows(TEXTS, kvprune.load_tokenizer(models[DENSE]), (window,), TOKENS)
+    texts = judged_windows(find_texts(TEXTS), kvprune.load_tokenizer(models[DENSE]), (window,), TOKENS)
     study = {"text": "wikitext2", "tokens": 4096, "window": 512}
     cells.run("layers", lambda: kvprune.study_layers(models[DENSE], **study), needed=True)
     layers = cells.cells["layers"]["layers"]

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import kvprune
 from kvprune.measure.perplexity import perplexity
 from kvprune.progress import on_stderr
-from kvprune.text.windows import judged_windows
+from kvprune.text.judged import find_texts, judged_windows
 
 RATIOS = (0.25, 0.5, 0.75)
 TEXTS, TOKENS, WINDOWS = ("wikitext2", "ptb"), 16384, (512, 2048)  # that every cell is judged on
@@ -149,7 +149,7 @@ def plain(model: str, folder: Path) -> Path:
 def judged(record: dict[str, Any], model, tokenizer) -> dict[str, Any]:
     """The record of what prune or recover made, with perplexities and repetition."""
     rows = []
-    for text, ids in judged_windows(TEXTS, tokenizer, WINDOWS, TOKENS):
+    for text, ids in judged_windows(find_texts(TEXTS), tokenizer, WINDOWS, TOKENS):
         found = perplexity(model, ids)
         rows.append({"text": text, "window": found.window, "tokens": found.tokens, "pruned": found.value})
     return {**record, "perplexity": rows, "repetition": repetition(model, tokenizer)}

@@ -22,7 +22,8 @@ from cells import Cells
 import kvprune
 from kvprune.measure.perplexity import perplexity
 from kvprune.text.corpus import read_text
-from kvprune.text.windows import judged_windows, token_ids
+from kvprune.text.judged import find_texts, judged_windows
+from kvprune.text.windows import token_ids
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -71,7 +72,7 @@ def measure(model, texts: list[tuple[str, torch.Tensor]], options: dict[str, Any
 
 def run(cells: Cells, source: str, pruned: str | None) -> None:
     model, tokenizer = kvprune.load(source), kvprune.load_tokenizer(source)
-    texts = judged_windows(TEXTS, tokenizer, (WINDOW,), TOKENS)
+    texts = judged_windows(find_texts(TEXTS), tokenizer, (WINDOW,), TOKENS)
     study = {"text": "wikitext2", "tokens": 4096, "window": WINDOW}
     cells.run("layers", lambda: kvprune.study_layers(source, **study), needed=True)
     cells.run("dense", lambda: measure(model, texts, None), needed=True)

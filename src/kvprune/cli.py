@@ -14,6 +14,7 @@ from transformers.utils import logging as hf_logging
 import kvprune
 from kvprune.cli_measure import bench, evaluate, fit
 from kvprune.cli_options import (
+    TEXT_KINDS,
     Device,
     Dtype,
     Eval,
@@ -85,9 +86,7 @@ def prune(
     preset: Annotated[str | None, typer.Option(help="kvpruner: the paper's choices")] = None,
     calibration: Annotated[
         str,
-        typer.Option(
-            help="text name, file, self: sampled from the model, chat:FILE of conversations, or hub:NAME:COLUMN"
-        ),
+        typer.Option(help=f"{TEXT_KINDS}, or self: sampled from the model"),
     ] = "wikitext2",
     calibration_tokens: Annotated[int, typer.Option(help="how much of it")] = 16384,
     eval: Eval = None,
@@ -131,7 +130,7 @@ def recover(
     out: Out,
     text: Annotated[
         str,
-        typer.Option(help="name or file to train on (.json, .jsonl: Alpaca), or self: sampled"),
+        typer.Option(help=f"{TEXT_KINDS}, .json or .jsonl of Alpaca's, or self: sampled from the dense model"),
     ] = "wikitext2",
     tokens: Annotated[int, typer.Option(help="how much of it; 0 for all")] = 0,
     window: Annotated[int | None, typer.Option(help="tokens trained on at a time  [default: 512]")] = None,

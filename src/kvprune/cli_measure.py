@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import kvprune
-from kvprune.cli_options import AsPrune, Device, Dtype, Json, Revision, SourceArgument, Trust, given
+from kvprune.cli_options import TEXT_KINDS, AsPrune, Device, Dtype, Json, Revision, SourceArgument, Trust, given
 from kvprune.progress import on_stderr
 
 
@@ -15,7 +15,7 @@ def evaluate(
     against: Annotated[str | None, typer.Option(metavar="SOURCE2", help="a second source, on the same tokens")] = None,
     texts: Annotated[
         list[str] | None,
-        typer.Option("--text", help="text name or file, repeatable  [default: wikitext2, or none with --tasks]"),
+        typer.Option("--text", help=f"{TEXT_KINDS}, repeatable  [default: wikitext2, or none with --tasks]"),
     ] = None,
     window_lengths: Annotated[
         list[int] | None, typer.Option("--window", help="tokens, repeatable  [default: 2048]")

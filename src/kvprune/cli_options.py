@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+TEXT_KINDS = "text name, file, chat:FILE of conversations, hub:NAME:COLUMN"
 SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help="hub id, checkpoint folder or .gguf file")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
@@ -18,7 +19,8 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that 
 Out = Annotated[str, typer.Option(help="folder to write, missing or empty")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue a run that was interrupted")]
 Eval = Annotated[
-    list[str] | None, typer.Option(help="text name or file, repeatable  [default: the test splits of the named texts]")
+    list[str] | None,
+    typer.Option(help=f"{TEXT_KINDS}, repeatable  [default: the test split of a named text]"),
 ]
 EvalTokens = Annotated[int, typer.Option(help="how much of each text is evaluated")]
 AsPrune = typer.Option(help="as for prune")

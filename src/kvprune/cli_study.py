@@ -46,7 +46,10 @@ def study_calibration(
     preset: Annotated[str | None, typer.Option(help="kvpruner: the paper's choices")] = None,
     align: Annotated[int | None, AsPrune] = None,
     min_width: Annotated[int | None, AsPrune] = None,
-    eval: Eval = None,
+    eval: Annotated[
+        list[str] | None,
+        typer.Option(help="text name or file, repeatable  [default: the test splits of the named texts]"),
+    ] = None,
     eval_tokens: EvalTokens = 16384,
     window: Annotated[int, typer.Option(help="evaluation window")] = 512,
     resume: Resume = False,

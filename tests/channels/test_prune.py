@@ -383,7 +383,7 @@ def test_the_end_of_a_file_is_not_repaired_on(checkpoint, tmp_path, monkeypatch)
     settings = Settings(source="", calibration=str(path), **COARSE)
     tokenizer = tiny_tokenizer()
     model = tiny_model_like(checkpoint)
-    found = texts_module.prepare(settings, find_text(path), model, tokenizer, True, 4096, Progress())
+    found = texts_module.prepare(settings, find_text(path), (), model, tokenizer, True, 4096, Progress())
     total = len(tokenizer(path.read_text())["input_ids"])
     repaired = sum(batch.numel() for batch in found.repaired)
     assert 512 < repaired <= total - settings.eval_tokens < settings.repair_tokens

@@ -14,6 +14,7 @@ from kvprune.models.source import load_config, resolve, skeleton
 from kvprune.models.tokenizer import load_tokenizer
 from kvprune.recovery.data import read_data
 from kvprune.text.corpus import read_file
+from kvprune.text.given import find_text
 from kvprune.text.windows import windows
 from tiny import tiny_model, write_gguf
 
@@ -112,7 +113,7 @@ def test_alpaca(name, checkpoint, tmp_path):
 
     def check(content):
         path.write_bytes(content)
-        read_data(str(path), tokenizer, window=512, tokens=0, held_out=16, batch=2)
+        read_data(find_text(path, "recovery"), tokenizer, window=512, tokens=0, held_out=16, batch=2)
 
     is_list = name.endswith(".json")
     valid = json.dumps(EXAMPLES) if is_list else "".join(json.dumps(one) + "\n" for one in EXAMPLES)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from kvprune import errors
 from kvprune.recovery import alpaca
-from kvprune.recovery.data import batch_rows, check_name, read_data
+from kvprune.recovery.data import batch_rows, read_data
+from kvprune.text.given import find_text
 from tiny import tiny_tokenizer, words
 
 TOKENIZER = tiny_tokenizer()
@@ -43,9 +44,9 @@ def test_held_out_windows_follow_those_that_are_trained_on(text, window, held_ou
     settings = {"window": window, "held_out": held_out, "batch": batch, "tokens": tokens}
     if not enough:
         with pytest.raises(errors.TextTooShort):
-            read_data(text, TOKENIZER, **settings)
+            read_data(find_text(text), TOKENIZER, **settings)
         return
-    train, held = read_data(text, TOKENIZER, **settings)
+    train, held = read_data(find_text(text), TOKENIZER, **settings)
     assert train.ids.flatten().tolist() + held.ids.flatten().tolist() == ids[: usable * window]
     assert len(held) == max(held_out // window, 1)
     assert torch.equal(train.labels, train.ids)
@@ -64,7 +65,7 @@ def test_every_window_comes_once_an_epoch(batch, count, seed):
 
 
 def test_examples_learn_the_answer_only(examples):
-    train, held = read_data(examples, TOKENIZER, window=260, held_out=600, batch=2, tokens=0)
+    train, held = read_data(find_text(examples), TOKENIZER, window=260, held_out=600, batch=2, tokens=0)
     assert len(train) + len(held) == len(EXAMPLES)
     held_tokens = 0
     for i, example in enumerate(EXAMPLES):
@@ -94,28 +95,29 @@ def test_examples_learn_the_answer_only(examples):
 
 
 def test_rows_are_cut_to_the_longest(examples):
-    train, _ = read_data(examples, TOKENIZER, window=260, held_out=600, batch=2, tokens=0)
+    train, _ = read_data(find_text(examples), TOKENIZER, window=260, held_out=600, batch=2, tokens=0)
     short = train.rows(train.lengths.argsort()[:2])
     assert short.ids.shape[1] == int(short.lengths.max()) <= train.ids.shape[1]
     assert short.scored == sum(label != -100 for row in short.labels.tolist() for label in row[1:])
 
 
 def test_tokens_limits_examples(examples):
+    text = find_text(examples)
     whole, few = (
-        sum(part.tokens for part in read_data(examples, TOKENIZER, window=260, held_out=100, batch=1, tokens=n))
+        sum(part.tokens for part in read_data(text, TOKENIZER, window=260, held_out=100, batch=1, tokens=n))
         for n in (0, 1000)
     )
     assert 1000 <= few < 1260 < whole
     with pytest.raises(errors.TextTooShort):
-        read_data(examples, TOKENIZER, window=260, held_out=100, batch=1, tokens=10**6)
+        read_data(text, TOKENIZER, window=260, held_out=100, batch=1, tokens=10**6)
     with pytest.raises(errors.BadOption, match="--window"):
-        read_data(examples, TOKENIZER, window=20, held_out=10, batch=1, tokens=0)
+        read_data(find_text(examples), TOKENIZER, window=20, held_out=10, batch=1, tokens=0)
 
 
 def test_examples_without_room_for_an_answer_are_counted(tmp_path):
     path = tmp_path / "alpaca.json"
     path.write_text(json.dumps([*EXAMPLES, {"instruction": "the cat " * 300, "output": "no"}]))
-    train, held = read_data(str(path), TOKENIZER, window=260, held_out=100, batch=1, tokens=0)
+    train, held = read_data(find_text(path), TOKENIZER, window=260, held_out=100, batch=1, tokens=0)
     assert (train.left_out, len(train) + len(held)) == (1, len(EXAMPLES))
 
 
@@ -126,12 +128,12 @@ def test_examples_without_instruction_or_output_are_counted(tmp_path):
     mixed.write_text(json.dumps([empty[0], *EXAMPLES[:9], *empty[1:], *EXAMPLES[9:]]), encoding="utf-8-sig")
     plain.write_text(json.dumps(EXAMPLES))
     settings = {"window": 260, "held_out": 100, "batch": 1, "tokens": 0}
-    found, expected = (read_data(str(path), TOKENIZER, **settings) for path in (mixed, plain))
+    found, expected = (read_data(find_text(path), TOKENIZER, **settings) for path in (mixed, plain))
     assert (found[0].empty, found[0].left_out, expected[0].empty) == (3, 0, 0)
     assert all(torch.equal(a.ids, b.ids) for a, b in zip(found, expected, strict=True))
     only.write_text("\n".join(map(json.dumps, empty)))
     with pytest.raises(errors.UnknownText, match="no example with an instruction and an output"):
-        read_data(str(only), TOKENIZER, **settings)
+        read_data(find_text(only), TOKENIZER, **settings)
 
 
 @pytest.mark.parametrize(
@@ -166,15 +168,15 @@ def test_test_splits_are_refused(tmp_path, name):
     path.parent.mkdir(exist_ok=True)
     path.write_text(words(100))
     with pytest.raises(errors.UnknownText, match="test split"):
-        check_name(str(path))
+        find_text(path, "recovery")
     link = tmp_path / "innocent.txt"
     link.symlink_to(path)
     with pytest.raises(errors.UnknownText, match="test split"):
-        check_name(str(link))
+        find_text(link, "recovery")
 
 
 @pytest.mark.parametrize("name", ["latest.txt", "contest.json", "wikitext2-valid.txt", "test/mine.txt"])
 def test_other_names_are_not(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("a")
-    check_name(str(tmp_path / name))
+    find_text(tmp_path / name, "recovery")

@@ -41,7 +41,8 @@ from kvprune.runtime.checkpoint import save
 from kvprune.runtime.dtype import round_as_stored
 from kvprune.runtime.files import DENSE, alone, writing_to
 from kvprune.runtime.hub import remember
-from kvprune.text.given import Calibration, Text, find_text
+from kvprune.text.given import GivenText, Text, find_text
+from kvprune.text.judged import GivenTexts, find_texts
 from kvprune.text.windows import digest
 from kvprune.versions import versions
 
@@ -86,10 +87,10 @@ def prune(
     tau: float | None = None,
     align: int | None = None,
     min_width: int | None = None,
-    calibration: Calibration = "wikitext2",
+    calibration: GivenText = "wikitext2",
     calibration_tokens: int = 16384,
     calibration_window: int = 512,
-    eval: str | Path | Sequence[str | Path] = (),
+    eval: GivenTexts = (),
     eval_tokens: int = 16384,
     windows: Sequence[int] = (128, 2048),
     memory: str | int | None = None,
@@ -119,8 +120,9 @@ def prune(
     calibration: a text's name, a file, or "self"; strings, as a list or a column of a data set; token ids, as a tensor
     (n,) or windows (n, tokens); conversations, as lists of {"role", "content"}; "chat:FILE" of these; or "hub:NAME
     [[:CONFIG]:SPLIT]:COLUMN" (see docs/channels.md). calibration_tokens: how much of it is read, in windows of
-    calibration_window tokens. eval: names or files to judge on, eval_tokens of each in windows of every length of
-    `windows`; without, the test split of a named text, or the end of what else was given.
+    calibration_window tokens. eval: one text of these kinds to judge on, or a list of them (strings that are a text are
+    a list in it), eval_tokens of each in windows of every length of `windows`; without, the test split of a named text,
+    or the end of what else was given.
     memory: what may be used of the device ("20GiB"; None: most of what is free). A model that does not fit stays on
     disk and is pruned block by block, to the same plan and weights: see docs/large-models.md.
     device: "auto", "cpu", "cuda", ...; dtype: to compute in, "auto", "float32", "bfloat16" or "float16"; seed: of text
@@ -132,21 +134,23 @@ def prune(
     parameters = locals()
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise BadOption(f"tokenizer is a {type(tokenizer).__name__}; give one of transformers, loaded")
-    text = find_text(calibration)
+    text, judged = find_text(calibration), find_texts(eval)
     found = None if isinstance(source, (str, os.PathLike)) else from_memory(source, revision, trust_remote_code)
     for name, value in (("memory", memory), ("fit", fit)):
         if found is not None and value is not None:
             raise BadOption(f"--{name} {value} is for a model on disk; this one is in memory already: leave it out")
-    parameters |= {"calibration": text.name} | ({} if found is None else {"source": found.name})
+    parameters |= {"calibration": text.name, "eval": tuple(one.known_as for one in judged)}
+    parameters |= {} if found is None else {"source": found.name}
     options = with_target(target, given_of(Settings, parameters))
     wish = {name: parameters[name] for name in ("fit", "context", "batch", "reserve")}
     options, asked = _to_fit(preset, options, wish)
     settings = Settings(**with_preset(preset, options))
-    if found is not None and tokenizer is None and (text.needs_tokenizer or settings.eval):
+    if found is not None and tokenizer is None and any(one.needs_tokenizer for one in (text, *judged)):
         raise BadOption(
             "a model in memory comes without its tokenizer: add tokenizer=..., or calibrate on token ids alone"
         )
-    run = _Run(settings, text, None if out is None else Path(out), memory, resume, progress or Progress(), asked)
+    place = None if out is None else Path(out)
+    run = _Run(settings, text, judged, place, memory, resume, progress or Progress(), asked)
     return run.run(found or resolve(settings.source, revision, trust_remote_code), tokenizer)
 
 
@@ -186,14 +190,15 @@ class _Run:
         self,
         settings: Settings,
         text: Text,
+        judged: Sequence[Text],
         out: Path | None,
         memory: str | int | None,
         resume: bool,
         progress: Progress,
         fit: dict[str, Any] | None,
     ):
-        self.settings, self.text, self.out, self.memory, self.resume = settings, text, out, memory, resume
-        self.progress, self.fit = progress, fit
+        self.settings, self.text, self.judged, self.out = settings, text, judged, out
+        self.memory, self.resume, self.progress, self.fit = memory, resume, progress, fit
 
     def run(self, source: Source, tokenizer: PreTrainedTokenizerBase | None) -> Pruned:
         s = self.settings
@@ -252,7 +257,7 @@ class _Run:
                 lm = load_model(source, s.device, s.dtype, offload)
         view = ModelView(lm)
         calibrate = s.ratio > 0 if given is None else given.is_rotated or _refits(given)
-        texts = prepare(s, self.text, lm, tokenizer, calibrate, room.batch_tokens, self.progress)
+        texts = prepare(s, self.text, self.judged, lm, tokenizer, calibrate, room.batch_tokens, self.progress)
         identity = self._identity(view, texts) | {"batch_tokens": room.batch_tokens}
         processes.check_same(identity)
         for batches in (texts.scored, split(texts.repaired)[0] if texts.repaired else []):

@@ -19,8 +19,7 @@ from kvprune.progress import Progress
 from kvprune.runtime.dtype import name_of
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import RECENT, decoding_pieces, quantized_cache, quantizer
-from kvprune.text.corpus import read_text
-from kvprune.text.windows import windows
+from kvprune.text.judged import GivenTexts, find_texts, judged_windows
 from kvprune.tokens.filter import TokenFilter, asked_filter
 
 WINDOW = 2048  # tokens, where none is asked for and the models take so many
@@ -30,7 +29,7 @@ def evaluate(
     source: str | Path,
     against: str | Path | None = None,
     *,
-    texts: Sequence[str] | None = None,
+    texts: GivenTexts | None = None,
     window_lengths: Sequence[int] | None = None,
     tokens: int = 16384,
     tasks: str | Sequence[str] = (),
@@ -43,9 +42,11 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Perplexity on the test split of each text (or on a file), in windows of each length, and lm-eval's tasks.
+    """Perplexity on the test split of each named text, or on what else was given, in windows of each length, and
+    lm-eval's tasks.
 
-    texts: names or files; None is wikitext2, or none where tasks are asked for. window_lengths: None is 2048, or what
+    texts: one of the kinds that `prune` calibrates on, or a list of them (strings that are a text are a list in it);
+    None is wikitext2, or none where tasks are asked for. window_lengths: None is 2048, or what
     the models take. tokens: how many of each text, 0 for all. tasks: names that lm-evaluation-harness knows or its
     .yaml files, also as "piqa,boolq"; task_limit: the first so many samples of each. kv_bits: 8, 4 or 2 for
     transformers' quantised cache in all perplexities; bytes per token then are those of the longest window but half of
@@ -75,25 +76,27 @@ def evaluate(
         raise BadOption("--keep is for perplexity: tasks are answered without a cache; leave one of them out")
     sources = [resolve(s, revision, trust_remote_code) for s in (source, against) if s is not None]
     lengths = _lengths(window_lengths, sources, tokens, kv_bits)
+    judged = find_texts(texts)
     tokenizer = one_tokenizer(sources)
-    contents = {name: read_text(name, "test") for name in texts}
-    cut = {(t, n): windows(contents[t], tokenizer, n, tokens or None, t) for t in texts for n in lengths}
+    cut = judged_windows(judged, tokenizer, lengths, tokens or None)
     least = min(load_config(one).vocab_size for one in sources)
-    for (text, _), pages in cut.items():
+    for text, pages in cut:
         check_ids(pages, least, f"the text {text}")
     loaded = []
     if names:
         with progress.phase("load tasks"):
             loaded = load_tasks(names)
-    rows: list[dict[str, Any]] = [{"text": t, "window": n, "tokens": 0, "values": []} for t, n in cut]
+    rows: list[dict[str, Any]] = [
+        {"text": text, "window": pages.shape[1], "tokens": 0, "values": []} for text, pages in cut
+    ]
     scores: list[list[dict[str, Any]] | None] = []
     costs: list[dict[str, Any]] = []
     errors: list[str] = []
     for index, one in enumerate(sources):
         with progress.phase(f"load {index + 1}"):
             model = load_model(one, device, dtype)
-        with progress.phase(f"evaluate {index + 1}", sum(len(ids) for ids in cut.values())) as advance:
-            for row, ids in zip(rows, cut.values(), strict=True):
+        with progress.phase(f"evaluate {index + 1}", sum(len(ids) for _, ids in cut)) as advance:
+            for row, (_, ids) in zip(rows, cut, strict=True):
                 row["values"].append(None)
                 with _noted(errors, f"{one.name}, {row['text']}, window {row['window']}"):
                     with nullcontext() if token_filter is None else token_filter(model):

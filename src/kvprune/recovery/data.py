@@ -11,10 +11,11 @@ from functools import lru_cache
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kvprune.errors import BadOption, TextTooShort, UnknownText
+from kvprune.errors import BadOption, TextTooShort
 from kvprune.recovery import alpaca
-from kvprune.text.corpus import is_file, is_test_split, read_text
-from kvprune.text.windows import cut_windows, start_token, windows
+from kvprune.text.corpus import is_file
+from kvprune.text.given import Text
+from kvprune.text.windows import cut_windows, start_token
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,13 @@ class Data:
         return int(self.lengths.sum())
 
 
-def check_name(text: str) -> None:
-    """Raise UnknownText for a file that is named as a test split: it would make every later figure worthless."""
-    if is_file(text) and is_test_split(text):
-        raise UnknownText(f"{text} is a test split; train on another text and keep this one for --eval")
+def has_examples(text: Text) -> bool:
+    """Whether it is an Alpaca file, whose answers alone are learnt."""
+    return text.file == text.name and is_file(text.name) and alpaca.is_named_so(text.name)
 
 
 def read_data(
-    text: str,
+    text: Text,
     tokenizer: PreTrainedTokenizerBase,
     *,
     window: int,
@@ -68,28 +68,30 @@ def read_data(
     batch: int,
     sampled: torch.Tensor | None = None,
 ) -> tuple[Data, Data]:
-    """(train, held out) of a text name, a text file, an Alpaca file, or `sampled` ids (n,).
+    """(train, held out) of a text, an Alpaca file, or `sampled` ids (n,).
 
-    window: tokens of a window, and the longest example. tokens: how much of the beginning to use, 0 for all. held_out:
-    tokens at the end of that to keep apart, rounded down to whole windows, at least one; for examples, the last ones
-    that have as many. Raises UnknownText, and TextTooShort where not even one batch is left to train on.
+    window: tokens of a window, and the longest example; windows that were given stay as they are. tokens: how much of
+    the beginning to use, 0 for all. held_out: tokens at the end of that to keep apart, rounded down to whole windows,
+    at least one; for examples, the last ones that have as many. Raises UnknownText, and TextTooShort where not even one
+    batch is left to train on.
     """
-    check_name(text)
-    if is_file(text) and alpaca.is_named_so(text):
-        examples, empty = alpaca.read_examples(text)
+    if has_examples(text):
+        examples, empty = alpaca.read_examples(text.name)
         data = replace(_from_examples(examples, tokenizer, window, tokens), empty=empty)
         count = _rows_with(data.lengths.flip(0), held_out)
     else:
+        window = text.row or window
         if sampled is not None:
             ids = cut_windows(sampled, window, start_token(tokenizer))
         else:
-            ids = windows(read_text(text, "valid"), tokenizer, window, tokens or None, f"the recovery text {text}")
+            ids = text.windows(tokenizer, window, tokens or None, what="recovery text")
         data = Data(ids, ids.clone(), torch.full((len(ids),), window))
         count = max(held_out // window, 1)
     if len(data) < count + batch:
         raise TextTooShort(
-            f"the recovery text {text} has {data.tokens} tokens, too few to train on batches of {batch} x {window} and "
-            f"to hold out {held_out} others; give a longer text, or a smaller --batch, --window or --held-out"
+            f"the recovery text {text.name} has {data.tokens} tokens, too few to train on batches of {batch} x "
+            f"{window} and to hold out {held_out} others; give a longer text, or a smaller --batch, --window or "
+            "--held-out"
         )
     index = torch.arange(len(data))
     return data.rows(index[: len(data) - count]), data.rows(index[len(data) - count :])

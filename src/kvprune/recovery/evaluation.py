@@ -1,6 +1,6 @@
 """Perplexities of a recovery: the texts, and the rows of the record."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,43 +8,46 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvprune.errors import BadOption
 from kvprune.measure.perplexity import Perplexity, perplexity
-from kvprune.recovery import alpaca
-from kvprune.recovery.data import Data
+from kvprune.recovery.data import Data, has_examples
 from kvprune.recovery.settings import Settings
-from kvprune.text.corpus import NAMES, SELF, is_file, local_file
-from kvprune.text.windows import cut_windows, judged_windows, start_token
+from kvprune.text.corpus import NAMES, is_file
+from kvprune.text.given import Text, find_text
+from kvprune.text.judged import judged_windows, same
 
 Texts = list[tuple[str, torch.Tensor]]
 
 
 def texts(
-    settings: Settings, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, limit: int, held_out: Data
+    settings: Settings,
+    text: Text,
+    judged: Sequence[Text],
+    record: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    held_out: Data,
 ) -> Texts:
     """(name, windows) of every evaluation; windows longer than the model's context become that long.
 
-    Without --eval: the test split of a named text; with a file, or sampled text, the named texts that the folder's
-    record has; with a plain or sampled text and no such names, its held-out end. Raises BadOption, UnknownText and
-    TextTooShort.
+    text: that is trained on, held_out its end; judged: what --eval named. Without: the test split of a named text; else
+    the named texts that the folder's record has; else, but for examples, the held-out end. Raises BadOption,
+    UnknownText and TextTooShort.
     """
     s = settings
-    trained = None if s.text == SELF else local_file(s.text, "valid")
-    for name in s.eval:
-        if trained is not None and is_file(name) and trained.samefile(name):
-            raise BadOption(f"--eval {name} is the text that is trained on; name another one")
-    names = list(s.eval)
-    if not names:
+    for one in judged:
+        if same(one, text):
+            raise BadOption(f"--eval {one.name} is the text that is trained on; name another one")
+    if not judged:
         known = dict.fromkeys(row["text"] for row in record.get("perplexity", []))
-        named = not is_file(s.text) and s.text != SELF
-        names = [s.text] if named else [name for name in known if name in NAMES and not is_file(name)]
+        names = [name for name in known if name in NAMES and not is_file(name)]
+        judged = [find_text(name, "evaluation") for name in names] if text.judges else [text]
     lengths = sorted({min(window, limit, s.eval_tokens) for window in s.eval_windows})
-    if names:
-        return judged_windows(names, tokenizer, lengths, s.eval_tokens)
-    if alpaca.is_named_so(s.text):
+    if judged:
+        return judged_windows(judged, tokenizer, lengths, s.eval_tokens)
+    if has_examples(text):
         raise BadOption(f"{s.text} has no text to evaluate on; name one with --eval")
-    start = start_token(tokenizer)
-    ids = (held_out.ids if start is None else held_out.ids[:, 1:]).flatten()[-s.eval_tokens :]
-    lengths = sorted({min(n, len(ids)) for n in lengths})
-    return [(f"{s.text} (its held-out end)", cut_windows(ids, n, start)) for n in lengths]
+    ids = text.uncut(held_out.ids, tokenizer)[-text.at_end(s.eval_tokens) :]
+    lengths = sorted({min(n, len(ids), text.row or n) for n in lengths})
+    return [(f"{s.text} (its held-out end)", text.cut(ids, n, tokenizer)) for n in lengths]
 
 
 def perplexities(lm: PreTrainedModel, texts: Texts, advance: Callable[..., None]) -> list[Perplexity]:

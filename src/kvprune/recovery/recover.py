@@ -23,7 +23,7 @@ from kvprune.options import given_of, size_in_bytes
 from kvprune.progress import Progress
 from kvprune.recovery import evaluation
 from kvprune.recovery.checkpoints import Checkpoints
-from kvprune.recovery.data import Data, check_name, read_data
+from kvprune.recovery.data import Data, read_data
 from kvprune.recovery.losses import LOSSES
 from kvprune.recovery.settings import SAMPLED, Settings, from_options
 from kvprune.recovery.train import MICRO_TOKENS, Training
@@ -33,6 +33,8 @@ from kvprune.runtime.dtype import name_of, round_as_stored, stored_dtype
 from kvprune.runtime.files import PLAN, alone, read_shown, weight_checksums
 from kvprune.runtime.hub import remember
 from kvprune.text.corpus import SELF
+from kvprune.text.given import GivenText, Text, find_text
+from kvprune.text.judged import GivenTexts, find_texts
 from kvprune.text.sampled import sample_ids
 from kvprune.text.windows import digest
 from kvprune.versions import versions
@@ -54,7 +56,7 @@ def recover(
     folder: str | Path,
     out: str | Path | None = None,
     *,
-    text: str | Path = "wikitext2",
+    text: GivenText = "wikitext2",
     tokens: int = 0,
     window: int | None = None,
     batch: int | None = None,
@@ -77,7 +79,7 @@ def recover(
     held_out: int = 4096,
     gradient_checkpointing: bool = False,
     preset: str | None = None,
-    eval: str | Path | Sequence[str | Path] = (),
+    eval: GivenTexts = (),
     eval_tokens: int = 16384,
     eval_windows: Sequence[int] = (128, 2048),
     memory: str | int | None = None,
@@ -91,19 +93,22 @@ def recover(
 
     What is None is left to the preset, else to the default in brackets.
 
-    text: a named text (its valid split), a text file, an Alpaca file (.json, .jsonl), or "self": sampled from the dense
-    model; tokens: how much of it, 0 for all.
-    window: tokens trained on at a time (512); batch: windows a step, of all processes together (4); steps (100), or
-    epochs: passes over the text. rank (16), alpha (twice the rank) and dropout (0) of the adapters, on `targets` (last
-    parts of module names, or "all-linear"). lr: the highest learning rate (by the loss, and by how much is cut: see
-    docs/recovery.md), reached in `warmup` steps; weight_decay of AdamW; clip: largest norm of the gradient.
+    text: a named text (its valid split), a text file, "self": sampled from the dense model, or what else `prune`
+    calibrates on; or an Alpaca file (.json, .jsonl), of which the answers alone are learnt. tokens: how much of it, 0
+    for all.
+    window: tokens trained on at a time (512); windows that were given stay as they are. batch: windows a step, of all
+    processes together (4); steps (100), or epochs: passes over the text. rank (16), alpha (twice the rank) and dropout
+    (0) of the adapters, on `targets` (last parts of module names, or "all-linear"). lr: the highest learning rate (by
+    the loss, and by how much is cut: see docs/recovery.md), reached in `warmup` steps; weight_decay of AdamW; clip:
+    largest norm of the gradient.
     loss: "logits", which distils from `teacher`, "logits+attention" or "next-token"; temperature of distillation;
     attention_weight of the second. teacher: a source, or a dense model in memory, which is copied; None is the
     dense model that the folder's record names.
     held_out: tokens at the text's end that are evaluated every `checkpoint_every` steps; after `patience` evaluations
     without a new best the run stops (0: never). gradient_checkpointing: less memory, a third more time.
-    preset: "kvpruner", what its neighbours train with. eval: names or files to judge on, eval_tokens of each in windows
-    of every length of eval_windows; None given are the test split of the text, or what the folder's record has.
+    preset: "kvpruner", what its neighbours train with. eval: a text to judge on, or a list of them, as in `prune`,
+    eval_tokens of each in windows of every length of eval_windows; without, the test split of a named text, else the
+    texts of the folder's record, else the text's end.
     memory: what may be used of the device ("20GiB"; None: what is free). Where it does not hold the teacher beside the
     pruned model, the teacher's blocks stay on disk and come one at a time, in every step.
     device: "auto", "cpu", "cuda", ...; dtype: to compute in; seed: of adapters, order and sampled text.
@@ -112,11 +117,14 @@ def recover(
     mend; nothing is written then but the checkpoints of an unfinished run, which `resume` continues.
     """
     options = given_of(Settings, locals())
+    trained, judged = find_text(text, "recovery"), find_texts(eval)
+    options |= {"text": trained.known_as, "eval": tuple(one.known_as for one in judged)}
     given = None if teacher is None or isinstance(teacher, (str, os.PathLike)) else from_memory(teacher)
     if given is not None:
         options["teacher"] = given.name
     settings = from_options(preset, options)
-    return _Run(settings, None if out is None else Path(out), memory, resume, progress or Progress(), given).run()
+    place = None if out is None else Path(out)
+    return _Run(settings, trained, judged, place, memory, resume, progress or Progress(), given).run()
 
 
 class _Run:
@@ -125,6 +133,8 @@ class _Run:
     def __init__(
         self,
         settings: Settings,
+        text: Text,
+        judged: Sequence[Text],
         out: Path | None,
         memory: str | int | None,
         resume: bool,
@@ -132,9 +142,9 @@ class _Run:
         teacher: InMemory | None,
     ):
         self.settings, self.out, self.resume, self.teacher = settings, out, resume, teacher
+        self.text, self.judged = text, judged
         self.limit = None if memory is None else size_in_bytes(memory)
         self.source = _pruned_source(settings.folder, out)
-        check_name(settings.text)
         import peft  # noqa: F401  # so that the memory it takes is no part of the measured peak
         from accelerate import Accelerator
 
@@ -168,7 +178,7 @@ class _Run:
             self.progress.say(f"{data[0].empty} examples are left out: they have no instruction or no output")
         if data[0].left_out:
             self.progress.say(f"{data[0].left_out} examples are left out: their answers do not fit into a window")
-        texts = evaluation.texts(s, old, tokenizer, limit, data[1])
+        texts = evaluation.texts(s, self.text, self.judged, old, tokenizer, limit, data[1])
         for name, ids in [(s.text, data[0].ids), (s.text, data[1].ids), *texts]:
             check_ids(ids, lm.config.vocab_size, f"the text {name}")
         sharded = "FSDP" in str(self.accelerator.distributed_type)
@@ -176,7 +186,7 @@ class _Run:
         teacher = dense if LOSSES[s.loss].needs_teacher else None
         dense = None
         checkpoints = Checkpoints(self.out if self.main else None)
-        checkpoints.open(self._identity(old, data, teacher), self.resume)
+        checkpoints.open(self._identity(data, texts, teacher), self.resume)
         self.accelerator.wait_for_everyone()
         try:
             before = self._before(checkpoints, lm, teacher, texts, old)
@@ -217,6 +227,7 @@ class _Run:
 
     def _data(self, tokenizer: PreTrainedTokenizerBase, limit: int, dense: PreTrainedModel | None) -> tuple[Data, Data]:
         s = self.settings
+        self.text.check_fits(limit)
         window, sampled = min(s.window, limit), None
         if s.text == SELF:
             assert dense is not None
@@ -224,7 +235,7 @@ class _Run:
             with self._phase("sample", tokens) as advance:
                 sampled = sample_ids(dense, tokenizer, tokens, window, s.seed, advance)
         return read_data(
-            s.text,
+            self.text,
             tokenizer,
             window=window,
             tokens=s.tokens,
@@ -264,7 +275,7 @@ class _Run:
     def _holds_both(self, lm: PreTrainedModel, source: Source) -> bool:
         """Whether the teacher has room beside the pruned model; a .gguf file's must."""
         theirs = memory.weight_bytes(skeleton(source, str(self.device), name_of(lm.dtype)))
-        activations = self._activations(lm, self.settings.window)
+        activations = self._activations(lm, self.text.row or self.settings.window)
         free = memory.free(self.device)
         if self.limit is not None:
             holds = self.weight_bytes + theirs + activations <= self.limit
@@ -287,12 +298,13 @@ class _Run:
         return int(tokens * a_layer * layers)
 
     def _identity(
-        self, old: dict[str, Any], data: tuple[Data, Data], teacher: PreTrainedModel | None
+        self, data: tuple[Data, Data], texts: evaluation.Texts, teacher: PreTrainedModel | None
     ) -> dict[str, Any]:
         """What must be the same for an unfinished run to go on: the settings, and what they led to."""
         return self.settings.as_json() | {
             "recovery_text": digest(tensor for part in data for tensor in (part.ids, part.labels)),
             "weights": hashlib.sha256(repr(weight_checksums(Path(self.source.folder))).encode()).hexdigest(),
+            "evaluation_texts": digest(ids for _, ids in texts),
             "teacher_weights": None if teacher is None else _fingerprint(teacher),
             "computed_on": f"{self.accelerator.num_processes} x {self.device.type} in {self.computes} "
             f"on {torch.get_num_threads()} threads",

@@ -53,7 +53,7 @@ def text_names(names: str | Path | Iterable[str | Path]) -> tuple[str, ...]:
 
 def is_file(name: str) -> bool:
     """Whether a text is named by its path."""
-    return Path(name).is_file()
+    return os.path.isfile(name)
 
 
 def local_file(name: str, split: Split) -> Path | None:

@@ -1,28 +1,33 @@
-"""What a user gives to calibrate on -> token ids: a text's name, a file, strings, a column, token ids, conversations.
+"""What a user gives to calibrate, train or judge on -> token ids: a text's name, a file, strings, a column, token ids,
+conversations.
 
 Every text is one stream of ids that is cut to windows; what its kinds differ in is where the ids come from, and what a
 window begins with.
 """
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kvprune.errors import BadOption, UnknownText
+from kvprune.errors import BadOption, TextTooShort, UnknownText
 from kvprune.models.check import first_line
 from kvprune.text.conversations import Conversation, conversation_of, cut_conversations, read_conversations, stream
-from kvprune.text.corpus import SELF, is_file, is_test_split, read_text
+from kvprune.text.corpus import SELF, Split, is_file, is_test_split, read_text
 from kvprune.text.windows import cut_windows, start_token, token_ids
 
 CHAT, HUB = "chat:", "hub:"
 BETWEEN = "\n\n"  # documents
-Calibration = str | Path | torch.Tensor | Iterable[str] | Iterable[Conversation]
+_LONGEST_NAME = 1000  # characters
+GivenText = str | Path | torch.Tensor | Iterable[str] | Iterable[Conversation]
+Use = Literal["calibration", "recovery", "evaluation"]
 
 
 @dataclass(frozen=True)
@@ -39,17 +44,56 @@ class Text:
         return is_file(self.name) or self.name == SELF
 
     @property
+    def content(self) -> bytes | None:
+        """What it says, where that was given and not a name to read it by."""
+        return None
+
+    @property
+    def known_as(self) -> str:
+        """A name that only this text has: where it was not given by a name, with the beginning of a fingerprint."""
+        if self.content is None or self.name.startswith((CHAT, HUB)):
+            return self.name
+        return f"{self.name}, sha256 {hashlib.sha256(self.content).hexdigest()[:8]}"
+
+    @property
     def file(self) -> str | None:
         """What is read, where that is a file."""
         return self.name
 
-    def ids(self, tokenizer: Any, tokens: int | None = None) -> torch.Tensor:
-        """All ids (n,), or at least the first `tokens` of them. Raises UnknownText or BadOption."""
-        return token_ids(read_text(self.name, "valid"), tokenizer, tokens)
+    def ids(self, tokenizer: Any, tokens: int | None = None, split: Split = "valid") -> torch.Tensor:
+        """All ids (n,), or at least the first `tokens` of them. split: of a named text. Raises UnknownText or
+        BadOption."""
+        return token_ids(read_text(self.name, split), tokenizer, tokens)
 
     def cut(self, ids: torch.Tensor, window: int, tokenizer: Any) -> torch.Tensor:
         """Ids (n,) of this text as whole windows (count, window)."""
         return cut_windows(ids, window, start_token(tokenizer))
+
+    def uncut(self, rows: torch.Tensor, tokenizer: Any) -> torch.Tensor:
+        """The ids (n,) of windows (count, window), without what each begins with."""
+        return (rows if start_token(tokenizer) is None else rows[:, 1:]).flatten()
+
+    def windows(
+        self, tokenizer: Any, window: int, tokens: int | None = None, *, split: Split = "valid", what: str = "text"
+    ) -> torch.Tensor:
+        """The first windows (count, window) with `tokens` ids, rounded down to whole ones, at least one; None: all.
+
+        Raises TextTooShort where there are fewer, and what `ids` raises. what: it is, for the message.
+        """
+        count = None if tokens is None else max(tokens // window, 1)
+        ids = self.ids(tokenizer, None if count is None else count * window, split)
+        rows = self.cut(ids, window, tokenizer)[:count]
+        if len(rows) < (count or 1):
+            raise TextTooShort(
+                f"the {what} {self.name} has {len(ids)} tokens, but {(count or 1) * window} are needed; give a longer "
+                "text or ask for fewer"
+            )
+        return rows
+
+    def check_fits(self, limit: int) -> None:
+        """Raise BadOption for windows that were given and are longer than the model's context."""
+        if self.row is not None and self.row > limit:
+            raise BadOption(f"{self.name}: the model takes windows of {limit} tokens; give shorter ones")
 
     def whole(self, tokens: int) -> int:
         """So many tokens, in whole rows, at least one, where it has rows."""
@@ -68,7 +112,13 @@ class Documents(Text):
     judges = True
     file = None
 
-    def ids(self, tokenizer: PreTrainedTokenizerBase, tokens: int | None = None) -> torch.Tensor:
+    @property
+    def content(self) -> bytes:
+        return json.dumps(self.documents).encode()
+
+    def ids(
+        self, tokenizer: PreTrainedTokenizerBase, tokens: int | None = None, split: Split = "valid"
+    ) -> torch.Tensor:
         return token_ids(BETWEEN.join(self.documents), tokenizer, tokens)
 
 
@@ -80,10 +130,16 @@ class Conversations(Text):
     judges = True
 
     @property
+    def content(self) -> bytes:
+        return json.dumps(self.conversations, default=str).encode()
+
+    @property
     def file(self) -> str | None:
         return self.name.removeprefix(CHAT) if self.name.startswith(CHAT) else None
 
-    def ids(self, tokenizer: PreTrainedTokenizerBase, tokens: int | None = None) -> torch.Tensor:
+    def ids(
+        self, tokenizer: PreTrainedTokenizerBase, tokens: int | None = None, split: Split = "valid"
+    ) -> torch.Tensor:
         return stream(self.conversations, tokenizer, tokens)
 
     def cut(self, ids: torch.Tensor, window: int, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -100,7 +156,11 @@ class Tokens(Text):
     file = None
     needs_tokenizer = False
 
-    def ids(self, tokenizer: Any, tokens: int | None = None) -> torch.Tensor:
+    @property
+    def content(self) -> bytes:
+        return self.given.numpy().tobytes()
+
+    def ids(self, tokenizer: Any, tokens: int | None = None, split: Split = "valid") -> torch.Tensor:
         return self.given
 
     def cut(self, ids: torch.Tensor, window: int, tokenizer: Any) -> torch.Tensor:
@@ -109,52 +169,60 @@ class Tokens(Text):
         rows = ids[: len(ids) // self.row * self.row].view(-1, self.row)
         return rows[:, : self.row // window * window].reshape(-1, window)
 
+    def uncut(self, rows: torch.Tensor, tokenizer: Any) -> torch.Tensor:
+        return rows.flatten()
 
-def find_text(given: Any) -> Text:
-    """What `given` is. Raises UnknownText or BadOption."""
+
+def find_text(given: Any, use: Use = "calibration") -> Text:
+    """What `given` is. Raises UnknownText, for what is named as a test split too, but to evaluate on; or BadOption."""
+    what = f"the {use} text"
     if isinstance(given, (str, os.PathLike)):
-        return _named(str(given))
+        return _named(str(given), use)
     if isinstance(given, torch.Tensor):
-        return _tokens(given)
+        return _tokens(given, what)
     if not isinstance(given, Iterable) or isinstance(given, (bytes, dict)):
         raise BadOption(
-            f"calibration is a {type(given).__name__}; give a text's name, a file, strings, token ids or conversations"
+            f"{what} is a {type(given).__name__}; give a text's name, a file, strings, token ids or conversations"
         )
     columns = set(getattr(given, "column_names", None) or ())
     if columns and not (columns >= {"messages"} or columns >= {"instruction", "output"}):
         names = ", ".join(sorted(columns))
-        raise BadOption(f"calibration is a whole data set; give one of its columns ({names}), as dataset['text']")
+        raise BadOption(f"{what} is a whole data set; give one of its columns ({names}), as dataset['text']")
     column = getattr(given, "column_name", None)
-    return _rows(tuple(given), f"a column {column!r}" if isinstance(column, str) else None)
+    return _rows(tuple(given), f"a column {column!r}" if isinstance(column, str) else None, what)
 
 
-def _named(name: str) -> Text:
-    if is_file(name) or not name.startswith((CHAT, HUB)):
-        return Text(name)
-    if name.startswith(HUB):
-        return _rows(_column(name), name)
-    path = name.removeprefix(CHAT)
-    if not is_file(path):
+def _named(name: str, use: Use) -> Text:
+    if len(name) > _LONGEST_NAME or "\n" in name:
+        raise BadOption(
+            f"the {use} text {name[:20]!r}... is a string, which is a text's name or a file; give text itself as a "
+            "list of strings"
+        )
+    if name.startswith(HUB) and not is_file(name):
+        return _rows(_column(name), name, f"the {use} text")
+    chat = name.startswith(CHAT) and not is_file(name)
+    path = name.removeprefix(CHAT) if chat else name
+    if chat and not is_file(path):
         raise UnknownText(f"there is no file {path} with conversations")
-    if is_test_split(path):
-        raise UnknownText(f"{path} is a test split; calibrate on other conversations")
-    return Conversations(name, read_conversations(path))
+    if use != "evaluation" and is_file(path) and is_test_split(path):
+        raise UnknownText(f"{path} is a test split; calibrate and train on another text, keep this one for --eval")
+    return Conversations(name, read_conversations(path)) if chat else Text(name)
 
 
-def _rows(rows: tuple[Any, ...], name: str | None) -> Text:
+def _rows(rows: tuple[Any, ...], name: str | None, what: str) -> Text:
     """Of strings, or of conversations."""
     if not rows:
-        raise UnknownText(f"the calibration text is empty: {name or 'a list'} without anything in it")
+        raise UnknownText(f"{what} is empty: {name or 'a list'} without anything in it")
     if all(isinstance(row, str) for row in rows):
         return Documents(name or _counted(rows, "string"), tuple(row for row in rows if row.strip()))
     odd = [(number, row) for number, row in enumerate(rows, 1) if not isinstance(row, (list, dict))]
     if odd:
         number, row = next((pair for pair in odd if not isinstance(pair[1], str)), odd[0])
         raise UnknownText(
-            f"row {number} of the calibration text is a {type(row).__name__}; give strings alone, conversations alone, "
+            f"row {number} of {what} is a {type(row).__name__}; give strings alone, conversations alone, "
             "or token ids as a tensor"
         )
-    found = tuple(conversation_of(row, f"row {number} of the calibration text") for number, row in enumerate(rows, 1))
+    found = tuple(conversation_of(row, f"row {number} of {what}") for number, row in enumerate(rows, 1))
     return Conversations(name or _counted(rows, "conversation"), found)
 
 
@@ -162,19 +230,17 @@ def _counted(rows: tuple[Any, ...], what: str) -> str:
     return f"{len(rows)} {what}{'s' if len(rows) > 1 else ''}"
 
 
-def _tokens(given: torch.Tensor) -> Tokens:
+def _tokens(given: torch.Tensor, what: str) -> Tokens:
     kinds = (torch.int64, torch.int32, torch.int16, torch.uint8)
     if given.dtype not in kinds:
-        raise BadOption(f"calibration is a tensor of {given.dtype}; give token ids as int64")
+        raise BadOption(f"{what} is a tensor of {given.dtype}; give token ids as int64")
     if given.dim() not in (1, 2) or not given.numel():
-        raise BadOption(
-            f"calibration is a tensor of the shape {tuple(given.shape)}; give ids (n,) or windows (n, tokens)"
-        )
+        raise BadOption(f"{what} is a tensor of the shape {tuple(given.shape)}; give ids (n,) or windows (n, tokens)")
     if int(given.min()) < 0:
-        raise BadOption(f"calibration has the token id {int(given.min())}; ids begin at 0, and windows have no padding")
+        raise BadOption(f"{what} has the token id {int(given.min())}; ids begin at 0, and windows have no padding")
     row = given.shape[1] if given.dim() == 2 else None
     if row == 1:
-        raise BadOption("calibration has windows of one token; give longer ones, or ids (n,)")
+        raise BadOption(f"{what} has windows of one token; give longer ones, or ids (n,)")
     name = f"{given.numel()} token ids" if row is None else f"{len(given)} windows of {row} token ids"
     return Tokens(name, given.detach().to("cpu", torch.long, copy=True).flatten(), row=row)
 

@@ -1,13 +1,12 @@
 """Text -> windows of token ids."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from kvprune.errors import TextTooShort, UnknownText
-from kvprune.text.corpus import read_text
 
 _FIRST_GUESS = 6  # characters per token, to begin with
 _LONG_LINE = 1 << 16  # characters: how far to look for the end of a line
@@ -88,18 +87,6 @@ def cut_windows(ids: torch.Tensor, window: int, start: int | None = None) -> tor
     count = len(ids) // own
     found = ids[: count * own].view(count, own)
     return found if start is None else torch.cat((torch.full_like(found[:, :1], start), found), 1)
-
-
-def judged_windows(
-    names: Sequence[str], tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int], tokens: int
-) -> list[tuple[str, torch.Tensor]]:
-    """(name, windows (n, length)) of every text's test split at every length. Raises UnknownText, TextTooShort."""
-    texts = {name: read_text(name, "test") for name in names}
-    return [
-        (name, windows(texts[name], tokenizer, length, tokens, f"the evaluation text {name}"))
-        for name in names
-        for length in lengths
-    ]
 
 
 def digest(tensors: Iterable[torch.Tensor]) -> str:

@@ -1,5 +1,6 @@
 """The texts of a prune: what is scored, what is repaired on, and what the result is judged on, always apart."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +11,10 @@ from kvprune.channels.settings import Settings
 from kvprune.errors import BadOption, TextTooShort
 from kvprune.models.tokenizer import check_ids
 from kvprune.progress import Progress
-from kvprune.text.corpus import SELF, is_file, local_file
+from kvprune.text.corpus import SELF
 from kvprune.text.given import Text
+from kvprune.text.judged import judged_windows, same
 from kvprune.text.sampled import sample_ids
-from kvprune.text.windows import judged_windows
 
 
 @dataclass(frozen=True)
@@ -28,35 +29,37 @@ class Texts:
 def prepare(
     s: Settings,
     text: Text,
+    judged: Sequence[Text],
     lm: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     calibrate: bool,
     batch_tokens: int,
     progress: Progress,
 ) -> Texts:
-    """Read, or sample, every text of a prune. text: to calibrate on; calibrate: whether scores or repair need it at
-    all. batch_tokens: of a calibration batch, at most, but one window.
+    """Read, or sample, every text of a prune. text: to calibrate on; judged: to judge on, none: what `text` has for
+    that; calibrate: whether scores or repair need a text at all. batch_tokens: of a calibration batch, at most, but one
+    window.
 
     Calibration is the valid split, the beginning of what was given, or sampled. Windows longer than the model's context
     become that long. Raises UnknownText, TextTooShort, BadOption, TokenizerMismatch.
     """
-    _check_apart(s, text)
+    for one in judged:
+        if same(one, text):
+            raise BadOption(f"--eval {one.name} is the calibration text; leave --eval out, or name another text")
     limit = lm.config.max_position_embeddings
-    if text.row is not None and text.row > limit:
-        raise BadOption(f"calibration has windows of {text.row} tokens, the model takes {limit}; give shorter ones")
-    own_end = not s.eval and text.judges
+    text.check_fits(limit)
+    own_end = not judged and text.judges
     wanted = max(s.calibration_tokens, s.repair_tokens if s.refits else 0) if calibrate else 0
     ids = _calibration_ids(s, text, lm, tokenizer, wanted, own_end, progress) if wanted or own_end else torch.empty(0)
     check_ids(ids, lm.config.vocab_size, f"the calibration text {s.calibration}")
     lengths = _lengths(s, text.row or limit if own_end else limit)
     if own_end:
-        judged = text.at_end(s.eval_tokens)
-        ids, end = ids[:-judged], ids[-judged:]
+        count = text.at_end(s.eval_tokens)
+        ids, end = ids[:-count], ids[-count:]
         name = s.calibration if s.calibration == SELF else f"{s.calibration} (its end)"
         evaluated = [(name, text.cut(end, n, tokenizer)) for n in lengths]
     else:
-        assert tokenizer is not None
-        evaluated = judged_windows(s.eval or (s.calibration,), tokenizer, lengths, s.eval_tokens)
+        evaluated = judged_windows(judged or (text,), tokenizer, lengths, s.eval_tokens)
     for name, pages in evaluated:
         check_ids(pages, lm.config.vocab_size, f"the evaluation text {name}")
     if not calibrate:
@@ -76,14 +79,6 @@ def prepare(
             "more --repair-tokens, give a longer text, or choose --repair rotate or none"
         )
     return Texts(list(scored.split(size)), list(repaired.split(size)) if len(repaired) else [], evaluated)
-
-
-def _check_apart(s: Settings, text: Text) -> None:
-    """Raise BadOption for an evaluation text that is read for calibration too."""
-    calibration = None if text.file is None else local_file(text.file, "valid")
-    for name in s.eval:
-        if is_file(name) and calibration is not None and calibration.samefile(name):
-            raise BadOption(f"--eval {name} is the calibration text; leave --eval out, or name another text")
 
 
 def _lengths(s: Settings, limit: int) -> list[int]:
