@@ -12,6 +12,7 @@ import pytest
 import torch
 from hub_server import serving
 from huggingface_hub import ModelCard
+from safetensors.torch import load
 
 import kvprune
 from kvprune import errors
@@ -256,6 +257,36 @@ def test_a_stock_layout_needs_no_code_of_ours(hub, client, tmp_path, texts):
         torch.testing.assert_close(torch.tensor(logits), torch.tensor(last_logits(tmp_path / "stock")))
 
 
+PUSH_STOCK = """
+import sys
+import kvprune
+from transformers import AutoModelForCausalLM
+folder, trained, name = sys.argv[1:]
+kvprune.push(kvprune.load(folder), f"me/{name}-loaded", private=True)
+model = AutoModelForCausalLM.from_pretrained(folder)
+model.lm_head.weight.data *= 1.5
+print(kvprune.push(model, f"me/{name}-trained", revision="next")["repository"])
+model.save_pretrained(trained)
+"""
+
+
+@pytest.mark.parametrize("layout", ["stock", "portable"])
+def test_a_model_of_transformers_own_class_goes_whole(hub, client, tmp_path, texts, layout):
+    """As its folder, to the byte; and with other weights."""
+    tiny_model("llama", kv_heads=4, groups=2, head_dim=32).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    folder = tmp_path / layout
+    kvprune.prune(tmp_path / "dense", folder, **{**COARSE, "ratio": 0.5, "layout": layout})
+    code, out, err = client("-c", PUSH_STOCK, folder, tmp_path / "trained", layout)
+    assert (code, out.splitlines()[-1]) == (0, f"me/{layout}-trained"), err
+    assert hub.files(f"me/{layout}-loaded") == contents(folder)
+    trained = hub.files(f"me/{layout}-trained", "next")
+    assert {name for name, data in trained.items() if data != contents(folder)[name]} == {"model.safetensors"}
+    assert load(trained["model.safetensors"]).keys() == load(contents(folder)["model.safetensors"]).keys()
+    wanted = load((tmp_path / "trained" / "model.safetensors").read_bytes())
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in load(trained["model.safetensors"]).items())
+
+
 REFUSED = {
     "set HF_TOKEN, or run: hf auth login": ({"HF_TOKEN": None}, "half", "me/x"),
     "the token is not known": ({"HF_TOKEN": "wrong"}, "half", "me/x"),
@@ -303,6 +334,8 @@ def test_a_model_of_which_there_is_no_record_goes_as_transformers_does_it(pruned
     bare, calls = AutoModelForCausalLM.from_pretrained(tmp_path / "bare"), []
     monkeypatch.setattr(PreTrainedModel, "push_to_hub", lambda *args, **options: calls.append((args, options)))
     push_model(bare, "me/bare", private=True)
+    with pytest.raises(errors.UnknownSource, match="there is no record of it"):
+        kvprune.push(bare, "me/bare")
     ((args, options),) = calls
     assert args == (bare, "me/bare")
     assert options["private"] is True

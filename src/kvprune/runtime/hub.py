@@ -23,19 +23,30 @@ _MADE = "kvprune_made"  # of a model: (tokenizer, plan.json, record), where it w
 
 
 def push(
-    folder: str | Path, repo_id: str, *, private: bool | None = None, revision: str | None = None
+    folder: str | Path | PreTrainedModel, repo_id: str, *, private: bool | None = None, revision: str | None = None
 ) -> dict[str, str]:
     """Upload a pruned folder, checked first, to the repository `repo_id` ("user/name"), which is made if there is none.
 
+    Or a pruned model in memory, of any layout: its weights as they are now, and with them tokenizer, plan, record and
+    card of the folder that it was loaded from, or of the run that made it.
     Files of the same name, the model card among them, are replaced, weights of other names removed; the repository's
     history keeps them. private: of a new repository; None: as the hub's account has it. revision: a branch. The token
     is the hub's own: HF_TOKEN, or what `hf auth login` stored. Returns {"repository", "url" (of the commit), "commit"}.
     Raises UnknownSource, BrokenCheckpoint, BadOption or HubRefused.
     """
-    folder = Path(folder)
-    check_there(folder)
-    verify_files(folder)
-    done = _upload(folder, repo_id, private=private, revision=revision)
+    if isinstance(folder, PreTrainedModel):
+        with TemporaryDirectory(prefix="kvprune-") as aside:
+            if not _write(folder, Path(aside) / "model"):
+                raise UnknownSource(
+                    "this model is in no folder that kvprune wrote, so there is no record of it; "
+                    "give one that prune or recover returned, or that was loaded from such a folder"
+                )
+            done = _upload(Path(aside) / "model", repo_id, private=private, revision=revision)
+    else:
+        folder = Path(folder)
+        check_there(folder)
+        verify_files(folder)
+        done = _upload(folder, repo_id, private=private, revision=revision)
     return {"repository": done.repo_url.repo_id, "url": done.commit_url, "commit": done.oid}
 
 
