@@ -90,6 +90,9 @@ def fit(
     reserve: Annotated[float, typer.Option(help="share of the memory left to activations")] = 0.1,
     layout: Annotated[str, AsPrune] = "per-layer",
     merge: Annotated[str, AsPrune] = "auto",
+    tensor_parallel: Annotated[
+        int, typer.Option(help="how many devices share the model, each with that much memory")
+    ] = 1,
     align: Annotated[int, AsPrune] = 8,
     min_width: Annotated[int, AsPrune] = 16,
     drop_blocks: Annotated[int, AsPrune] = 0,

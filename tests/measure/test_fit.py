@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import kvprune
 from kvprune import cli, errors
+from kvprune.channels.choice.merging import for_ranks, merge_of
 from kvprune.channels.cut.surgery import cut
 from kvprune.measure import fit as fitting
 from kvprune.measure.memory import cache_bytes, weight_bytes
@@ -126,6 +127,79 @@ def test_blocks_that_cannot_be_dropped(saved, options, message):
     folder, _ = saved("llama")
     with pytest.raises(errors.BadOption, match=message):
         kvprune.fit(folder, memory="1GiB", context=40, **ALL, **options)
+
+
+def of_one_rank(model, ranks):
+    """Bytes of weights, and of the cache of a token, that one rank of several holds: a share of each matrix, but K and
+    V by whole heads, with the small matrices that belong to them."""
+    widths = [module.head_dim for name, module in model.named_modules() if name.endswith("self_attn")]
+    heads = model.config.num_key_value_heads
+    mine = -(-heads // ranks)
+    weights = 0.0
+    for name, parameter in model.named_parameters():
+        of_heads = any(part in name for part in ("k_proj", "v_proj", "q_mix", "o_mix"))
+        weights += parameter.nbytes * (mine / heads if of_heads else 1 / ranks)
+    return weights, sum(2 * mine * width * 4 for width in widths)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("ranks", "merge", "width"), [(2, 1, 8), (2, 2, 20), (2, 2, 28), (4, 1, 8), (4, 2, 12), (4, 4, 8), (8, 1, 12)]
+)
+def test_a_rank_holds_its_share(tmp_path, family, ranks, merge, width):
+    """Four KV heads: where fewer are left than there are ranks, each is held several times."""
+    model = tiny_model(family, kv_heads=4, groups=2, layers=3, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    asked = {"context": 100, "batch": 20, "tensor_parallel": ranks, **ALL}
+    weights, kv = of_one_rank(model, ranks)
+    dense = kvprune.fit(tmp_path, memory=round(weights + 2000 * kv), **asked)
+    assert (dense["ratio"], dense["dense"]["weights"], dense["dense"]["kv_cache"]) == (0, round(weights), 2000 * kv)
+    assert dense["kv_bytes_per_token_of_a_rank"] == {"dense": kv, "pruned": kv}
+    assert dense["largest_batch"]["dense"] == 20
+    pruned, _ = twin(model, merge, [width] * 3)
+    weights, kv = of_one_rank(pruned, ranks)
+    report = kvprune.fit(tmp_path, memory=round(weights + 2000 * kv), merge=merge, **asked)
+    assert (report["ratio"], report["merge"]) == (pytest.approx(1 - width / (16 * merge)), merge)
+    assert (report["pruned"]["weights"], report["pruned"]["kv_cache"]) == (round(weights), 2000 * kv)
+    assert report["kv_bytes_per_token_of_a_rank"]["pruned"] == kv
+    assert report["largest_batch"]["pruned"] == 20
+    assert kvprune.fit(tmp_path, memory=round(weights + 2000 * kv) - 2, merge=merge, **asked)["ratio"] > report["ratio"]
+
+
+@pytest.mark.parametrize(("ranks", "merge"), [(1, 4), (2, 4), (4, 2), (8, 1), (16, 1)])
+def test_it_merges_as_prune_does_for_so_many_ranks(ranks, merge):
+    """llama-3-8b has 8 KV heads; most of the cache must go."""
+    asked = {"context": 8192, "batch": 64, "tensor_parallel": ranks, "reserve": 0.0}
+    dense = kvprune.fit("llama-3-8b", memory=1, **asked)["dense"]
+    report = kvprune.fit("llama-3-8b", memory=int(dense["weights"] + 0.3 * dense["kv_cache"]), **asked)
+    assert report["merge"] == merge == for_ranks(merge_of("auto", 8, 128, report["ratio"]), True, 8, ranks, print)
+    assert 0.6 < report["ratio"] < 0.8
+
+
+def test_ranks_that_cannot_share_a_model(command):
+    asked = ["fit", "llama-3-8b", "--memory", "8GiB", "--context", "8192"]
+    code, _, err = command(*asked, "--tensor-parallel", 3)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "3 cannot share 32 query heads, 8 KV heads and the MLP evenly; choose 1, 2, 4, 8, 16" in err
+    code, _, err = command(*asked, "--tensor-parallel", 0)
+    assert (code, err.count("\n")) == (2, 1)
+    code, out, err = command(*asked, "--tensor-parallel", 4)
+    assert code == 0, err
+    assert "on each of 4 ranks" in " ".join(out.split())
+    assert "32,768" in out  # of 131,072 KV bytes a token
+
+
+def test_prune_to_fit_on_ranks(checkpoint, texts):
+    """As `fit` says, for the same ranks."""
+    dense = kvprune.fit(checkpoint, memory="1MB", context=64, batch=6, tensor_parallel=2, **ALL)["dense"]
+    memory = dense["weights"] + dense["kv_cache"] // 2
+    quick = {"calibration_tokens": 512, "eval_tokens": 512, "windows": (64,), "align": 2, "min_width": 4}
+    quick |= {"repair": "rotate", "dtype": "float32"}
+    asked = {"context": 64, "batch": 6, "reserve": 0.0, "tensor_parallel": 2}
+    result = kvprune.prune(checkpoint, fit=memory, **asked, **quick)
+    weights, kv = of_one_rank(result.model, 2)
+    assert memory * 0.95 < weights + 6 * 64 * kv <= memory
+    assert result.record["merge"] == 1
 
 
 @settings(max_examples=30)

@@ -110,7 +110,8 @@ def prune(
     it. Or a dense model in memory: a copy of it is pruned, on its device, and it stays as it is. tokenizer: for such a
     model, or in place of the source's. out: a folder, missing or empty; resume: continue the unfinished run in it.
     ratio: fraction of the KV bytes to remove (0.5). Or fit: a memory ("24GiB") in which sequences of `context` tokens
-    are to fit, `batch` (1) at once, with `reserve` (0.1) of it left over (see `fit`); the record has it as "fit".
+    are to fit, `batch` (1) at once, with `reserve` (0.1) of it left over (see `fit`; with tensor_parallel it is the
+    memory of each rank); the record has it as "fit".
     preset: "kvpruner", the paper's choices. target: "vllm" or another engine (engines/targets.py), which sets layout,
     align and min_width. plan: a plan.json to apply. The other choices of method are described in Settings: importance
     ("variance", "energy", "taylor", "l1", "l2"), channels ("split", "joint"), merge ("auto", or a number), depth (0, or
@@ -169,7 +170,8 @@ def _to_fit(
         raise BadOption("--fit needs --context: how many tokens a sequence has")
     chosen = Settings(**with_preset(preset, options))
     shared = ("dtype", "layout", "min_width", "align", "drop_blocks", "revision", "trust_remote_code")
-    known = {name: getattr(chosen, name) for name in shared} | {"merge": chosen.merge if chosen.can_merge else 1}
+    known = {name: getattr(chosen, name) for name in (*shared, "tensor_parallel")}
+    known["merge"] = chosen.merge if chosen.can_merge else 1
     asked["memory"] = asked.pop("fit")
     report = fit(chosen.source, **asked, **known)
     if report["ratio"] is None:

@@ -1,7 +1,8 @@
 """`fit`: what a memory holds, and which ratio makes context and batch fit. Arithmetic only: no weights are read.
 
 total = weights of the pruned model + (1 - ratio) * KV bytes + what is kept in reserve. K and V shrink with the ratio,
-and so do Q and O; but where KV heads are merged, these grow instead, or get small matrices beside them [ours].
+and so do Q and O; but where KV heads are merged, these grow instead, or get small matrices beside them [ours]. Of
+several ranks each holds its share of both, and a KV head whole: where there are more ranks, each head several times.
 """
 
 import math
@@ -16,9 +17,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from kvprune.channels.choice.merging import AUTO, asked_merge, divisors, is_factored, is_within, merge_of
+from kvprune.channels.choice.merging import AUTO, asked_merge, divisors, for_ranks, is_factored, is_within, merge_of
 from kvprune.channels.cut.portable import LAYOUTS
 from kvprune.channels.widths.asked import check_drop_blocks, ratio_left
+from kvprune.engines.targets import degrees
 from kvprune.errors import BadOption
 from kvprune.measure.context import held_tokens, longest, slides
 from kvprune.measure.memory import kv_bytes_per_token, parameters
@@ -44,6 +46,7 @@ def fit(
     reserve: float = 0.1,
     layout: str = "per-layer",
     merge: int | str = AUTO,
+    tensor_parallel: int = 1,
     min_width: int = 16,
     align: int = 8,
     drop_blocks: int = 0,
@@ -55,14 +58,16 @@ def fit(
     source: a dense model, or a name in shapes.SHAPES. memory: bytes, or "24GiB", "80GB". reserve: share of it that is
     left to activations, fragments, and room that a cache keeps free (GrowingCache: up to an eighth of its tokens).
     layout, merge, align, min_width: of heads and widths, as in `prune`; drop_blocks: whole blocks that go too, counted
-    as the smallest ones. Returns {"source", "dtype", "memory_bytes", "reserve_bytes", "context", "batch",
-    "drop_blocks", "kv_bytes_per_token" (dense), "dense" and "pruned" ({"weights", "kv_cache", "total", "fits"}; pruned
-    is None where no ratio is enough), "ratio" (0 where dense fits, None where none is enough), "keep" (the largest
-    share of the tokens, in steps of KEEP_STEP, that a TokenFilter can keep of the dense model's so that it fits; 0
-    where none does, and 1 for a model with sliding windows, which are not filtered),
+    as the smallest ones. tensor_parallel: ranks that share the model, each with such a memory, and all sequences; what
+    is held is then what each rank holds. Returns {"source", "dtype", "memory_bytes", "reserve_bytes", "context",
+    "batch", "drop_blocks", "tensor_parallel", "kv_bytes_per_token" (dense, of all ranks' different heads together),
+    "kv_bytes_per_token_of_a_rank" ({"dense", "pruned"}), "dense" and "pruned" ({"weights", "kv_cache", "total",
+    "fits"}; pruned is None where no ratio is enough), "ratio" (0 where dense fits, None where none is enough), "keep"
+    (the largest share of the tokens, in steps of KEEP_STEP, that a TokenFilter can keep of the dense model's so that it
+    fits; 0 where none does, and 1 for a model with sliding windows, which are not filtered),
     "largest_ratio", "merge" (how many KV heads become one), "weights_read_bytes" (by a step of decoding), and
-    "largest_batch", "largest_context" (the last three {"dense", "pruned"}; with the other as asked, no longer than the
-    model takes); merge and pruned at the ratio, or the largest}. Raises a KVPruneError.
+    "largest_batch", "largest_context" (the last three {"dense", "pruned"}; the last two with the other as asked, no
+    longer than the model takes); merge and pruned at the ratio, or the largest}. Raises a KVPruneError.
     """
     _check(context, batch, reserve, align, min_width)
     check_drop_blocks(drop_blocks, layout)
@@ -74,9 +79,11 @@ def fit(
         raise BadOption(f"{source} does not say which dtype its weights have; give --dtype")
     if context > config.max_position_embeddings:
         raise BadOption(f"--context {context} is more than the {config.max_position_embeddings} that the model takes")
-    weights = _Weights.of(config, layout in LAYOUTS, drop_blocks)
+    _check_ranks(config, tensor_parallel)
+    weights = _Weights.of(config, layout in LAYOUTS, drop_blocks, tensor_parallel)
     shape = weights.shape
-    grid = _Grid(shape, layout, asked_merge(merge), math.ceil(min_width / align) * align, align, drop_blocks)
+    least = math.ceil(min_width / align) * align
+    grid = _Grid(shape, layout, asked_merge(merge), least, align, drop_blocks, tensor_parallel)
     if layout == "stock":  # whole heads, of the width that they have
         grid = replace(grid, least=shape.head_dim, align=1)
     sizes = _Sizes(weights, kind.itemsize, int(room * (1 - reserve)), grid)
@@ -100,13 +107,15 @@ def fit(
         "context": context,
         "batch": batch,
         "drop_blocks": drop_blocks,
+        "tensor_parallel": tensor_parallel,
         "kv_bytes_per_token": shape.layers * per_layer,
+        "kv_bytes_per_token_of_a_rank": both(lambda c: round(sizes.held(shape.layers * per_layer, c))),
         "ratio": None if cut is None else cut.ratio,
         "largest_ratio": grid.largest.ratio,
         "merge": reached.merge,
         "dense": sizes.parts(kv, _DENSE),
         "pruned": None if cut is None else sizes.parts(kv, cut),
-        "weights_read_bytes": both(lambda c: round((weights.kept(c) - weights.unread) * kind.itemsize)),
+        "weights_read_bytes": both(lambda c: round(weights.read(c) * kind.itemsize)),
         "largest_batch": both(lambda c: int(sizes.left(c) / (held_tokens(config, context) * per_layer))),
         "largest_context": both(lambda c: longest_in(sizes.left(c))),
         "keep": 1.0 if slides(config) else _share_kept(sizes, kv),
@@ -131,7 +140,7 @@ _DENSE = _Cut(0.0, 1, math.nan)  # of the width that it has
 class _Weights:
     """How many numbers a model has: all of the dense one's, those of an input embedding of which a step reads but a
     row, and what its attention is made of; biases: which of Q, K, V and O have one. dropped: how many blocks go, and
-    with them these many numbers."""
+    with them these many numbers. ranks: that share it."""
 
     all: int
     unread: int
@@ -140,9 +149,10 @@ class _Weights:
     is_portable: bool
     is_normed: bool
     dropped: tuple[int, int]
+    ranks: int
 
     @classmethod
-    def of(cls, config: PreTrainedConfig, is_portable: bool, drop_blocks: int = 0) -> "_Weights":
+    def of(cls, config: PreTrainedConfig, is_portable: bool, drop_blocks: int = 0, ranks: int = 1) -> "_Weights":
         """Counted on a model without memory."""
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config)
@@ -153,24 +163,32 @@ class _Weights:
         ratio_left(1.0, view.shape.layers, drop_blocks)  # refuses too many
         smallest = sorted(parameters(block) for block in view.blocks)[:drop_blocks]
         dropped = drop_blocks, sum(smallest) - drop_blocks * view.shape.hidden  # a constant stays
-        return cls(parameters(view.lm), unread, view.shape, biases, is_portable, view.attention[0].is_normed, dropped)
+        is_normed = view.attention[0].is_normed
+        return cls(parameters(view.lm), unread, view.shape, biases, is_portable, is_normed, dropped, ranks)
 
     def kept(self, cut: _Cut) -> float:
-        """Numbers of the pruned model, all its attention at the mean width: widths around it never make more."""
-        if cut is _DENSE:
-            return self.all
-        shape = self.shape
+        """Numbers of the pruned model that a rank holds, all its attention at the mean width: widths around it never
+        make more. What does not belong to a KV head is shared evenly."""
+        shape, (blocks, numbers) = self.shape, self.dropped
         dense = self._attention(shape.kv_heads, shape.head_dim, None)
+        times = copies(shape.kv_heads // cut.merge, self.ranks)
+        if cut is _DENSE:
+            now = self._attention(shape.kv_heads, shape.head_dim, None, times)
+            return (self.all + shape.layers * (now - dense)) / self.ranks
         factored = not self.is_portable and is_factored(shape, cut.width)
-        pruned = self._attention(shape.kv_heads // cut.merge, cut.width, factored)
+        pruned = self._attention(shape.kv_heads // cut.merge, cut.width, factored, times)
         if "v" in self.biases and "o" not in self.biases:  # what V's bias loses is a constant behind O
             pruned += shape.hidden
-        blocks, numbers = self.dropped
-        return self.all - numbers + (shape.layers - blocks) * (pruned - dense)
+        return (self.all - numbers + (shape.layers - blocks) * (pruned - dense)) / self.ranks
 
-    def _attention(self, kv_heads: int, width: float, factored: bool | None) -> float:
+    def read(self, cut: _Cut) -> float:
+        """Numbers that a rank reads in a step of decoding."""
+        return self.kept(cut) - self.unread / self.ranks
+
+    def _attention(self, kv_heads: int, width: float, factored: bool | None, times: int = 1) -> float:
         """Numbers of one layer's Q, K, V and O, without O's bias and norms, which no cut changes; factored None: as it
-        was. Behind a norm Q and K are as wide as they were, with matrices of their own."""
+        was. Behind a norm Q and K are as wide as they were, with matrices of their own. times: how often each KV head
+        is held."""
         shape = self.shape
         columns = {name: shape.hidden + (name in self.biases) for name in "qkv"}
         query_heads, channels = shape.kv_heads * shape.groups, shape.kv_heads * shape.head_dim
@@ -179,7 +197,12 @@ class _Weights:
         k = (channels if behind_norms else kv_heads * width) * columns["k"]
         o = query_heads * (shape.head_dim if factored else width) * shape.hidden
         mixes = (2 if behind_norms else bool(factored)) + bool(factored)  # of Q, of K and of O
-        return q + k + kv_heads * width * columns["v"] + o + mixes * channels * width
+        return q + o + times * (k + kv_heads * width * columns["v"] + mixes * channels * width)
+
+
+def copies(kv_heads: int, ranks: int) -> int:
+    """How many ranks hold the same KV head."""
+    return max(ranks // kv_heads, 1)
 
 
 @dataclass(frozen=True)
@@ -192,6 +215,7 @@ class _Grid:
     least: int
     align: int
     dropped: int  # whole blocks
+    ranks: int
 
     @property
     def is_free(self) -> bool:
@@ -215,12 +239,18 @@ class _Grid:
         if self.merge == AUTO:
             return [(merge, self._steps(merge)) for merge in divisors(shape.kv_heads)]
         merge = merge_of(self.merge, shape.kv_heads, shape.head_dim, 1.0)  # refuses what does not divide
-        return [(merge, self._steps(merge))]
+        return [(self._for_ranks(merge), self._steps(merge))]
+
+    def _for_ranks(self, merge: int) -> int:
+        may_change = self.merge == AUTO and self.layout != "stock"
+        return for_ranks(merge, may_change, self.shape.kv_heads, self.ranks, lambda message: None)
 
     def _steps(self, merge: int) -> range:
         shape, unit = self.shape, self.shape.layers - self.dropped if self.is_free else 1
         if self.layout == "stock":
-            return range(shape.head_dim, shape.head_dim + (merge > 1))
+            left = shape.kv_heads // merge
+            can_be = merge > 1 and (left % self.ranks == 0 or self.ranks % left == 0)
+            return range(shape.head_dim, shape.head_dim + can_be)
         most = merge * shape.head_dim * unit - (not self.dropped)  # something must go
         every = range(most // self.align, self.least // self.align * unit - 1, -1)
 
@@ -229,7 +259,7 @@ class _Grid:
             if self.merge == AUTO and ratio < 1e-9:  # as prune does where the others keep all
                 return 1
             if self.merge == AUTO:
-                return merge_of(AUTO, shape.kv_heads, shape.head_dim, ratio)
+                return self._for_ranks(merge_of(AUTO, shape.kv_heads, shape.head_dim, ratio))
             return merge if is_within(merge, shape.head_dim, ratio) else 0
 
         return every[bisect_left(every, merge, key=merged) : bisect_right(every, merge, key=merged)]
@@ -242,16 +272,21 @@ class _Grid:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Bytes; usable: of the memory that may be used."""
+    """Bytes, of a rank; usable: of the memory that may be used."""
 
     weights: _Weights
     itemsize: int
     usable: int
     grid: _Grid
 
+    def held(self, kv: float, cut: _Cut) -> float:
+        """Of a cache of `kv` bytes with nothing removed, on one rank."""
+        ranks = self.grid.ranks
+        return (1 - cut.ratio) * kv * copies(self.grid.shape.kv_heads // cut.merge, ranks) / ranks
+
     def parts(self, kv: float, cut: _Cut) -> dict[str, Any]:
         """What is held; kv: bytes of the cache with nothing removed."""
-        weights, held = self.weights.kept(cut) * self.itemsize, (1 - cut.ratio) * kv
+        weights, held = self.weights.kept(cut) * self.itemsize, self.held(kv, cut)
         total = math.ceil(round(weights + held, 3))  # a ratio is a rounded number
         return {"weights": round(weights), "kv_cache": round(held), "total": total, "fits": total <= self.usable}
 
@@ -269,7 +304,7 @@ class _Sizes:
 
     def left(self, cut: _Cut) -> float:
         """Bytes of a cache, nothing removed, for which there is room once the cut is made."""
-        return max(self.usable - self.weights.kept(cut) * self.itemsize, 0) / (1 - cut.ratio)
+        return max(self.usable - self.weights.kept(cut) * self.itemsize, 0) / self.held(1.0, cut)
 
 
 def _quantized(sizes: _Sizes, dtype: torch.dtype, bits: int, kv: float, context: int) -> dict[str, Any]:
@@ -309,6 +344,18 @@ def _recommended(ratio: float | None, quantized: list[dict[str, Any]]) -> dict[s
     is_merged = any(q["kv_bits"] == 4 and q["merge"] > 1 for q in quantized)
     most = TWO_BITS_MERGED if is_merged else TWO_BITS
     return {"kv_bits": 2, "ratio": 0.0} if two_fit and (best is None or best["ratio"] > most) else best
+
+
+def _check_ranks(config: PreTrainedConfig, ranks: int) -> None:
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    others = [getattr(config, "intermediate_size", None) or 0]
+    possible = degrees(heads, kv_heads, kv_heads, others, most=max(ranks, 16))
+    if ranks not in possible:
+        raise BadOption(
+            f"--tensor-parallel {ranks} cannot share {heads} query heads, {kv_heads} KV heads and the MLP evenly; "
+            f"choose {', '.join(map(str, possible))}"
+        )
 
 
 def _check(context: int, batch: int, reserve: float, align: int, min_width: int) -> None:

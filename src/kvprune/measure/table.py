@@ -84,12 +84,16 @@ def _pair(values: dict[str, float]) -> str:
 def fit_table(report: dict[str, Any]) -> RenderableType:
     """What fits: dense, and pruned at the ratio that is needed."""
     asked = f"{report['batch']} x {report['context']:,} tokens in {report['memory_bytes'] / 2**30:.4g} GiB"
+    each = f" on each of {report['tensor_parallel']} ranks" if report["tensor_parallel"] > 1 else ""
     table = Table(
-        title=f"{report['source']}, {report['dtype']}: {asked}, {report['reserve_bytes'] / 2**30:.3g} in reserve"
+        title=f"{report['source']}, {report['dtype']}: {asked}{each}, {report['reserve_bytes'] / 2**30:.3g} in reserve"
     )
     for column in ("", "dense", "pruned"):
         table.add_column(column, justify="left" if not column else "right")
     pruned = report["pruned"]
+    if each:
+        kv = report["kv_bytes_per_token_of_a_rank"]
+        table.add_row("KV bytes a token, of a rank", *(f"{kv[side]:,}" for side in ("dense", "pruned")))
     for name, label in (("weights", "weights, GiB"), ("kv_cache", "KV cache, GiB"), ("total", "together, GiB")):
         table.add_row(label, f"{report['dense'][name] / 2**30:.2f}", f"{pruned[name] / 2**30:.2f}" if pruned else "-")
     read = (f"{report['weights_read_bytes'][side] / 2**30:.2f}" for side in ("dense", "pruned"))
