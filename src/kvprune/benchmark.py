@@ -114,7 +114,8 @@ def bench(
     layers = None if token_filter is None else getattr(token_filter.settings, "layers", None)
     asked |= {"skip_layers": layers and list(layers), "pruned_shape_ratio": ratio}
     config = models[-1].config
-    asked["merge"] = dense_kv_heads(config) // config.num_key_value_heads
+    own = config.per_layer_config[0]
+    asked["merge"] = dense_kv_heads(own) // own.num_key_value_heads
     asked |= {"keep": keep, "kv_bits": kv_bits, "quantizer": quantizer_name}
     report: dict[str, Any] = {"environment": asked | _environment(models[0], grid), "cells": []}
     with progress.phase("bench", len(grid.cells)) as advance:
@@ -295,8 +296,8 @@ def _refuse_what_cannot_fit(sides: tuple[Side, Side], batch: int, context: int, 
 
 def _widest(config: PreTrainedConfig) -> int:
     """Channels of a head in the widest layer; of merged heads more than in the dense model."""
-    layers: Any = getattr(config, "per_layer_config", None)
-    return max(layer.head_dim for layer in layers) if layers else dense_head_dim(config)
+    widths = ((getattr(layer, "head_dim", None), layer) for layer in config.per_layer_config)
+    return max(dense_head_dim(layer) if width is None else width for width, layer in widths)
 
 
 def _memory(side: Side, ids: torch.Tensor) -> dict[str, int | None]:

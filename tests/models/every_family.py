@@ -42,7 +42,12 @@ WARM = {  # queries grow with their position
     }
 }
 
-OPTIONS = {  # model_type -> what its config says beside the sizes
+# Full layers of other heads than sliding ones
+MIXED = {"layer_types": SLIDING, "sliding_window": 6, "head_dim": D, "global_head_dim": 24}
+MIXED |= {"hidden_size_per_layer_input": 0, "final_logit_softcapping": 2.0}
+KEYS_AS_VALUES = {"num_key_value_heads": 4, "num_global_key_value_heads": 2, "attention_k_eq_v": True}
+
+OPTIONS = {  # model_type, or model_type:variant -> what its config says beside the sizes
     "llama": {},
     "mistral": {"sliding_window": 6},
     "qwen2": {},
@@ -74,6 +79,11 @@ OPTIONS = {  # model_type -> what its config says beside the sizes
     "gemma": {},
     "gemma2": {"layer_types": SLIDING, "sliding_window": 6, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 2.0},
     "gemma3_text": {"layer_types": SLIDING, "sliding_window": 6, "query_pre_attn_scalar": 9},
+    "gemma4_text": MIXED | KEYS_AS_VALUES,
+    "gemma4_text:own values": MIXED | {"attention_bias": True},
+    "gemma4_text:experts": MIXED
+    | KEYS_AS_VALUES
+    | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
     "olmo": {},
     "olmo2": {},
     "olmo3": {"layer_types": SLIDING, "sliding_window": 6},
@@ -96,21 +106,31 @@ OPTIONS = {  # model_type -> what its config says beside the sizes
 }  # fmt: skip
 
 
-def family_model(model_type, attention="eager", seed=0):
-    """A random model in eval mode, float32, with biases and norms that are not their defaults."""
+def type_of(name):
+    """The model_type of one of OPTIONS."""
+    return name.partition(":")[0]
+
+
+def family_model(name, attention="eager", seed=0):
+    """A random model in eval mode, float32, with biases and norms that are not their defaults. name: of OPTIONS."""
     torch.manual_seed(seed)
+    model_type = type_of(name)
     usual = CONFIG_MAPPING[model_type]()
     sizes = {name: size for name, size in SIZES.items() if hasattr(usual, name)}  # as real configs have them
-    config = AutoConfig.for_model(model_type, **sizes | OPTIONS[model_type])
-    if getattr(config, "head_dim", D) != D:
+    config = AutoConfig.for_model(model_type, **sizes | OPTIONS[name])
+    if not config.is_heterogeneous and getattr(config, "head_dim", D) != D:
         config.head_dim = D
     config._attn_implementation = attention
     model = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name or "ln_" in name:
-            torch.nn.init.normal_(parameter, mean=0.0 if "gemma" in model_type or "bias" in name else 1.0, std=0.2)
+            plus_one = model_type in ("gemma", "gemma2", "gemma3_text")
+            torch.nn.init.normal_(parameter, mean=0.0 if plus_one or "bias" in name else 1.0, std=0.2)
         else:
             torch.nn.init.normal_(parameter, std=0.4 if name.endswith(("bias", "sinks")) else 0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.8)
     return model
 
 

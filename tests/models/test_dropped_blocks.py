@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from every_family import OPTIONS, VOCABULARY, D, family_model
+from every_family import OPTIONS, VOCABULARY, family_model
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
@@ -20,7 +20,7 @@ from tiny import make_plan
 
 ASKED = ["llama", "gemma3_text", "gpt2", "gpt_neox", "phi3", "olmo2", "qwen2_moe"]  # one of each mechanism
 KNOWN = [name for name in OPTIONS if name in CONFIG_MAPPING]
-TOLERANCE = {"gemma2": 2e-5, "gemma3_text": 2e-5}  # norms amplify rounding
+TOLERANCE = {"gemma2": 2e-5, "gemma3_text": 2e-5, "gemma4_text": 2e-5}  # norms amplify rounding
 DROPPED = [(0,), (1, 2), (3,)]
 GENERATED = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -55,9 +55,10 @@ def without_blocks(name, dropped, attention="sdpa"):
     """(the dense model without these blocks, the pruned one, which has all channels of the others)."""
     dense = family_model(name, attention)
     view = ModelView(dense)
-    every = [list(range(D))] * view.shape.kv_heads
-    none = [[]] * view.shape.kv_heads
-    layers = [(none, none, None, False) if i in dropped else (every, every) for i in range(view.shape.layers)]
+    layers = []
+    for i, shape in enumerate(view.shape.each):
+        every, none = [list(range(shape.head_dim))] * shape.kv_heads, [[]] * shape.kv_heads
+        layers.append((none, none, None, False) if i in dropped else (every, every))
     return shortened(dense, dropped), cut(view, make_plan(dense, layers))
 
 

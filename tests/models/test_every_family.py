@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 import torch
-from every_family import OPTIONS, VOCABULARY, D, changed, family_model
+from every_family import OPTIONS, VOCABULARY, changed, family_model, type_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
 from kvprune.channels.choice.basis import Kept, basis_of
@@ -16,37 +16,37 @@ from kvprune.runtime import modeling
 from kvprune.runtime.modeling import CACHE
 from tiny import make_plan
 
-KNOWN = [name for name in OPTIONS if name in CONFIG_MAPPING]
+KNOWN = [name for name in OPTIONS if type_of(name) in CONFIG_MAPPING]
 WIDTHS = (8, 12, 14, 6)
 # So much that no coordinate is without variance
 TEXT = list(torch.randint(3, VOCABULARY, (12, 40), generator=torch.Generator().manual_seed(2)).split(4))
-TOLERANCE = {"gemma2": 2e-5, "gemma3_text": 4e-5}  # norms amplify rounding
+TOLERANCE = {"gemma2": 2e-5, "gemma3_text": 4e-5, "gemma4_text": 2e-5}  # norms amplify rounding
 
 
 def test_every_family_is_tested():
-    assert set(FAMILIES) == set(OPTIONS)
+    assert set(FAMILIES) == set(map(type_of, OPTIONS))
 
 
 def without_channels(model, seed=0):
     """(what the dense model attends with, the pruned model): random pairs of Q and K and channels of V, of each KV head
     and layer its own."""
     view, generator = ModelView(model), torch.Generator().manual_seed(seed)
-    kv_heads, layers = view.shape.kv_heads, []
-    for width in WIDTHS:
-        qk, vo = [], []
-        for _ in range(kv_heads):
-            pairs = torch.randperm(D // 2, generator=generator)[: width // 2].tolist()
-            qk.append(sorted(pairs + [p + D // 2 for p in pairs]))
-            vo.append(sorted(torch.randperm(D, generator=generator)[:width].tolist()))
+    layers = []
+    for width, shape in zip(WIDTHS, view.shape.each, strict=True):
+        qk, vo, size = [], [], shape.head_dim
+        for _ in range(shape.kv_heads):
+            pairs = torch.randperm(size // 2, generator=generator)[: width // 2].tolist()
+            qk.append(sorted(pairs + [p + size // 2 for p in pairs]))
+            vo.append(sorted(torch.randperm(size, generator=generator)[:width].tolist()))
         layers.append((qk, vo))
 
     def change(layer, key, value):
         attention, (qk, vo) = view.attention[layer], layers[layer]
-        own, shared = torch.zeros(2, kv_heads, 1, D), 0
-        for head in range(kv_heads):
+        own, shared = torch.zeros(2, key.shape[1], 1, key.shape[3]), 0
+        for head in range(key.shape[1]):
             own[0, head, 0, attention.order[qk[head]]] = 1  # the family's own numbers
             own[1, head, 0, vo[head]] = 1
-        if not attention.has_sinks and attention.has_bias("v"):
+        if not attention.has_sinks and attention.has_bias("v") and not attention.has_normed_values:
             (_, bias) = attention.rows("v")
             shared = bias.unsqueeze(1)
         return key * own[0], (value - shared) * own[1] + shared
@@ -55,29 +55,32 @@ def without_channels(model, seed=0):
 
 
 def merged(model, share=0.5):
-    """The same with all KV heads merged into one, and mixed as they are where RoPE leaves channels alone; share: by how
-    much of the heads' channels WIDTHS are scaled."""
+    """The same with as many KV heads merged into one as every layer can, and mixed as they are where RoPE leaves
+    channels alone; share: by how much of the heads' channels WIDTHS are scaled."""
     view = ModelView(model)
-    kv_heads, plan, generator = view.shape.kv_heads, [], torch.Generator().manual_seed(0)
+    merge, plan, generator = view.shape.shared_heads, [], torch.Generator().manual_seed(0)
     slow = []
     for attention in view.attention:
         still = torch.nonzero(attention.frequencies == 0).flatten()
-        slow.append(torch.stack((still, still + D // 2), 1).flatten())
-    moments = attention_moments(view, TEXT, slow, kv_heads, lambda n: None)
+        slow.append(torch.stack((still, still + attention.shape.head_dim // 2), 1).flatten())
+    moments = attention_moments(view, TEXT, slow, merge, lambda n: None)
     bases = [basis_of(m, a.weights(), s)[0] for m, a, s in zip(moments, view.attention, slow, strict=True)]
-    widths = [int(w * kv_heads * share) // 2 * 2 for w in WIDTHS]
+    widths = [int(w * merge * share) // 2 * 2 for w in WIDTHS]
     for basis, width in zip(bases, widths, strict=True):
         half = basis.width // 2
         fast = width // 2 * basis.turning // half  # any of them; of those that are mixed the leading ones
-        pairs = torch.randperm(basis.turning, generator=generator)[:fast].tolist()
-        pairs += range(basis.turning, basis.turning + width // 2 - fast)
-        plan.append(([sorted(pairs + [p + half for p in pairs])], None, basis.heads.tolist()))
+        kept = []
+        for _ in basis.heads:
+            pairs = torch.randperm(basis.turning, generator=generator)[:fast].tolist()
+            pairs += range(basis.turning, basis.turning + width // 2 - fast)
+            kept.append(sorted(pairs + [p + half for p in pairs]))
+        plan.append((kept, None, basis.heads.tolist()))
 
     def change(layer, key, value):
         attention, basis = view.attention[layer], bases[layer]
-        width, shared = widths[layer], 0
-        maps = basis.cut(Kept(torch.tensor(plan[layer][0]), torch.arange(width)[None]))
-        if not attention.has_sinks and attention.has_bias("v"):
+        width, shared, groups = widths[layer], 0, basis.heads
+        maps = basis.cut(Kept(torch.tensor(plan[layer][0]), torch.arange(width).repeat(len(groups), 1)))
+        if not attention.has_sinks and attention.has_bias("v") and not attention.has_normed_values:
             (_, bias) = attention.rows("v")
             shared = bias.unsqueeze(1)
         new_key, new_value = torch.zeros_like(key), torch.zeros_like(value)
@@ -85,15 +88,17 @@ def merged(model, share=0.5):
             key = key.clone()  # what never turns adds the same to all scores, and is large there and back
             channels = attention.order[slow[layer]]
             key[..., channels] -= key[..., channels].mean(2, keepdim=True)
-        keys = [key[:, h][..., attention.order] for h in basis.heads[0]]
-        values = [(value - shared)[:, h] for h in basis.heads[0]]
-        for number, head in enumerate(basis.heads[0]):
-            back = (maps.queries[number] @ maps.keys[0]).float(), (maps.outputs[number] @ maps.values[0]).float()
-            new_key[:, head] = (torch.cat(keys, -1) @ back[0].T)[..., attention.order.argsort()]
-            new_value[:, head] = torch.cat(values, -1) @ back[1].T
+        for group, heads in enumerate(groups):
+            keys = torch.cat([key[:, h][..., attention.order] for h in heads], -1)
+            values = torch.cat([(value - shared)[:, h] for h in heads], -1)
+            for member, head in enumerate(heads):
+                place = group * merge + member
+                of_keys, of_values = maps.queries[place] @ maps.keys[group], maps.outputs[place] @ maps.values[group]
+                new_key[:, head] = (keys @ of_keys.float().T)[..., attention.order.argsort()]
+                new_value[:, head] = values @ of_values.float().T
         return new_key, new_value + shared
 
-    return change, cut(view, make_plan(model, plan, merge=kv_heads), bases)
+    return change, cut(view, make_plan(model, plan, merge=merge), bases)
 
 
 WAYS = {"channels": without_channels, "merged": merged}
@@ -113,7 +118,7 @@ def test_prefill_decode_and_left_padding(name, way, attention):
     if attention == "sdpa" and not family_model(name)._supports_sdpa:
         pytest.skip("this family has no sdpa")
     dense, change, pruned = made(name, way, attention)
-    tolerance = TOLERANCE.get(name, 1e-5)
+    tolerance = TOLERANCE.get(type_of(name), 1e-5)
 
     def close(a, b):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
@@ -134,7 +139,7 @@ def test_prefill_decode_and_left_padding(name, way, attention):
     steps += [pruned(ids[:, t : t + 1], **{CACHE: cache}, use_cache=True).logits for t in range(9, 17)]
     close(torch.cat(steps, 1), expected)
     for layer, own in zip(cache.layers, pruned.config.per_layer_config, strict=True):
-        assert layer.keys.shape[1::2] == (pruned.config.num_key_value_heads, own.head_dim)
+        assert layer.keys.shape[1::2] == (own.num_key_value_heads, own.head_dim)
     assert torch.equal(dense(ids).logits, before)
 
 
@@ -159,12 +164,12 @@ def test_wide_heads_with_few_and_with_many_tokens(name, monkeypatch):
     ids = torch.randint(3, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(5))
     with changed(dense, change):
         expected = dense(ids).logits
-    tolerance = TOLERANCE.get(name, 1e-5)
+    tolerance = TOLERANCE.get(type_of(name), 1e-5)
     for many in (256, 4):
         monkeypatch.setattr(modeling, "MANY", many)
         torch.testing.assert_close(pruned(ids).logits, expected, rtol=0, atol=2 * tolerance)
-    layers = pruned.base_model.get_submodule(FAMILIES[name].layers)
-    wide = [getattr(layer, FAMILIES[name].attention) for layer in layers]
+    family = FAMILIES[type_of(name)]
+    wide = [getattr(layer, family.attention) for layer in family.blocks(pruned)]
     assert any(a.o_mix is not None for a in wide)
     in_order = all(a.has_own_columns for a in ModelView(dense).attention)
     assert any(a.dense_heads is not None for a in wide) == in_order

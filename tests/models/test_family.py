@@ -9,6 +9,8 @@ from kvprune.models.family import FAMILIES, dense_head_dim, family_of
 from kvprune.models.view import ModelView
 from tiny import tiny_model
 
+NUMBERS = {"clip_qkv": 1.0, "num_kv_shared_layers": 1, "hidden_size_per_layer_input": 8}  # options that are no bools
+
 
 def test_partial_rotary_embeddings_are_refused():
     model = tiny_model("llama")
@@ -30,7 +32,7 @@ def test_dense_head_dim_is_that_of_the_weights():
     ("qwen33", "the nearest that is: qwen3"),
     ("deepseek_v3", "it caches one latent for all heads"),
     ("mamba2", "it has no KV cache"),
-    ("gemma4_text", "full layers have other heads"),
+    ("gemma4", "its text model alone is"),
     ("lfm2", "not all of its layers have attention"),
     ("mllama", "keys and values of an image"),
     ("falcon", "its attention has no interface"),
@@ -44,6 +46,7 @@ def test_what_is_not_supported_is_refused_with_its_reason(name, message):
 @pytest.mark.parametrize(("name", "option"), [(f.model_type, o) for f in FAMILIES.values() for o in f.unless])
 def test_an_option_that_is_not_built_is_refused(name, option):
     model = family_model(name)
-    setattr(model.config, option, 1.0 if option == "clip_qkv" else True)
+    setting, _, value = option.partition("=")
+    setattr(model.config, setting, value or NUMBERS.get(setting, True))
     with pytest.raises(UnsupportedArchitecture, match=f"{name} with {option} is not supported"):
         ModelView(model)

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from every_family import LAYERS, OPTIONS, VOCABULARY, D, family_model
+from every_family import LAYERS, OPTIONS, VOCABULARY, family_model, type_of
 from test_every_family import without_channels
 from transformers import CONFIG_MAPPING, DynamicCache
 
@@ -22,28 +22,40 @@ from kvprune.models.view import ModelView
 from kvprune.runtime.modeling import CACHE
 from tiny import COARSE, make_plan, tiny_tokenizer
 
-KNOWN = [name for name in OPTIONS if name in CONFIG_MAPPING]
+KNOWN = [name for name in OPTIONS if type_of(name) in CONFIG_MAPPING]
 TEXT = list(torch.randint(3, VOCABULARY, (16, 32), generator=torch.Generator().manual_seed(2)).split(4))
-JOINS = ["llama", "granite", "gemma3_text", "olmo2", "glm4", "gpt2", "opt", "phi", "cohere", "mixtral", "gpt_oss"]
+JOINS = [
+    "llama",
+    "granite",
+    "gemma3_text",
+    "gemma4_text:experts",
+    "olmo2",
+    "glm4",
+    "gpt2",
+    "opt",
+    "phi",
+    "cohere",
+    "mixtral",
+    "gpt_oss",
+]
 WHOLE = ["qwen3", "gemma3_text", "phi3", "gpt2", "gpt_neox", "opt", "gpt_oss", "olmo2", "qwen3_moe", "cohere2"]
-WHOLE += ["hunyuan_v1_dense", "ministral3"]
+WHOLE += ["hunyuan_v1_dense", "ministral3", "gemma4_text", "gemma4_text:own values", "gemma4_text:experts"]
 
 
 def half(model, width=None):
-    """(bases, plan) that keep the leading half of all KV heads merged into one."""
+    """(bases, plan) that keep the leading half of as many KV heads merged into one as every layer can."""
     view = ModelView(model)
-    kv_heads = view.shape.kv_heads
+    merge = view.shape.shared_heads
     slow = [slow_channels(a) for a in view.attention]
-    moments = attention_moments(view, TEXT, slow, kv_heads, lambda n: None)
+    moments = attention_moments(view, TEXT, slow, merge, lambda n: None)
     bases = [basis_of(m, a.weights(), s)[0] for m, a, s in zip(moments, view.attention, slow, strict=True)]
-    width = width or kv_heads * D // 2
     layers = []
     for basis in bases:
-        n = basis.width // 2
-        fast = width // 2 * basis.turning // n
-        pairs = [*range(fast), *range(basis.turning, basis.turning + width // 2 - fast)]
-        layers.append(([sorted(pairs + [p + n for p in pairs])], None, basis.heads.tolist()))
-    return bases, make_plan(model, layers, merge=kv_heads)
+        n, pairs = basis.width // 2, (width or basis.width // 2) // 2
+        fast = pairs * basis.turning // n
+        kept = [*range(fast), *range(basis.turning, basis.turning + pairs - fast)]
+        layers.append(([sorted(kept + [p + n for p in kept])] * len(basis.heads), None, basis.heads.tolist()))
+    return bases, make_plan(model, layers, merge=merge)
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -106,7 +118,7 @@ def test_a_pruned_shape_is_that_of_the_cut_model(name):
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_from_checkpoint_to_folder(name, texts, tmp_path):
-    if name not in CONFIG_MAPPING:
+    if type_of(name) not in CONFIG_MAPPING:
         pytest.skip("this transformers does not know the family")
     source, out = tmp_path / "dense", tmp_path / "pruned"
     family_model(name).save_pretrained(source)

@@ -45,7 +45,7 @@ class LayerPlan(BaseModel):
 
 
 class Model(BaseModel):
-    """The model that a plan was made for."""
+    """The model that a plan was made for; sizes as in AttentionShape."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -57,6 +57,11 @@ class Model(BaseModel):
     kv_heads: int
     groups: int
     head_dim: int
+    per_layer: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def shape(self) -> AttentionShape:
+        return AttentionShape(self.layers, self.hidden, self.kv_heads, self.groups, self.head_dim, self.per_layer)
 
 
 def _method(method: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +112,9 @@ class PruningPlan(BaseModel):
     @property
     def ratio_achieved(self) -> float:
         """Fraction of the dense KV bytes per token that goes."""
-        return 1 - sum(self.widths) / (self.model.layers * self.model.head_dim * self.merge)
+        shape = self.model.shape
+        kept = sum(width * own.kv_heads for width, own in zip(self.widths, shape.each, strict=True))
+        return 1 - kept / (shape.channels * self.merge)
 
     def check(self, architecture: str, shape: AttentionShape) -> None:
         """Raise PlanMismatch unless this plan fits a model of that shape, in which channels c and c + half of a head
@@ -119,6 +126,7 @@ class PruningPlan(BaseModel):
             "kv_heads": shape.kv_heads,
             "groups": shape.groups,
             "head_dim": shape.head_dim,
+            "per_layer": shape.per_layer,
         }
         for name, value in expected.items():
             if getattr(self.model, name) != value:
@@ -131,13 +139,13 @@ class PruningPlan(BaseModel):
             raise PlanMismatch("the plan was made by an older kvprune, whose rotation was another one; make it again")
         if any((layer.vo is None) != (self.is_rotated or self.merge > 1) for layer in self.layers):
             raise PlanMismatch("a plan has vo in every layer, or null in all, as where heads are merged; make it again")
-        size = shape.head_dim * self.merge
-        for i, layer in enumerate(self.layers):
+        for i, (layer, own) in enumerate(zip(self.layers, shape.each, strict=True)):
+            size, kv_heads = own.head_dim * self.merge, own.kv_heads
             highest = max((c for kept in (*layer.qk, *(layer.vo or ())) for c in kept), default=-1)
-            if len(layer.qk) * self.merge != shape.kv_heads or highest >= size:
-                raise PlanMismatch(f"layer {i} of the plan does not fit {shape.kv_heads} KV heads of {shape.head_dim}")
+            if len(layer.qk) * self.merge != kv_heads or highest >= size:
+                raise PlanMismatch(f"layer {i} of the plan does not fit {kv_heads} KV heads of {own.head_dim}")
             heads = layer.heads or [(head,) for head in range(len(layer.qk))]
-            if {len(group) for group in heads} != {self.merge} or sorted(sum(heads, ())) != [*range(shape.kv_heads)]:
+            if {len(group) for group in heads} != {self.merge} or sorted(sum(heads, ())) != [*range(kv_heads)]:
                 raise PlanMismatch(f"layer {i} of the plan must have every KV head in one group of {self.merge}")
             for kept in map(set, layer.qk):
                 if any((c + size // 2) % size not in kept for c in kept):
@@ -145,8 +153,10 @@ class PruningPlan(BaseModel):
 
     def to_json(self) -> str:
         """One layer a line, so that two plans can be compared with diff."""
-        head = self.model_dump_json(indent=2, exclude={"layers"})
-        # `block` stands only where it says something: an older kvprune then reads the plan too
+        # per_layer and `block` stand only where they say something: an older kvprune then reads the plan too
+        head = self.model_dump_json(
+            indent=2, exclude={"layers": True} | ({} if self.model.per_layer else {"model": {"per_layer"}})
+        )
         rows = ",\n".join("    " + x.model_dump_json(exclude={"block"} if x.block else None) for x in self.layers)
         return head[:-2] + ',\n  "layers": [\n' + rows + "\n  ]\n}\n"
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 
 from kvprune.channels.choice.basis import Basis, Kept, identity
-from kvprune.channels.choice.merging import AUTO, WIDEST, for_ranks, merge_of, stock_merge
+from kvprune.channels.choice.merging import AUTO, WIDEST, check_alike, for_ranks, merge_of, stock_merge
 from kvprune.channels.choice.selection import leading, one_of_each, select, shared_pairs
 from kvprune.channels.evidence.importance import IMPORTANCE, Scores
 from kvprune.channels.evidence.statistics import measure_attention, score_layers
@@ -34,8 +34,15 @@ BUDGET_PROBES = (0.25, 0.5, 0.75)  # shares of a block's channels that `budget` 
 
 def grid_of(s: Settings, view: ModelView, merge: int) -> allocation.Grid:
     """The widths that a layer can have. Raises BadOption."""
-    channels, unit = view.shape.head_dim * merge, view.units.shape[1]
-    return allocation.Grid(view.shape.layers, channels, s.align, s.min_width, unit, WIDEST if merge > 1 else None)
+    shape, unit = view.shape, view.units.shape[1]
+
+    def widest(head_dim: int) -> int | None:
+        return max(WIDEST, head_dim) if merge > 1 else None
+
+    each = [allocation.LayerGrid(s.kv_heads // merge, s.head_dim * merge, widest(s.head_dim)) for s in shape.each]
+    own = tuple(each) if shape.per_layer else ()
+    head_dim = shape.head_dim
+    return allocation.Grid(shape.layers, head_dim * merge, s.align, s.min_width, unit, widest(head_dim), own)
 
 
 def reachable(s: Settings, grid: allocation.Grid) -> None:
@@ -56,8 +63,9 @@ def choose_merge(s: Settings, shape: AttentionShape, say: Callable[[str], None])
     heads, and where nothing is cut; ranks of tensor parallelism are left a whole number of heads each, if there are as
     many. Layout stock: see merging.stock_merge.
     """
+    check_alike(shape, s.layout, s.drop_blocks, s.depth, str(s.allocation))
     merge = _merge(s, shape, say)
-    return for_ranks(merge, s.merge == AUTO and s.layout != "stock", shape.kv_heads, s.tensor_parallel, say)
+    return for_ranks(merge, s.merge == AUTO and s.layout != "stock", shape.shared_heads, s.tensor_parallel, say)
 
 
 def _merge(s: Settings, shape: AttentionShape, say: Callable[[str], None]) -> int:
@@ -69,9 +77,10 @@ def _merge(s: Settings, shape: AttentionShape, say: Callable[[str], None]) -> in
     if s.merge == AUTO:
         if not s.can_merge or abs(ratio) < 1e-9:
             return 1
-        if shape.kv_heads == 1:
-            say("the model has one KV head, so there are none to merge")
-    return merge_of(s.merge, shape.kv_heads, shape.head_dim, ratio)
+        if shape.shared_heads == 1:
+            alike = "one KV head" if shape.kv_heads == 1 else "layers whose KV heads nothing divides"
+            say(f"the model has {alike}, so there are none to merge")
+    return merge_of(s.merge, shape.shared_heads, shape.head_dims[-1], ratio)
 
 
 def first_windows(batches: list[torch.Tensor], tokens: int | None) -> list[torch.Tensor]:
@@ -104,8 +113,8 @@ class Planner:
         s = self.settings
         sensitivity, bases, dropped = None, None, Dropped()
         if s.ratio == 0:
-            every = leading(self.view.shape.kv_heads, self.grid.head_dim)
-            kept = [Kept(every, every)] * self.grid.layers
+            every = [leading(shape.kv_heads, shape.head_dim) for shape in self.view.shape.each]
+            kept = [Kept(channels, channels) for channels in every]
         else:
             scores, bases = self._scores()
             if s.layout == "portable":
@@ -171,21 +180,22 @@ class Planner:
 
     def _kept(self, score: Scores, width: int) -> Kept:
         """The coordinates of one layer that stay."""
-        units = rope_pairs(self.grid.head_dim)
+        units = rope_pairs(score.qk.shape[1])
         return select(score, width, units, self.settings.channels == "joint")
 
-    def _probes(self, scores: list[Scores], bases: list[Basis] | None, width: int) -> list[Probe]:
-        plain = identity(self.view.shape.kv_heads, self.grid.head_dim)
+    def _probes(self, scores: list[Scores], bases: list[Basis] | None, widths: list[int]) -> list[Probe]:
+        """Of every block, with so many channels kept."""
+        plain = [identity(shape.kv_heads, shape.head_dim) for shape in self.view.shape.each]
         return [
-            Probe(block, self._kept(score, width), plain if bases is None else bases[block])
+            Probe(block, self._kept(score, widths[block]), (bases or plain)[block])
             for block, score in enumerate(scores)
         ]
 
-    def _sensitivity(self, scores: list[Scores], bases: list[Basis] | None, widths: list[int]) -> list[float]:
-        """Changes of the mean loss, block by block, for one width after another."""
+    def _sensitivity(self, scores: list[Scores], bases: list[Basis] | None, widths: list[list[int]]) -> list[float]:
+        """Changes of the mean loss, block by block, for the blocks' widths one time after another."""
         s = self.settings
         batches = first_windows(self.batches, s.probe_tokens)
-        probes = [probe for width in widths for probe in self._probes(scores, bases, width)]
+        probes = [probe for each in widths for probe in self._probes(scores, bases, each)]
         if s.probes == "estimated":
             return self._estimated("sensitivity", batches, probes)
         with self.phase("sensitivity", len(probes) * len(batches)) as advance:
@@ -211,13 +221,14 @@ class Planner:
             return allocation.round_widths(allocation.uniform(grid.layers, s.ratio), s.ratio, grid), None
         unit = self.view.units.shape[1]
         shares = BUDGET_PROBES if s.allocation == "budget" else (s.ratio if s.probe is None else s.probe,)
-        widths = [probe_width(grid.head_dim, share, unit) for share in shares]
+        widths = [[probe_width(own.channels, share, unit) for own in grid.all] for share in shares]
         changes = self._sensitivity(scores, bases, widths)
         if max(changes) <= 0:
             self.say("no layer's probe raised the loss: widths are uniform; calibrate on more text")
             return allocation.round_widths(allocation.uniform(grid.layers, s.ratio), s.ratio, grid), changes
         if s.allocation == "budget":
-            costs = [dict(zip(widths, changes[block :: grid.layers], strict=True)) for block in range(grid.layers)]
+            of_block = [(each, changes[block :: grid.layers]) for block, each in enumerate(zip(*widths, strict=True))]
+            costs = [dict(zip(*found, strict=True)) for found in of_block]
             return allocation.by_budget(costs, s.ratio, grid), changes
         if s.allocation == "rank":
             ratios = allocation.by_rank(changes, s.ratio, grid.max_ratio)
@@ -241,7 +252,7 @@ class Planner:
         self, scores: list[Scores], bases: list[Basis] | None, dropped: Dropped
     ) -> tuple[list[int], list[float]]:
         """Widths, some of them 0, and what each layer's attention is estimated to be worth in the dense model."""
-        batches, probes = first_windows(self.batches, ESTIMATED_ON), self._probes(scores, bases, 0)
+        batches, probes = first_windows(self.batches, ESTIMATED_ON), self._probes(scores, bases, [0] * self.grid.layers)
         gone = dropped.blocks
         changes = self._estimated("depth", batches, probes)
 

@@ -29,15 +29,16 @@ def record_of(
 ) -> dict[str, Any]:
     """All but what memory it took."""
     shape, dtype = view.shape, stored_dtype(view.lm)
-    full = [shape.head_dim] * shape.layers
+    full = [own.head_dim for own in shape.each]
+    heads = [own.kv_heads for own in shape.each]
     return {
         "source": s.source,
         "revision": s.revision,
         "ratio": plan.ratio,
         "ratio_achieved": plan.ratio_achieved,
         "kv_bytes_per_token": {
-            "dense": memory.kv_bytes_per_token(full, shape.kv_heads, dtype),
-            "pruned": memory.kv_bytes_per_token(plan.widths, shape.kv_heads // plan.merge, dtype),
+            "dense": memory.kv_bytes_per_token(full, heads, dtype),
+            "pruned": memory.kv_bytes_per_token(plan.widths, [n // plan.merge for n in heads], dtype),
         },
         "parameters": {"dense": memory.parameters(view.lm), "pruned": memory.parameters(pruned)},
         "weights_read_bytes": {
@@ -45,10 +46,11 @@ def record_of(
             "pruned": memory.weights_read_bytes(pruned, dtype),
         },
         "merge": plan.merge,
-        "kv_heads": {"dense": shape.kv_heads, "pruned": shape.kv_heads // plan.merge},
+        "kv_heads": {"dense": max(heads), "pruned": max(heads) // plan.merge},
         "widths": plan.widths,
         "dropped_blocks": plan.dropped_blocks,
-        "head_dim": shape.head_dim,
+        "head_dim": max(full),
+        **({"per_layer": [list(own) for own in shape.per_layer]} if shape.per_layer else {}),
         "layout": plan.layout,
         "method": plan.method,
         "calibration": plan.calibration,
@@ -97,7 +99,7 @@ def memory_of(
 
 def _of_attention(view: ModelView, plan: PruningPlan, tokens: int) -> dict[str, int]:
     """What statistics of the attention, and the bases made of them, take; nothing where the plan has neither."""
-    shape, importance = view.shape, IMPORTANCE.get(str(plan.method.get("importance")))
+    shape, importance = view.shape.largest, IMPORTANCE.get(str(plan.method.get("importance")))
     attends = importance is not None and importance.needs == "attention"
     if not (attends or plan.is_rotated):
         return {}

@@ -104,7 +104,7 @@ def _outside(view: ModelView) -> int:
 
 def _refitted(view: ModelView) -> list[int]:
     """How many inputs each matrix has that refit fits."""
-    shape, family = view.shape, view.family
+    shape, family = view.shape.largest, view.family
     found = [shape.kv_heads * shape.groups * shape.head_dim]
     if family.down:
         down = view.blocks[0].get_submodule(f"{family.mlp}.{family.down}".strip("."))
@@ -125,7 +125,7 @@ def _needs(s: Settings, view: ModelView, merge: int, batch: int, streamed: bool)
 
 def _phases(s: Settings, view: ModelView, merge: int, row: int) -> list[dict[str, int]]:
     """What each phase holds beside that; row: bytes of a token's hidden state."""
-    shape, size = view.shape, view.lm.dtype.itemsize
+    shape, size = view.shape.largest, view.lm.dtype.itemsize
     slow = max(len(slow_channels(a)) for a in view.attention)
     one = moments_bytes(shape, merge, slow) + basis_bytes(shape, merge)
     scores = {
@@ -156,7 +156,7 @@ def _phases(s: Settings, view: ModelView, merge: int, row: int) -> list[dict[str
 
 def _disk(s: Settings, view: ModelView, merge: int) -> int:
     """Bytes of the result, and of what is kept until it is written."""
-    shape, size = view.shape, view.lm.dtype.itemsize
+    shape, size = view.shape.largest, view.lm.dtype.itemsize
     slow = max(len(slow_channels(a)) for a in view.attention)
     bases = shape.layers * (moments_bytes(shape, merge, slow) + basis_bytes(shape, merge)) if s.rotates else 0
     cut = shape.layers * size * sum(p.numel() for p in view.attention[0].parameters())

@@ -42,9 +42,11 @@ class _Folder:
 
     @property
     def kv_heads(self) -> dict[str, int]:
-        found = self.record.get("kv_heads")
-        heads = self.config.num_key_value_heads
-        return found or {"dense": heads, "pruned": heads}
+        found = self.record.get("kv_heads") or dict.fromkeys(("dense", "pruned"), self.config.num_key_value_heads)
+        if "per_layer" in self.record:  # what all layers can share
+            shared = math.gcd(*(heads for heads, _ in self.record["per_layer"]))
+            return {"dense": shared, "pruned": shared // self.record.get("merge", 1)}
+        return found
 
 
 def doctor(

@@ -21,7 +21,12 @@ def slides(config: PreTrainedConfig) -> bool:
 
 def held_tokens(config: PreTrainedConfig, context: int) -> int:
     """Tokens in the cache of one sequence, summed over layers."""
-    return sum(context if most is None else min(context, most) for most in windows_of(config))
+    return sum(held_each(config, context))
+
+
+def held_each(config: PreTrainedConfig, context: int) -> list[int]:
+    """The same of each layer."""
+    return [context if most is None else min(context, most) for most in windows_of(config)]
 
 
 def longest(config: PreTrainedConfig, fits: Callable[[int], bool]) -> int:

@@ -6,6 +6,7 @@ several ranks each holds its share of both, and a KV head whole: where there are
 """
 
 import math
+import operator
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,12 +18,21 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from kvprune.channels.choice.merging import AUTO, asked_merge, divisors, for_ranks, is_factored, is_within, merge_of
+from kvprune.channels.choice.merging import (
+    AUTO,
+    asked_merge,
+    check_alike,
+    divisors,
+    for_ranks,
+    is_factored,
+    is_within,
+    merge_of,
+)
 from kvprune.channels.cut.portable import LAYOUTS
 from kvprune.channels.widths.asked import check_drop_blocks, ratio_left
 from kvprune.engines.targets import degrees
 from kvprune.errors import BadOption
-from kvprune.measure.context import held_tokens, longest, slides
+from kvprune.measure.context import held_each, longest, slides
 from kvprune.measure.memory import kv_bytes_per_token, parameters
 from kvprune.measure.shapes import dense_config
 from kvprune.models.attention import AttentionShape
@@ -79,16 +89,22 @@ def fit(
         raise BadOption(f"{source} does not say which dtype its weights have; give --dtype")
     if context > config.max_position_embeddings:
         raise BadOption(f"--context {context} is more than the {config.max_position_embeddings} that the model takes")
-    _check_ranks(config, tensor_parallel)
     weights = _Weights.of(config, layout in LAYOUTS, drop_blocks, tensor_parallel)
     shape = weights.shape
+    _check_ranks(config, shape, tensor_parallel)
+    check_alike(shape, layout, drop_blocks)
     least = math.ceil(min_width / align) * align
     grid = _Grid(shape, layout, asked_merge(merge), least, align, drop_blocks, tensor_parallel)
     if layout == "stock":  # whole heads, of the width that they have
         grid = replace(grid, least=shape.head_dim, align=1)
     sizes = _Sizes(weights, kind.itemsize, int(room * (1 - reserve)), grid)
-    per_layer = kv_bytes_per_token([shape.head_dim], shape.kv_heads, kind)
-    kv = batch * held_tokens(config, context) * per_layer
+    per_layer = [kv_bytes_per_token([own.head_dim], own.kv_heads, kind) for own in shape.each]
+
+    def held(tokens: int) -> int:
+        """Bytes of the cache of one sequence."""
+        return sum(map(operator.mul, held_each(config, tokens), per_layer))
+
+    kv = batch * held(context)
     cut = _DENSE if sizes.parts(kv, _DENSE)["fits"] else sizes.needed(lambda merge: kv)
     with_bits = [] if slides(config) else [_quantized(sizes, kind, bits, kv, context) for bits in BACKENDS]
     reached = grid.largest if cut is None else cut
@@ -97,7 +113,7 @@ def fit(
         return {"dense": of(_DENSE), "pruned": of(reached)}
 
     def longest_in(left: float) -> int:
-        return longest(config, lambda tokens: batch * held_tokens(config, tokens) * per_layer <= left)
+        return longest(config, lambda tokens: batch * held(tokens) <= left)
 
     return {
         "source": str(source),
@@ -108,15 +124,15 @@ def fit(
         "batch": batch,
         "drop_blocks": drop_blocks,
         "tensor_parallel": tensor_parallel,
-        "kv_bytes_per_token": shape.layers * per_layer,
-        "kv_bytes_per_token_of_a_rank": both(lambda c: round(sizes.held(shape.layers * per_layer, c))),
+        "kv_bytes_per_token": sum(per_layer),
+        "kv_bytes_per_token_of_a_rank": both(lambda c: round(sizes.held(sum(per_layer), c))),
         "ratio": None if cut is None else cut.ratio,
         "largest_ratio": grid.largest.ratio,
         "merge": reached.merge,
         "dense": sizes.parts(kv, _DENSE),
         "pruned": None if cut is None else sizes.parts(kv, cut),
         "weights_read_bytes": both(lambda c: round(weights.read(c) * kind.itemsize)),
-        "largest_batch": both(lambda c: int(sizes.left(c) / (held_tokens(config, context) * per_layer))),
+        "largest_batch": both(lambda c: int(sizes.left(c) / held(context))),
         "largest_context": both(lambda c: longest_in(sizes.left(c))),
         "keep": 1.0 if slides(config) else _share_kept(sizes, kv),
         "quantized": with_bits,
@@ -126,7 +142,7 @@ def fit(
 
 class _Cut(NamedTuple):
     """The fraction of the KV bytes that goes, how many KV heads become one, and the mean width of such a head in the
-    layers that have some."""
+    layers that have some; of the narrowest dense heads, where layers differ, and of others in proportion."""
 
     ratio: float
     merge: int
@@ -139,8 +155,8 @@ _DENSE = _Cut(0.0, 1, math.nan)  # of the width that it has
 @dataclass(frozen=True)
 class _Weights:
     """How many numbers a model has: all of the dense one's, those of an input embedding of which a step reads but a
-    row, and what its attention is made of; biases: which of Q, K, V and O have one. dropped: how many blocks go, and
-    with them these many numbers. ranks: that share it."""
+    row, and what its attention is made of; biases: which of Q, K, V and O have one. without_values: the layers whose V
+    is K's projection. dropped: how many blocks go, and with them these many numbers. ranks: that share it."""
 
     all: int
     unread: int
@@ -148,6 +164,8 @@ class _Weights:
     biases: frozenset[str]
     is_portable: bool
     is_normed: bool
+    has_normed_values: bool
+    without_values: frozenset[int]
     dropped: tuple[int, int]
     ranks: int
 
@@ -163,41 +181,58 @@ class _Weights:
         ratio_left(1.0, view.shape.layers, drop_blocks)  # refuses too many
         smallest = sorted(parameters(block) for block in view.blocks)[:drop_blocks]
         dropped = drop_blocks, sum(smallest) - drop_blocks * view.shape.hidden  # a constant stays
-        is_normed = view.attention[0].is_normed
-        return cls(parameters(view.lm), unread, view.shape, biases, is_portable, is_normed, dropped, ranks)
+        first = view.attention[0]
+        shared = frozenset(i for i, a in enumerate(view.attention) if a.projection("v") is a.projection("k"))
+        norms, without = (first.is_normed, first.has_normed_values), frozenset() if view.family.qkv else shared
+        return cls(parameters(view.lm), unread, view.shape, biases, is_portable, *norms, without, dropped, ranks)
 
     def kept(self, cut: _Cut) -> float:
         """Numbers of the pruned model that a rank holds, all its attention at the mean width: widths around it never
         make more. What does not belong to a KV head is shared evenly."""
-        shape, (blocks, numbers) = self.shape, self.dropped
-        dense = self._attention(shape.kv_heads, shape.head_dim, None)
-        times = copies(shape.kv_heads // cut.merge, self.ranks)
-        if cut is _DENSE:
-            now = self._attention(shape.kv_heads, shape.head_dim, None, times)
-            return (self.all + shape.layers * (now - dense)) / self.ranks
-        factored = not self.is_portable and is_factored(shape, cut.width)
-        pruned = self._attention(shape.kv_heads // cut.merge, cut.width, factored, times)
-        if "v" in self.biases and "o" not in self.biases:  # what V's bias loses is a constant behind O
-            pruned += shape.hidden
-        return (self.all - numbers + (shape.layers - blocks) * (pruned - dense)) / self.ranks
+        blocks, numbers = (0, 0) if cut is _DENSE else self.dropped
+        gained = [self._gained(layer, cut) for layer in range(self.shape.layers)]
+        return (self.all - numbers + math.fsum(gained[blocks:])) / self.ranks  # all alike, where some are dropped
 
     def read(self, cut: _Cut) -> float:
         """Numbers that a rank reads in a step of decoding."""
         return self.kept(cut) - self.unread / self.ranks
 
-    def _attention(self, kv_heads: int, width: float, factored: bool | None, times: int = 1) -> float:
+    def _gained(self, layer: int, cut: _Cut) -> float:
+        """By how many numbers one layer grows, on all ranks together."""
+        shape = self.shape.of(layer)
+        times = copies(shape.kv_heads // cut.merge, self.ranks)
+        dense = self._dense(layer, shape, 1)
+        if cut is _DENSE:
+            return self._dense(layer, shape, times) - dense
+        width = cut.width * shape.head_dim / self.shape.head_dims[0]
+        factored = not self.is_portable and is_factored(shape, width)
+        pruned = self._attention(shape, shape.kv_heads // cut.merge, width, factored, times)
+        if "v" in self.biases and "o" not in self.biases and not self.has_normed_values:
+            pruned += shape.hidden  # what V's bias loses is a constant behind O
+        return pruned - dense
+
+    def _dense(self, layer: int, shape: AttentionShape, times: int) -> float:
+        found = self._attention(shape, shape.kv_heads, shape.head_dim, None, times)
+        if layer in self.without_values:
+            found -= times * shape.kv_heads * shape.head_dim * (shape.hidden + ("v" in self.biases))
+        return found
+
+    def _attention(
+        self, shape: AttentionShape, kv_heads: int, width: float, factored: bool | None, times: int
+    ) -> float:
         """Numbers of one layer's Q, K, V and O, without O's bias and norms, which no cut changes; factored None: as it
-        was. Behind a norm Q and K are as wide as they were, with matrices of their own. times: how often each KV head
-        is held."""
-        shape = self.shape
+        was. Behind a norm Q and K, and V, are as wide as they were, with matrices of their own. times: how often each
+        KV head is held."""
         columns = {name: shape.hidden + (name in self.biases) for name in "qkv"}
         query_heads, channels = shape.kv_heads * shape.groups, shape.kv_heads * shape.head_dim
         behind_norms = self.is_normed and factored is not None
+        normed_values = self.has_normed_values and factored is not None
         q = query_heads * (shape.head_dim if factored or behind_norms else width) * columns["q"]
         k = (channels if behind_norms else kv_heads * width) * columns["k"]
         o = query_heads * (shape.head_dim if factored else width) * shape.hidden
-        mixes = (2 if behind_norms else bool(factored)) + bool(factored)  # of Q, of K and of O
-        return q + o + times * (k + kv_heads * width * columns["v"] + mixes * channels * width)
+        v = (channels if normed_values else kv_heads * width) * columns["v"]
+        mixes = (2 if behind_norms else bool(factored)) + normed_values + bool(factored)  # of Q and K, of V, and of O
+        return q + o + times * (k + v + mixes * channels * width)
 
 
 def copies(kv_heads: int, ranks: int) -> int:
@@ -224,26 +259,31 @@ class _Grid:
 
     def widest(self, merge: int) -> int:
         """Channels of a head that stands for so many."""
-        return self.shape.head_dim * (1 if self.layout == "stock" else merge)
+        return self.shape.head_dims[-1] * (1 if self.layout == "stock" else merge)
 
     def cut(self, merge: int, kept: int) -> _Cut:
         """With so many steps kept: of `align` channels of one layer, or of all."""
         layers = self.shape.layers
         channels = kept * self.align * (1 if self.is_free else layers)
-        return _Cut(1 - channels / (merge * self.shape.head_dim * layers), merge, channels / (layers - self.dropped))
+        return _Cut(1 - channels / (merge * self.narrowest * layers), merge, channels / (layers - self.dropped))
+
+    @property
+    def narrowest(self) -> int:
+        """Channels of the narrowest dense heads; wider ones are cut in proportion."""
+        return self.shape.head_dims[0]
 
     @cached_property
     def steps(self) -> list[tuple[int, range]]:
         """For each number of KV heads that may become one, what of them may be kept, so that ratios ascend."""
         shape = self.shape
         if self.merge == AUTO:
-            return [(merge, self._steps(merge)) for merge in divisors(shape.kv_heads)]
-        merge = merge_of(self.merge, shape.kv_heads, shape.head_dim, 1.0)  # refuses what does not divide
+            return [(merge, self._steps(merge)) for merge in divisors(shape.shared_heads)]
+        merge = merge_of(self.merge, shape.shared_heads, shape.head_dims[-1], 1.0)  # refuses what does not divide
         return [(self._for_ranks(merge), self._steps(merge))]
 
     def _for_ranks(self, merge: int) -> int:
         may_change = self.merge == AUTO and self.layout != "stock"
-        return for_ranks(merge, may_change, self.shape.kv_heads, self.ranks, lambda message: None)
+        return for_ranks(merge, may_change, self.shape.shared_heads, self.ranks, lambda message: None)
 
     def _steps(self, merge: int) -> range:
         shape, unit = self.shape, self.shape.layers - self.dropped if self.is_free else 1
@@ -251,7 +291,7 @@ class _Grid:
             left = shape.kv_heads // merge
             can_be = merge > 1 and (left % self.ranks == 0 or self.ranks % left == 0)
             return range(shape.head_dim, shape.head_dim + can_be)
-        most = merge * shape.head_dim * unit - (not self.dropped)  # something must go
+        most = merge * self.narrowest * unit - (not self.dropped)  # something must go
         every = range(most // self.align, self.least // self.align * unit - 1, -1)
 
         def merged(kept: int) -> int:
@@ -259,8 +299,8 @@ class _Grid:
             if self.merge == AUTO and ratio < 1e-9:  # as prune does where the others keep all
                 return 1
             if self.merge == AUTO:
-                return self._for_ranks(merge_of(AUTO, shape.kv_heads, shape.head_dim, ratio))
-            return merge if is_within(merge, shape.head_dim, ratio) else 0
+                return self._for_ranks(merge_of(AUTO, shape.shared_heads, shape.head_dims[-1], ratio))
+            return merge if is_within(merge, shape.head_dims[-1], ratio) else 0
 
         return every[bisect_left(every, merge, key=merged) : bisect_right(every, merge, key=merged)]
 
@@ -280,9 +320,10 @@ class _Sizes:
     grid: _Grid
 
     def held(self, kv: float, cut: _Cut) -> float:
-        """Of a cache of `kv` bytes with nothing removed, on one rank."""
-        ranks = self.grid.ranks
-        return (1 - cut.ratio) * kv * copies(self.grid.shape.kv_heads // cut.merge, ranks) / ranks
+        """Of a cache of `kv` bytes with nothing removed, on one rank; layers count by their channels."""
+        shape, ranks = self.grid.shape, self.grid.ranks
+        copied = sum(own.kv_heads * own.head_dim * copies(own.kv_heads // cut.merge, ranks) for own in shape.each)
+        return (1 - cut.ratio) * kv * copied / shape.channels / ranks
 
     def parts(self, kv: float, cut: _Cut) -> dict[str, Any]:
         """What is held; kv: bytes of the cache with nothing removed."""
@@ -320,7 +361,7 @@ def _quantized(sizes: _Sizes, dtype: torch.dtype, bits: int, kv: float, context:
         widths = range(grid.least, grid.widest(merge) + 1, grid.align)
         return max(map(held, widths), default=kv)
 
-    found = sizes.parts(held(grid.shape.head_dim), _DENSE)
+    found = sizes.parts(max(map(held, grid.shape.head_dims)), _DENSE)
     del found["weights"]
     cut = _DENSE if found["fits"] else sizes.needed(worst)
     ratio, merge = (None, 1) if cut is None else (cut.ratio, cut.merge)
@@ -346,9 +387,8 @@ def _recommended(ratio: float | None, quantized: list[dict[str, Any]]) -> dict[s
     return {"kv_bits": 2, "ratio": 0.0} if two_fit and (best is None or best["ratio"] > most) else best
 
 
-def _check_ranks(config: PreTrainedConfig, ranks: int) -> None:
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+def _check_ranks(config: PreTrainedConfig, shape: AttentionShape, ranks: int) -> None:
+    heads, kv_heads = shape.kv_heads * shape.groups, shape.shared_heads
     others = [getattr(config, "intermediate_size", None) or 0]
     possible = degrees(heads, kv_heads, kv_heads, others, most=max(ranks, 16))
     if ranks not in possible:

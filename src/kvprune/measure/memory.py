@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import operator
 import resource
 import sys
 from pathlib import Path
@@ -47,10 +48,12 @@ def held_bytes(layer: Any) -> int:
     return keys.nbytes + values.nbytes
 
 
-def kv_bytes_per_token(widths: list[int], kv_heads: int, dtype: torch.dtype) -> int:
+def kv_bytes_per_token(widths: list[int], kv_heads: int | list[int], dtype: torch.dtype) -> int:
     """Bytes that one token leaves in the cache: K and V, `widths[l]` channels per KV head in layer l. kv_heads: of the
-    model that has these widths, so fewer than the dense one's where heads are merged."""
-    return 2 * kv_heads * sum(widths) * dtype.itemsize
+    model that has these widths, so fewer than the dense one's where heads are merged; of each layer, or of all alike.
+    """
+    heads = [kv_heads] * len(widths) if isinstance(kv_heads, int) else kv_heads
+    return 2 * sum(map(operator.mul, widths, heads)) * dtype.itemsize
 
 
 def parameters(model: nn.Module) -> int:

@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from kvprune.channels.choice.merging import AUTO, asked_merge, is_factored, merge_of
 from kvprune.errors import BadOption, UnreachableRatio
-from kvprune.models.family import dense_head_dim, dense_kv_heads
 from kvprune.models.source import load_config, resolve
 from kvprune.models.view import ModelView
 from kvprune.runtime.twin import twin_config
@@ -69,23 +68,25 @@ def dense_config(
 
 
 def pruned_config(dense: PreTrainedConfig, ratio: float, align: int = 8, merge: int | str = AUTO) -> PreTrainedConfig:
-    """A pruned twin as `prune --layout uniform` makes it, with one width for all layers: 1 - ratio of the channels of
-    the KV heads that become one. merge: how many these are, a number or auto. Raises UnreachableRatio, BadOption and
-    UnsupportedArchitecture."""
-    head_dim, kv_heads = dense_head_dim(dense), dense_kv_heads(dense)
+    """A pruned twin as `prune --layout uniform` makes it, with one width for all layers that are alike: 1 - ratio of
+    the channels of the KV heads that become one. merge: how many these are, a number or auto. Raises UnreachableRatio,
+    BadOption and UnsupportedArchitecture."""
     if not 0 < ratio < 1:
         raise BadOption(f"--ratio {ratio:g} must lie between 0 and 1")
-    merge = merge_of(asked_merge(merge), kv_heads, head_dim, ratio)
-    channels = merge * head_dim
-    width = round(channels * (1 - ratio) / align) * align
-    if not 0 < width <= channels or abs(1 - width / channels - ratio) > 0.5 / channels:
-        raise UnreachableRatio(
-            f"ratio {ratio:g} of {merge} x {head_dim} channels is no multiple of {align}; the nearest is "
-            f"{1 - min(max(width, align), channels) / channels:g}"
-        )
     view = ModelView(random_model(dense, torch.device("meta"), torch.bfloat16))
-    factored = [is_factored(view.shape, width)] * view.shape.layers
-    return twin_config(dense, head_dim, [width] * view.shape.layers, merge, factored, **view.twin)
+    shape = view.shape
+    merge = merge_of(asked_merge(merge), shape.shared_heads, shape.head_dims[-1], ratio)
+    for head_dim in shape.head_dims:
+        channels = merge * head_dim
+        width = round(channels * (1 - ratio) / align) * align
+        if not 0 < width <= channels or abs(1 - width / channels - ratio) > 0.5 / channels:
+            raise UnreachableRatio(
+                f"ratio {ratio:g} of {merge} x {head_dim} channels is no multiple of {align}; the nearest is "
+                f"{1 - min(max(width, align), channels) / channels:g}"
+            )
+    widths = [round(merge * own.head_dim * (1 - ratio) / align) * align for own in shape.each]
+    factored = [is_factored(own, width) for own, width in zip(shape.each, widths, strict=True)]
+    return twin_config(dense, shape.head_dim, widths, merge, factored, **view.twin)
 
 
 def random_model(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -5,6 +5,8 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
+from kvprune.runtime.shown import whole_widths
+
 
 def pruned_table(record: dict[str, Any]) -> RenderableType:
     """Dense against pruned: KV bytes, parameters, perplexity; then widths, seconds and memory. A record of an older
@@ -30,6 +32,8 @@ def merged_heads(record: dict[str, Any]) -> list[str]:
     """A line that says which became which, if any did."""
     if record.get("merge", 1) == 1:
         return []
+    if "per_layer" in record:  # not as many in every layer
+        return [f"every {record['merge']} KV heads merged into one"]
     return ["{dense} KV heads merged into {pruned}".format(**record["kv_heads"])]
 
 
@@ -175,11 +179,12 @@ def _ratio(pair: dict[str, Any]) -> str:
 
 def _widths(record: dict[str, Any]) -> RenderableType:
     """A bar a layer, so that the eye finds the layers that lost most."""
-    whole = record["head_dim"] * record.get("merge", 1)
-    table = Table(title=f"channels kept per KV head, of {whole}", show_header=False, box=None)
+    wholes = whole_widths(record)
+    of = " or ".join(map(str, sorted(set(wholes))))
+    table = Table(title=f"channels kept per KV head, of {of}", show_header=False, box=None)
     dropped = record.get("dropped_blocks", ())
     for layer, width in enumerate(record["widths"]):
-        full = round(32 * width / whole)
+        full = round(32 * width / wholes[layer])
         bar = "block dropped" if layer in dropped else "█" * full + "░" * (32 - full)
         table.add_row(f"layer {layer}", f"{width}", bar)
     return table

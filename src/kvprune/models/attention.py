@@ -6,7 +6,8 @@ Of channels that RoPE leaves alone two make a pair that turns by nothing.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import gcd
 from typing import cast
 
 import torch
@@ -19,13 +20,51 @@ from kvprune.models.family import Family
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Sizes that all layers of a model share. `groups` is the number of query heads per KV head."""
+    """Sizes of a model's attention. `groups` is the number of query heads per KV head.
+
+    per_layer: (kv_heads, head_dim) of each layer, where layers differ; kv_heads, groups and head_dim are then the first
+    layer's. Empty where all are alike.
+    """
 
     layers: int
     hidden: int
     kv_heads: int
     groups: int
     head_dim: int
+    per_layer: tuple[tuple[int, int], ...] = ()
+
+    def of(self, layer: int) -> "AttentionShape":
+        """That of a model with all layers like this one."""
+        if not self.per_layer:
+            return self
+        kv_heads, head_dim = self.per_layer[layer]
+        groups = self.kv_heads * self.groups // kv_heads
+        return replace(self, kv_heads=kv_heads, groups=groups, head_dim=head_dim, per_layer=())
+
+    @property
+    def each(self) -> list["AttentionShape"]:
+        """`of` every layer."""
+        return [self.of(layer) for layer in range(self.layers)]
+
+    @property
+    def channels(self) -> int:
+        """Of the keys of one token, all layers and KV heads together."""
+        return sum(shape.kv_heads * shape.head_dim for shape in self.each)
+
+    @property
+    def largest(self) -> "AttentionShape":
+        """That of the layer that statistics take most memory for."""
+        return max(self.each, key=lambda shape: shape.kv_heads * shape.head_dim**2)
+
+    @property
+    def head_dims(self) -> list[int]:
+        """The widths of heads that there are, ascending."""
+        return sorted({shape.head_dim for shape in self.each})
+
+    @property
+    def shared_heads(self) -> int:
+        """KV heads that every layer has a multiple of: what divides them divides all layers' heads."""
+        return gcd(*(shape.kv_heads for shape in self.each))
 
 
 @dataclass(frozen=True)
@@ -81,9 +120,19 @@ class Attention:
         self.is_in_order = bool((self.order == torch.arange(shape.head_dim)).all())
 
     @property
+    def units(self) -> torch.Tensor:
+        """The channels that must leave Q and K together, (units, channels per unit)."""
+        return rope_pairs(self.shape.head_dim)
+
+    @property
     def is_normed(self) -> bool:
         """Whether a norm stands behind Q and K, whose projections then stay as they are, in the family's order."""
         return bool(self.family.norm_of)
+
+    @property
+    def has_normed_values(self) -> bool:
+        """The same of V."""
+        return bool(self.family.v_norm)
 
     @property
     def has_own_columns(self) -> bool:
@@ -101,9 +150,10 @@ class Attention:
         return self.has_sinks or getattr(self.module, "attn_logit_softcapping", None) is not None
 
     def projection(self, name: str) -> nn.Module:
-        """The module that holds projection "q", "k", "v" or "o"."""
+        """The module that holds projection "q", "k", "v" or "o". Where a layer has no V, that is K's."""
         fused = self.family.qkv if name != "o" else ""
-        return getattr(self.module, fused or getattr(self.family, name))
+        found = getattr(self.module, fused or getattr(self.family, name))
+        return self.projection("k") if found is None and name == "v" else found
 
     def parameters(self) -> list[nn.Parameter]:
         """Weights and biases of Q, K, V and O, each once."""
@@ -115,8 +165,9 @@ class Attention:
     @property
     def constant(self) -> torch.Tensor | None:
         """V's bias (kv_heads, D) where it comes out as a constant behind O: attention weights sum to one, unless there
-        are sinks."""
-        return None if self.has_sinks or not self.has_bias("v") else self.rows("v")[1]
+        are sinks, or a norm stands behind V."""
+        is_none = self.has_sinks or self.has_normed_values or not self.has_bias("v")
+        return None if is_none else self.rows("v")[1]
 
     @property
     def device(self) -> torch.device:

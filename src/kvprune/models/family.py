@@ -33,12 +33,13 @@ class Family:
     attribute of the attention that tells the layers with RoPE from those without ("is_sliding": all have it where the
     model has no window).
     norm_of: what the norm on q and k (q_norm, k_norm) takes together: "head", "all" heads, or "" for no norm;
-    norm_behind_rope: RoPE turns first.
+    norm_behind_rope: RoPE turns first. v_norm: a norm on each head of V, "" for none.
     temperature: the name among rope_parameters of how much queries grow with the logarithm of their position.
     behind_attention, behind_mlp: norms of the block between what they put out and the residual stream; times: the
     config's name for what both are multiplied by there.
     logits: what the config's number of that name does to logits: ("divide" | "times" | "cap", name).
-    unless: names in the config that must be false or absent, since what they turn on is not built.
+    unless: names in the config that must be false or absent, or not of this value, since what they turn on is not
+    built.
     portable_as: the stock model_type of this family in the layouts portable and stock (a bias on V wants one on O);
     None: none holds it.
     """
@@ -63,6 +64,7 @@ class Family:
     q_norm: str = "q_norm"
     k_norm: str = "k_norm"
     norm_behind_rope: bool = False
+    v_norm: str = ""
     temperature: str = ""
     behind_attention: str = ""
     behind_mlp: str = ""
@@ -89,8 +91,8 @@ class Family:
     @property
     def is_plain(self) -> bool:
         """Whether the attention is Llama's, by names, RoPE and arithmetic."""
-        own = (self.qkv, self.rope, self.table, self.rotates, self.norm_of, self.temperature)
-        return own == ("", "half", "half", "", "", "")
+        own = (self.qkv, self.rope, self.table, self.rotates, self.norm_of, self.v_norm, self.temperature)
+        return own == ("", "half", "half", "", "", "", "")
 
     def words(self) -> dict[str, Any]:
         """By which the pruned twin finds its way in the dense modules; see runtime/modeling.py."""
@@ -147,6 +149,14 @@ FAMILIES = {
         Family("gemma"),
         Family("gemma2", logits=CAP, **POST_NORMS),
         Family("gemma3_text", norm_of="head", logits=CAP, unless=("use_bidirectional_attention",), **POST_NORMS),
+        Family(
+            "gemma4_text",
+            norm_of="head",
+            v_norm="v_norm",
+            logits=CAP,
+            unless=("use_bidirectional_attention=all", "num_kv_shared_layers", "hidden_size_per_layer_input"),
+            **POST_NORMS,
+        ),
         Family("olmo", unless=("clip_qkv",)),
         Family("olmo2", norm_of="all", **POST_NORMS),
         Family("olmo3", norm_of="all", **POST_NORMS),
@@ -199,10 +209,7 @@ WHY_NOT = {  # model_type -> why it is out of scope
         ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "jamba", "bamba", "lfm2", "granitemoehybrid"),
         "not all of its layers have attention",
     ),
-    **dict.fromkeys(
-        ("gemma4", "gemma4_text"),
-        "full layers have other heads than sliding ones, values have a norm, and layers may share keys and values",
-    ),
+    "gemma4": "its text model alone is, gemma4_text",
     **dict.fromkeys(("gemma3n", "gemma3n_text"), "its last layers attend to keys and values of others"),
     **dict.fromkeys(("llama4", "llama4_text"), "its RoPE turns complex numbers, with a norm behind it in some layers"),
     "qwen3_vl_moe": "its checkpoints hold experts otherwise than those of qwen3_moe",
@@ -237,9 +244,11 @@ def family_of(model_type: str) -> Family:
 def check_config(config: PreTrainedConfig) -> None:
     """Raise UnsupportedArchitecture for an option of a supported family that is not built."""
     family = family_of(config.model_type)
-    for name in family.unless:
-        if getattr(config, name, None):
-            raise UnsupportedArchitecture(f"{config.model_type} with {name} is not supported")
+    for option in family.unless:
+        name, _, value = option.partition("=")
+        given = getattr(config, name, None)
+        if (given == value) if value else given:
+            raise UnsupportedArchitecture(f"{config.model_type} with {option} is not supported")
     rope = getattr(config, "rope_parameters", None) or {}
     if family.is_plain and rope.get("partial_rotary_factor", 1.0) != 1.0 and family.portable_as is not None:
         raise UnsupportedArchitecture("partial rotary embeddings are not supported for this family")
@@ -257,6 +266,12 @@ def dense_kv_heads(config: PreTrainedConfig) -> int:
     """KV heads of the dense model, from its own config or that of its pruned twin, whose heads may be merged."""
     names = ("dense_kv_heads", "num_key_value_heads", "num_attention_heads")
     return next(getattr(config, name) for name in names if getattr(config, name, None))
+
+
+def dense_shapes(config: PreTrainedConfig) -> list[tuple[int, int]]:
+    """(KV heads, channels of a head) of each layer of the dense model, from its own config or its pruned twin's."""
+    layers = config.per_layer_config if config.is_heterogeneous else [config] * config.num_hidden_layers
+    return [(dense_kv_heads(layer), dense_head_dim(layer)) for layer in layers]
 
 
 def mlp_width(config: PreTrainedConfig) -> int:

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvprune.errors import BadOption
-from kvprune.models.attention import Attention, AttentionShape, rope_pairs
-from kvprune.models.family import check_config, dense_head_dim, dense_kv_heads, family_of
+from kvprune.errors import BadOption, UnsupportedArchitecture
+from kvprune.models.attention import Attention, AttentionShape
+from kvprune.models.family import check_config, dense_shapes, family_of
 from kvprune.models.logits import Head
 from kvprune.runtime import PREFIX
 from kvprune.runtime.modeling import window_of
@@ -24,17 +24,21 @@ class ModelView:
         self.family = family_of(lm.config.model_type)
         check_config(lm.config)
         config = lm.config
-        kv_heads = dense_kv_heads(config)
+        shapes = dense_shapes(config)
+        kv_heads, head_dim = shapes[0]
         self.shape = AttentionShape(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
             kv_heads=kv_heads,
             groups=config.num_attention_heads // kv_heads,
-            head_dim=dense_head_dim(config),
+            head_dim=head_dim,
+            per_layer=tuple(shapes) if len(set(shapes)) > 1 else (),
         )
         self.blocks = self.family.blocks(lm)
         self.norm = lm.base_model.get_submodule(self.family.norm)
         self.attention = [self._attention(number, block) for number, block in enumerate(self.blocks)]
+        if self.shape.per_layer and not all(attention.has_own_columns for attention in self.attention):
+            raise UnsupportedArchitecture("partial rotary embeddings of layers that differ are not supported")
 
     def _attention(self, number: int, block: nn.Module) -> Attention:
         config: Any = self.lm.config
@@ -42,7 +46,7 @@ class ModelView:
         inv_freq, stretch = self._rope(number)
         context = config.max_position_embeddings
         window = window_of(module, config) or context
-        return Attention(module, self.family, self.shape, inv_freq, stretch, min(window, context))
+        return Attention(module, self.family, self.shape.of(number), inv_freq, stretch, min(window, context))
 
     def _rope(self, number: int) -> tuple[torch.Tensor | None, float]:
         """The frequencies of block `number`, (pairs,), and what RoPE multiplies by; some models have one table for each
@@ -65,6 +69,7 @@ class ModelView:
         return {
             "kv_heads": self.shape.kv_heads,
             "columns": int(self.attention[0].columns[-1]),
+            "per_layer": self.shape.per_layer,
             "words": self.family.words(),
             "rebuilds": all(attention.has_own_columns for attention in self.attention),
         }
@@ -76,8 +81,8 @@ class ModelView:
 
     @property
     def units(self) -> torch.Tensor:
-        """The channels that must leave Q and K together, (units, channels per unit)."""
-        return rope_pairs(self.shape.head_dim)
+        """The channels that must leave Q and K together in the first layer, (units, channels per unit)."""
+        return self.attention[0].units
 
     @property
     def frequencies(self) -> torch.Tensor:

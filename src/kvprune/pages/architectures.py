@@ -21,7 +21,7 @@ What a cell means:
   layers or families without it) are mixed freely, across heads too.
 - **norm on q, k**: over each head, or over all at once. Q and K then keep all their rows, and what is kept is chosen
   behind the norm: the cache is as narrow, the weights of Q and K are not. Where RoPE stands before the norm, all
-  channels turn, and what is kept of a pair is chosen behind both.
+  channels turn, and what is kept of a pair is chosen behind both. A norm on v likewise: V keeps its rows.
 - **joins the stream**: behind a norm, refit fits the matrix to what the dense one puts out, before the norm; behind a
   multiplier it divides by it.
 - **refitted**: the matrices that refit may change. Experts stay as they are.
@@ -47,7 +47,7 @@ def row(family: Family) -> str:
         f"`{family.model_type}`",
         f"`{family.qkv}`, by {family.split}" if family.qkv else "apart",
         rope,
-        norm + (", behind RoPE" if family.norm_behind_rope else ""),
+        norm + (", behind RoPE" if family.norm_behind_rope else "") + (", and of v" if family.v_norm else ""),
         joins,
         logits,
         "O and down" if family.down else "O",
@@ -64,7 +64,8 @@ def page() -> str:
     refused = "".join(f"- {', '.join(names)}: {why}\n" for why, names in reasons.items())
     options = [f"`{f.model_type}` with `{name}`" for f in FAMILIES.values() for name in f.unless]
     refused += f"- {', '.join(options)}: LayerNorm on q and k, projections that are clamped, "
-    refused += "attention that looks ahead\n"
+    refused += "attention that looks ahead, "
+    refused += "keys and values that layers share, inputs of each layer that depend on its tokens\n"
     wrappers = ", ".join(f"`{name}`" for name in WRAPPERS)
     return (
         ABOVE

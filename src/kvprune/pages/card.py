@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from kvprune.runtime import PREFIX
+from kvprune.runtime.shown import whole_widths
 from kvprune.text.corpus import HUB
 
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -69,12 +70,15 @@ def _facts(record: dict[str, Any]) -> Iterator[str]:
     if "layout" in record:
         yield f"Layout: {record['layout']}; written in {record.get('dtype', 'the dtype of the source')}."
     heads = record.get("kv_heads")
-    if heads and heads["dense"] != heads["pruned"]:
+    if "per_layer" in record and record.get("merge", 1) > 1:
+        yield f"Of a layer's KV heads every {record['merge']} are merged into one."
+    elif heads and heads["dense"] != heads["pruned"]:
         yield f"KV heads of a layer: {heads['pruned']}, merged from {heads['dense']}."
     widths = record.get("widths")
     if widths:
         kept = f"{widths[0]} in each of {len(widths)} layers" if len(set(widths)) == 1 else ", ".join(map(str, widths))
-        dense = f" (of {record['head_dim'] * record.get('merge', 1)})" if "head_dim" in record else ""
+        sizes = " or ".join(map(str, sorted(set(whole_widths(record)))))
+        dense = f" (of {sizes})" if sizes else ""
         yield f"Channels that a KV head keeps{dense}: {kept}."
         if 0 in widths:
             yield f"Layers without attention: {', '.join(str(i) for i, width in enumerate(widths) if not width)}."

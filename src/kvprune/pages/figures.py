@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from kvprune.runtime.shown import whole_widths
+
 KEPT, SENSITIVE, SECOND = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito, readable on light and on dark
 THEMES = {"light": "#1b1b1b", "dark": "#e6e6e6"}
 
@@ -24,7 +26,7 @@ def theme(name: str) -> Iterator[None]:
 
 def plan(record: dict[str, Any]) -> Figure:
     """Per layer: how much worse the model got when the layer alone was cut, and what width it kept."""
-    widths, dense = record["widths"], record["head_dim"] * record.get("merge", 1)
+    widths, dense = record["widths"], whole_widths(record)
     layers = range(len(widths))
     sensitivity = record.get("sensitivity")
     measured = sensitivity is not None and len(sensitivity) == len(widths)  # budget has several per layer
@@ -33,7 +35,8 @@ def plan(record: dict[str, Any]) -> Figure:
     if measured:
         panels[0].bar(layers, sensitivity, color=SENSITIVE)
         panels[0].set_ylabel("sensitivity, nats")
-    panels[-1].bar(layers, [dense] * len(widths), color=KEPT, alpha=0.2, label=f"dense, {dense}")
+    sizes = " or ".join(map(str, sorted(set(dense))))
+    panels[-1].bar(layers, dense, color=KEPT, alpha=0.2, label=f"dense, {sizes}")
     panels[-1].bar(layers, widths, color=KEPT, label="kept")
     panels[-1].set_ylabel("channels per KV head")
     panels[-1].set_xlabel("layer")

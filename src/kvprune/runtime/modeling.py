@@ -20,7 +20,8 @@ model in which each layer's attention has been replaced by `PrunedAttention`. No
   arithmetic is (prefill). So for many new tokens at once the same small matrices lead keys and values, not queries and
   outputs, and attention runs at the dense width: the same numbers, since RoPE and these matrices commute.
 - Widths live in `per_layer_config[i].head_dim`, which transformers and vLLM both read. `config.head_dim` is the one
-  width where all layers have the same, so that whoever makes a cache by it is right, and else the dense head_dim.
+  width where all layers have the same, so that whoever makes a cache by it is right, and else the dense head_dim. Where
+  dense layers differ, so do `num_key_value_heads`, `dense_kv_heads` and `dense_head_dim`, which stand there too.
 - A layer may have no attention, or no block at all. It stays where it was, with a constant, so that the numbers of the
   layers are the dense model's, and tells the cache of its tokens.
 - Folders live for years, and transformers renames what a block hands its attention. The KV cache is taken under any
@@ -54,17 +55,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 # fmt: off
 FAMILIES = (
     "apertus", "arcee", "cohere", "cohere2", "cwm", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma", "gemma2",
-    "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granite", "granitemoe", "helium",
-    "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax", "internlm3", "jais2", "llama", "minimax_m2", "ministral",
-    "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3", "phimoe",
-    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
+    "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granite", "granitemoe",
+    "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax", "internlm3", "jais2", "llama", "minimax_m2",
+    "ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi",
+    "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm",
+    "starcoder2",
 )
 # fmt: on
 PREFIX = "kvprune_"  # model_type of the twin: kvprune_llama, ...
 # Of this file. 1 (which said no number) loses the cache from transformers 5.24 on; 2 knows no merged heads; 3 has no
 # channels that RoPE leaves alone; 4 knows Llama, Mistral and Qwen2 alone; 5 drops no blocks, and refuses tensor
-# parallelism.
-VERSION = 7
+# parallelism; 7 wants dense layers that are alike, and no norm on values.
+VERSION = 8
 MANY = 256  # new tokens at once from which attention at the dense width saves more than leading keys and values there
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what transformers has called it, or may
 # What it is called here, in calls of a model and in what a model returns: "cache" from transformers 5.24 on.
@@ -77,11 +79,12 @@ HEADS = (AutoModelForSequenceClassification, AutoModelForTokenClassification, Au
 
 # Where a family has what PrunedAttention needs, below the base model, a block and its attention; what `words` in the
 # config leave out. norm_of: what the norms on queries and keys take together, "head", "all" heads, or "" for none;
-# norm_behind_rope: RoPE comes first, at the dense width. temperature: the name among rope_parameters of how much
-# queries grow with the logarithm of their position.
+# norm_behind_rope: RoPE comes first, at the dense width. v_norm: the norm on each head of values, if there is one.
+# temperature: the name among rope_parameters of how much queries grow with the logarithm of their position.
 WORDS: dict[str, Any] = {
     **{"layers": "layers", "attention": "self_attn", "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
-    **{"qkv": "", "norm_of": "", "q_norm": "q_norm", "k_norm": "k_norm", "norm_behind_rope": False, "temperature": ""},
+    **{"qkv": "", "norm_of": "", "q_norm": "q_norm", "k_norm": "k_norm", "norm_behind_rope": False, "v_norm": ""},
+    **{"temperature": ""},
 }
 
 
@@ -147,12 +150,13 @@ def vllm_ranks(config: Any) -> int:
 def split_plan(config: Any, words: dict[str, str]) -> dict[str, str]:
     """How the projections are split among ranks, in the words of transformers' plans. K and V of fewer heads than ranks
     are whole on each; a norm over all heads wants them together."""
-    ranks, kv_heads = vllm_ranks(config), config.num_key_value_heads
-    for heads in {kv_heads, config.dense_kv_heads or kv_heads}:
+    ranks, layers = vllm_ranks(config), config.per_layer_config
+    kv_heads = {layer.num_key_value_heads for layer in layers}
+    for heads in kv_heads | {layer.dense_kv_heads or layer.num_key_value_heads for layer in layers}:
         share_of(heads, 0, ranks)
     normed = "colwise_gather_output" if words["norm_of"] == "all" else "colwise"
     split = {"q_proj": normed, "o_proj": "rowwise"}
-    return split | {"k_proj": normed, "v_proj": "colwise"} if ranks <= kv_heads else split
+    return split | {"k_proj": normed, "v_proj": "colwise"} if ranks <= min(kv_heads) else split
 
 
 class HeadMix(nn.Module):
@@ -178,7 +182,7 @@ class DenseHeads(nn.Module):
     def __init__(self, of: "PrunedAttention", dense_kv_heads: int):
         super().__init__()
         self.config, self.layer_idx, self.scaling, self.is_causal = of.config, of.layer_idx, of.scaling, of.is_causal
-        self.head_dim, self.sliding_window = of.config.dense_head_dim, of.sliding_window
+        self.head_dim, self.sliding_window = of.dense_head_dim, of.sliding_window
         self.num_key_value_groups = of.config.num_attention_heads // dense_kv_heads
 
 
@@ -207,13 +211,15 @@ class PrunedAttention(nn.Module):
     Q, K, V: hidden -> heads * width; O: heads * width -> hidden; the cache holds width numbers per
     KV head for K and for V. factored: Q and O have the dense head_dim per head, and `q_mix` and `o_mix` lead to the
     width and back. Where the family has a norm on queries and keys, Q and K have it too, since the norm is taken over
-    all of a head, and `q_mix` and `k_mix` stand behind it. O has a bias where V had one: a removed V channel's bias is
-    a constant at the output, and that is where it is kept.
+    all of a head, and `q_mix` and `k_mix` stand behind it; likewise V and `v_mix`. O has a bias where V had one: a
+    removed V channel's bias is a constant at the output, and that is where it is kept. own: this layer's config, where
+    layers differ.
     """
 
-    def __init__(self, dense: nn.Module, config, width: int, factored: bool = False):
+    def __init__(self, dense: nn.Module, config, width: int, factored: bool = False, own: Any = None):
         super().__init__()
-        words = self.words = WORDS | (config.words or {})
+        words, own_config = WORDS | (config.words or {}), own or config
+        self.words = words
         self.config = config
         self.layer_idx = dense.layer_idx
         self.head_dim = width
@@ -225,27 +231,33 @@ class PrunedAttention(nn.Module):
         self.softcap = getattr(dense, "attn_logit_softcapping", None)
         self.sinks = getattr(dense, "sinks", None)
 
-        hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+        hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, own_config.num_key_value_heads
         self.num_key_value_groups = heads // kv_heads
-        dense_kv_heads, channels = config.dense_kv_heads or kv_heads, config.dense_head_dim
-        is_normed = bool(words["norm_of"])
+        dense_kv_heads, channels = own_config.dense_kv_heads or kv_heads, own_config.dense_head_dim
+        self.dense_head_dim = channels
+        is_normed, v_normed = bool(words["norm_of"]), bool(words["v_norm"])
         own = channels if factored else width
         q_own, k_all = (channels, dense_kv_heads * channels) if is_normed else (own, kv_heads * width)
         names = {name: words["qkv"] or words[name] for name in "qkv"} | {"o": words["o"]}
+        if getattr(dense, names["v"]) is None:  # K's projection is V's too
+            names["v"] = names["k"]
         has_bias = {name: getattr(getattr(dense, names[name]), "bias", None) is not None for name in "qkvo"}
         self.q_proj = nn.Linear(hidden, heads * q_own, bias=has_bias["q"])
         self.k_proj = nn.Linear(hidden, k_all, bias=has_bias["k"])
-        self.v_proj = nn.Linear(hidden, kv_heads * width, bias=has_bias["v"])
-        constant = has_bias["v"] and self.sinks is None  # attention weights sum to one
+        v_all = dense_kv_heads * channels if v_normed else kv_heads * width
+        self.v_proj = nn.Linear(hidden, v_all, bias=has_bias["v"])
+        constant = has_bias["v"] and self.sinks is None and not v_normed  # attention weights sum to one
         self.o_proj = nn.Linear(heads * own, hidden, bias=has_bias["o"] or constant)
         if is_normed:
             self.q_norm, self.k_norm = getattr(dense, words["q_norm"]), getattr(dense, words["k_norm"])
         self.q_mix = HeadMix(dense_kv_heads, q_own, width) if factored or is_normed else None
         self.k_mix = HeadMix(kv_heads, k_all // kv_heads, width) if is_normed else None
+        self.v_norm = getattr(dense, words["v_norm"]) if v_normed else None
+        self.v_mix = HeadMix(kv_heads, v_all // kv_heads, width) if v_normed else None
         self.o_mix = HeadMix(dense_kv_heads, width, own) if factored else None
         rebuilt = config.rebuilds and factored and width > own
         self.dense_heads = DenseHeads(self, dense_kv_heads) if rebuilt else None
-        self.columns = channels if config.rope_columns is None else config.rope_columns  # of cos and sin
+        self.columns = channels if own_config.rope_columns is None else own_config.rope_columns  # of cos and sin
         self.rope_index: torch.Tensor
         # Until weights come: the pairs in turn. (kv_heads, width)
         pairs, half = torch.arange(width // 2), max(self.columns // 2, 1)
@@ -290,7 +302,7 @@ class PrunedAttention(nn.Module):
         cos and sin, where RoPE comes first."""
         if self.words["norm_of"] == "all":
             return norm(projected)
-        heads = projected.unflatten(-1, (-1, self.config.dense_head_dim))
+        heads = projected.unflatten(-1, (-1, self.dense_head_dim))
         if turn is not None:
             cos, sin = (x[..., : heads.shape[-1]].unsqueeze(-2).to(heads.dtype) for x in turn)
             heads = heads * cos + rotate_half(heads) * sin
@@ -301,7 +313,7 @@ class PrunedAttention(nn.Module):
         query = self.q_proj(hidden)
         if self.k_mix is None:
             return query
-        query = self.normed(query, self.q_norm, turn).unflatten(-1, (-1, self.config.dense_head_dim))
+        query = self.normed(query, self.q_norm, turn).unflatten(-1, (-1, self.dense_head_dim))
         return self._of_rank(query, self.config.num_attention_heads).flatten(-2)
 
     def queries(self, hidden: torch.Tensor, turn: Any = None) -> torch.Tensor:
@@ -323,6 +335,16 @@ class PrunedAttention(nn.Module):
             return key
         place = (0, 1) if key.shape[-1] == heads * width else place_of(self.q_proj)
         return self.k_mix(self.normed(key, self.k_norm, turn), place)
+
+    def values(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (..., hidden) -> values (..., kv_heads * width)."""
+        value = self.v_proj(hidden)
+        if self.v_mix is None:
+            return value
+        heads, width = self.v_mix.weight.shape[:2]
+        place = (0, 1) if value.shape[-1] == heads * width else place_of(self.q_proj)
+        assert self.v_norm is not None
+        return self.v_mix(self.v_norm(value.unflatten(-1, (-1, self.dense_head_dim))).flatten(-2), place)
 
     def _warmed(self, query: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         """query (B, heads, T, width) times 1 + beta log(1 + floor(position / original length)), where the family has it
@@ -396,12 +418,12 @@ class PrunedAttention(nn.Module):
             turn, position_embeddings = position_embeddings, None
         if is_rebuilt:
             query_states = self.dense_queries(hidden_states, turn)
-            query_states = query_states.view(*input_shape, -1, self.config.dense_head_dim).transpose(1, 2)
+            query_states = query_states.view(*input_shape, -1, self.dense_head_dim).transpose(1, 2)
         else:
             query_states = self.queries(hidden_states, turn).view(hidden_shape).transpose(1, 2)
         kv_heads = len(self.rope_index)
         key_states = self._of_rank(self.keys(hidden_states, turn).view(hidden_shape), kv_heads).transpose(1, 2)
-        value_states = self._of_rank(self.v_proj(hidden_states).view(hidden_shape), kv_heads).transpose(1, 2)
+        value_states = self._of_rank(self.values(hidden_states).view(hidden_shape), kv_heads).transpose(1, 2)
 
         if position_embeddings is not None:
             query_states, key_states = self._rotate(query_states, key_states, *position_embeddings)
@@ -447,9 +469,10 @@ class NoAttention(nn.Module):
 
     head_dim = 0
 
-    def __init__(self, dense: nn.Module, config):
+    def __init__(self, dense: nn.Module, config, own: Any = None):
         super().__init__()
         self.config = config
+        self.kv_heads = (own or config).num_key_value_heads
         self.layer_idx: Any = dense.layer_idx
         with warnings.catch_warnings():  # torch has one for a matrix that reads nothing
             warnings.simplefilter("ignore")
@@ -462,7 +485,7 @@ class NoAttention(nn.Module):
         cache = take_cache(kwargs)
         if cache is not None:
             batch, tokens, _ = hidden_states.shape
-            nothing = hidden_states.new_empty(batch, self.config.num_key_value_heads, tokens, 0)
+            nothing = hidden_states.new_empty(batch, self.kv_heads, tokens, 0)
             if isinstance(cache, CacheLayerMixin):
                 cache.update(nothing, nothing)
             else:
@@ -487,10 +510,10 @@ class Skipped(nn.Module):
     """In place of a block that has gone, attention, MLP and norms: the residual stream goes on, with a constant added.
     The constant is the bias of what stands for its attention, which still tells the cache of its tokens."""
 
-    def __init__(self, dense: nn.Module, config, attention: str):
+    def __init__(self, dense: nn.Module, config, attention: str, own: Any = None):
         nn.Module.__init__(self)  # nothing of the block's own
         self.stand_in = attention  # its name, the family's, as in the other blocks
-        setattr(self, attention, NoAttention(getattr(dense, attention), config))
+        setattr(self, attention, NoAttention(getattr(dense, attention), config, own))
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs):
         """hidden_states (B, T, hidden) -> the same. Some families hand the cache over by place, so all gets a name."""
@@ -498,11 +521,11 @@ class Skipped(nn.Module):
         return hidden_states + getattr(self, self.stand_in)(hidden_states, **kwargs)[0]
 
 
-def skipped(block: nn.Module, config, attention: str) -> nn.Module:
+def skipped(block: nn.Module, config, attention: str, own: Any = None) -> nn.Module:
     """A `Skipped` that is one of the block's own class too, and of its name: by these transformers knows what hidden
     states to record, and accelerate what to keep on one device."""
     kind = type(type(block).__name__, (Skipped, type(block)), {})
-    return kind(block, config, attention)
+    return kind(block, config, attention, own)
 
 
 def _dropout_of(dense: nn.Module) -> float:
@@ -567,11 +590,16 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
             dense_config._validate_longrope_rope_parameters(read, *args, **kwargs)
 
         def dense(self):
-            """This config as the dense modules must read it: one head_dim, the dense one, and all KV heads."""
+            """This config as the dense modules must read it: the dense head_dim, and all KV heads."""
+            heads = [layer.dense_kv_heads or layer.num_key_value_heads for layer in self.per_layer_config]
+            channels = [layer.dense_head_dim for layer in self.per_layer_config]
             config = copy.deepcopy(self)
             config.per_layer_config = None
-            config.head_dim = self.dense_head_dim
-            config.num_key_value_heads = self.dense_kv_heads or self.num_key_value_heads
+            config.head_dim, config.num_key_value_heads = channels[0], heads[0]
+            if len(set(zip(heads, channels, strict=True))) > 1:
+                names = ("num_key_value_heads", "head_dim")
+                both = [dict(zip(names, sizes, strict=True)) for sizes in zip(heads, channels, strict=True)]
+                config.per_layer_config = dict(enumerate(both))
             return config
 
     Config.model_type = PREFIX + model_type
@@ -593,11 +621,11 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
             for index, layer_config in enumerate(config.per_layer_config):
                 layer, own = layers[index], (layer_config.head_dim, layer_config.factored)
                 if not layer_config.block:
-                    layers[index] = skipped(layer, config, words["attention"])
+                    layers[index] = skipped(layer, config, words["attention"], layer_config)
                     continue
                 dense = getattr(layer, words["attention"])
-                attention = PrunedAttention(dense, config, *own) if own[0] else NoAttention(dense, config)
-                setattr(layer, words["attention"], attention)
+                attention = PrunedAttention(dense, config, *own, layer_config) if own[0] else None
+                setattr(layer, words["attention"], attention or NoAttention(dense, config, layer_config))
             self.post_init()
             where = f"{words['layers']}.*.{words['attention']}."
             plan = {name: style for name, style in self.tp_plan.items() if not name.startswith(where)}

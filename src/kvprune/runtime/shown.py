@@ -39,6 +39,9 @@ class Index(_Checked):
     weight_map: dict[str, Name]
 
 
+Heads = Annotated[list[Annotated[int, Field(ge=1, le=2**20)]], Field(min_length=2, max_length=2)]  # number, channels
+
+
 class Pair(_Checked):
     """Of the dense and of the pruned model."""
 
@@ -85,6 +88,7 @@ class _Recorded(TypedDict, total=False):
     widths: list[Count]
     dropped_blocks: list[Count]
     head_dim: Annotated[int, Field(ge=1, le=2**20)]
+    per_layer: list[Heads]
     layout: str
     method: dict[str, Any]
     calibration: Learnt | None
@@ -106,7 +110,17 @@ def _fitting(record: _Recorded) -> _Recorded:
         raise ValueError("a layer is wider than its heads")
     if merge > 1 and "kv_heads" not in record:
         raise ValueError("heads were merged, and kv_heads is missing")
+    if "per_layer" in record and len(record["per_layer"]) != len(record.get("widths", ())):
+        raise ValueError("per_layer and widths are not of the same layers")
     return record
+
+
+def whole_widths(record: dict[str, Any]) -> list[int]:
+    """What each layer's heads would have, nothing removed, merged ones of all that became one; empty where a record
+    does not say."""
+    alike = [record["head_dim"]] * len(record["widths"]) if "head_dim" in record else []
+    channels = [own for _, own in record["per_layer"]] if "per_layer" in record else alike
+    return [own * record.get("merge", 1) for own in channels]
 
 
 Recorded: TypeAdapter = TypeAdapter(Annotated[_Recorded, AfterValidator(_fitting)])

@@ -18,6 +18,7 @@ def twin_config(
     dropped: Sequence[int] = (),
     kv_heads: int | None = None,
     columns: int | None = None,
+    per_layer: Sequence[tuple[int, int]] = (),
     words: dict[str, Any] | None = None,
     rebuilds: bool = True,
 ) -> Any:
@@ -25,8 +26,10 @@ def twin_config(
 
     kv_heads: of the dense model, where its config does not say. merge: how many of them one of the pruned model stands
     for; factored: see PrunedAttention, by layer; dropped: the layers whose whole block is gone.
-    columns: of the table of cos and sin, None for head_dim; words: see modeling.py; rebuilds: whether the order of the
-    channels is that of the table, so that many tokens may be read at the dense width."""
+    columns: of the table of cos and sin, None for head_dim; per_layer: (KV heads, head_dim) of each dense layer, where
+    they differ: kv_heads and head_dim are then the first layer's, and each layer's table is as wide as its heads.
+    words: see modeling.py; rebuilds: whether the order of the channels is that of the table, so that many tokens may be
+    read at the dense width."""
     settings = dense.to_dict()
     for name in ("model_type", "architectures", "auto_map", "per_layer_config", "transformers_version"):
         settings.pop(name, None)
@@ -37,10 +40,14 @@ def twin_config(
     settings["num_key_value_heads"] = kv_heads // merge  # some families have none in the dense config
     if words:
         settings["words"] = words
-    if columns is not None and columns != head_dim:
+    if columns is not None and columns != head_dim and not per_layer:
         settings["rope_columns"] = columns
     config = modeling.config_class(dense.model_type)(**settings)
     layers: dict[int, dict[str, Any]] = {i: {"head_dim": width} for i, width in enumerate(widths)}
+    for layer, (heads, channels) in zip(layers.values(), per_layer, strict=bool(per_layer)):
+        layer |= {"dense_head_dim": channels, "num_key_value_heads": heads // merge}
+        if merge > 1:
+            layer["dense_kv_heads"] = heads
     if any(factored):
         config.rebuilds = rebuilds
         for layer, mixes in zip(layers.values(), factored, strict=True):

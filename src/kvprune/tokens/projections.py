@@ -35,10 +35,11 @@ class Projections:
         come with them."""
         module, family = self.module, self.family
         if self.view is None:
-            return self._heads(module.keys(hidden)), self._heads(module.v_proj(hidden)), None
+            return self._heads(module.keys(hidden)), self._heads(module.values(hidden)), None
         if not self.is_fused:
-            k, v = getattr(module, family.k)(hidden), getattr(module, family.v)(hidden)
-            return self._ready(k, family.k_norm), self._heads(v), None
+            k, values = getattr(module, family.k)(hidden), getattr(module, family.v)
+            v = self._heads(k if values is None else values(hidden))  # a layer may have no V of its own
+            return self._ready(k, family.k_norm), getattr(module, family.v_norm)(v) if family.v_norm else v, None
         s, found = self.view.shape, getattr(module, family.qkv)(hidden)
         if family.split == "rows":
             sizes = [n * s.kv_heads * s.head_dim for n in (s.groups, 1, 1)]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from kvprune.measure.memory import held_bytes, kv_bytes
-from kvprune.models.family import dense_head_dim, dense_kv_heads
+from kvprune.models.family import dense_shapes
 from kvprune.runtime.quantized import stores_of
 from kvprune.tokens.admitted import AdmittedLayer
 from kvprune.tokens.attention import Counts
@@ -55,16 +55,15 @@ def bytes_of(model: Any, cache: Any) -> dict[str, int]:
     filtered = [layer for layer in cache.layers if isinstance(layer, OWN)] if cache is not None else []
     if not filtered or any(layer.keys is None for layer in cache.layers):
         return no_bytes()
-    config = model.config
-    dense = dense_kv_heads(config) * dense_head_dim(config)
+    dense = [kv_heads * channels for kv_heads, channels in dense_shapes(model.config)]
     found = no_bytes()
     a_number = filtered[0].dtype.itemsize
-    for layer in cache.layers:
+    for index, layer in enumerate(cache.layers):
         tokens = filtered[0].real_tokens()
         window = layer.window if isinstance(layer, FilteredLayer) else getattr(layer, "sliding_window", None)
         if window is not None:
             tokens = tokens.clip(max=window - 1)
-        found["kv_bytes_dense"] += int(tokens.sum()) * 2 * dense * a_number
+        found["kv_bytes_dense"] += int(tokens.sum()) * 2 * dense[index] * a_number
         kept = int(tokens.sum())
         if isinstance(layer, OWN):
             kept = int(layer.kept_tokens().sum())

@@ -6,7 +6,7 @@ from kvprune.errors import BadOption, UnreachableRatio
 from kvprune.models.attention import AttentionShape
 
 AUTO = "auto"
-WIDEST = 256  # channels of a head that FlashAttention, and so vLLM, takes
+WIDEST = 256  # channels of a head that FlashAttention, and so vLLM, takes; a model with wider ones has another
 
 
 def asked_merge(given: int | str) -> int | str:
@@ -23,7 +23,7 @@ def merge_of(asked: int | str, kv_heads: int, head_dim: int, ratio: float) -> in
     """How many KV heads become one where `ratio` of the KV bytes goes. Raises BadOption for a number that cannot be.
 
     asked: as `asked_merge` gives it. auto: the most that divide the KV heads and keep the mean width within WIDEST
-    channels, which is where attention kernels stop.
+    channels, or a dense head's, which is where attention kernels stop.
     """
     possible = divisors(kv_heads)
     fits = [merge for merge in possible if is_within(merge, head_dim, ratio)]
@@ -35,7 +35,7 @@ def merge_of(asked: int | str, kv_heads: int, head_dim: int, ratio: float) -> in
     if asked not in fits:
         raise BadOption(
             f"--merge {asked} makes heads of {round(int(asked) * head_dim * (1 - ratio))} channels at --ratio "
-            f"{ratio:g}, and attention kernels take {WIDEST}; {choices}"
+            f"{ratio:g}, and attention kernels take {max(WIDEST, head_dim)}; {choices}"
         )
     return int(asked)
 
@@ -85,10 +85,26 @@ def for_ranks(merge: int, may_change: bool, kv_heads: int, ranks: int, say: Call
     return merge
 
 
+def check_alike(
+    shape: AttentionShape, layout: str, drop_blocks: int, depth: int | str = 0, allocation: str = "uniform"
+) -> None:
+    """Raise BadOption for what wants layers with heads that are alike, of a model that has others."""
+    asked = {
+        f"--layout {layout}": layout != "per-layer",
+        f"--drop-blocks {drop_blocks}": bool(drop_blocks),
+        f"--depth {depth}": bool(depth),
+        f"--allocation {allocation}": allocation not in ("uniform", "budget"),
+    }
+    options = [option for option, is_asked in asked.items() if is_asked and shape.per_layer]
+    if options:
+        sizes = " or ".join(f"{heads} KV heads of {size}" for heads, size in sorted(set(shape.per_layer)))
+        raise BadOption(f"{options[0]} wants layers that are alike; this model's have {sizes} channels: leave it out")
+
+
 def is_within(merge: int, head_dim: int, ratio: float) -> bool:
     """Whether attention kernels take the mean width; heads that stay apart are no wider than they were."""
     # A ratio is a rounded number, and one that is none is refused elsewhere
-    return merge == 1 or not merge * head_dim * (1 - ratio) > WIDEST + 1e-6
+    return merge == 1 or not merge * head_dim * (1 - ratio) > max(WIDEST, head_dim) + 1e-6
 
 
 def is_factored(shape: AttentionShape, width: float) -> bool:

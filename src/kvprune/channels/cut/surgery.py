@@ -49,9 +49,9 @@ def cut(
     plan.check(view.family.model_type, view.shape)
     dense = view.lm
     if bases is None:
-        bases = [identity(view.shape.kv_heads, view.shape.head_dim)] * view.shape.layers
+        bases = [identity(shape.kv_heads, shape.head_dim) for shape in view.shape.each]
     is_stock = plan.layout in portable.LAYOUTS
-    factored = [not is_stock and is_factored(view.shape, width) for width in plan.widths]
+    factored = [not is_stock and is_factored(s, w) for s, w in zip(view.shape.each, plan.widths, strict=True)]
     order = None
     if is_stock:
         pruned, order = portable.stock_model(view, plan, bases[0])
@@ -175,14 +175,14 @@ def _maps(attention: Attention, basis: Basis, kept: Kept, order: torch.Tensor | 
 def _constant(attention: Attention, basis: Basis, maps: Cut) -> dict[str, torch.Tensor]:
     """Of a layer without attention: what biases add, behind a matrix that reads nothing."""
     w = attention.weights()
-    bias = _output_bias(w, basis, maps, attention.has_sinks).to(w.o.dtype)
+    bias = _output_bias(w, basis, maps, attention.constant).to(w.o.dtype)
     return {"o_proj.weight": bias.new_empty(len(bias), 0), "o_proj.bias": bias}
 
 
 def _narrow(attention: Attention, basis: Basis, maps: Cut, factored: bool, is_stock: bool) -> dict[str, torch.Tensor]:
     """Q, K, V and O of the kept coordinates, named as PrunedAttention names them."""
     w = attention.weights()
-    heads, members, hidden, dtype = basis.heads, basis.heads.flatten(), w.k.shape[-1], w.k.dtype
+    members, hidden, dtype = basis.heads.flatten(), w.k.shape[-1], w.k.dtype
     state = {"rope_index": attention.columns.to(maps.rope.device)[maps.rope]}
     # What does not turn adds the same for all keys, which no softmax sees
     is_plain = not (is_stock or attention.is_more_than_scores)
@@ -192,18 +192,15 @@ def _narrow(attention: Attention, basis: Basis, maps: Cut, factored: bool, is_st
         if attention.is_normed
         else _queries_and_keys(w, basis, maps, factored, is_constant)
     )
-    v = w.v[heads].flatten(1, 2).double()  # (groups, m * D, hidden)
-    state["v_proj.weight"] = (maps.values @ v).reshape(-1, hidden)
-    if w.v_bias is not None:
-        state["v_proj.bias"] = (maps.values @ w.v_bias[heads].flatten(1).double().unsqueeze(-1)).reshape(-1)
+    state |= _values(w, basis, maps, attention.has_normed_values)
     o = w.o[members].double()  # (H, query heads of each, D, hidden), in the order of the groups
     if factored:
         state["o_mix.weight"] = maps.outputs.mT
     else:
         o = maps.outputs.mT.unsqueeze(1) @ o
     state["o_proj.weight"] = o.permute(3, 0, 1, 2).reshape(hidden, -1)
-    if w.o_bias is not None or (w.v_bias is not None and not attention.has_sinks):
-        state["o_proj.bias"] = _output_bias(w, basis, maps, attention.has_sinks)
+    if w.o_bias is not None or attention.constant is not None:
+        state["o_proj.bias"] = _output_bias(w, basis, maps, attention.constant)
     found = {n: t.contiguous().clone() if n == "rope_index" else t.to(dtype).contiguous() for n, t in state.items()}
     if attention.has_sinks:
         sinks = attention.module.sinks.detach()  # type: ignore[union-attr, operator]
@@ -240,6 +237,18 @@ def _queries_and_keys(
     return state
 
 
+def _values(w: AttentionWeights, basis: Basis, maps: Cut, is_normed: bool) -> dict[str, torch.Tensor]:
+    """V, written out at the kept width, or, with a norm behind it, as it was, head by head in the order of the groups,
+    and the matrix behind the norm."""
+    rows = w.v[basis.heads].flatten(1, 2)  # (groups, m * D, hidden)
+    state = {"v_proj.weight": rows if is_normed else maps.values @ rows.double()}
+    if w.v_bias is not None:
+        bias = w.v_bias[basis.heads].flatten(1)
+        state["v_proj.bias"] = bias if is_normed else (maps.values @ bias.double().unsqueeze(-1)).squeeze(-1)
+    state = {name: part.flatten(0, 1) for name, part in state.items()}
+    return state | ({"v_mix.weight": maps.values.mT} if is_normed else {})
+
+
 def _behind_norms(attention: Attention, basis: Basis, maps: Cut) -> dict[str, torch.Tensor]:
     """Q and K as they were, head by head in the order of the groups, with their norms, and the matrices behind them. A
     norm is taken over all of a head, so cutting what goes into it would change what is kept [ours; cf. docs]."""
@@ -271,14 +280,14 @@ def _make_stock(state: dict[str, torch.Tensor], query_scale: float) -> None:
             state[name] = state[name] * query_scale
 
 
-def _output_bias(w: AttentionWeights, basis: Basis, maps: Cut, has_sinks: bool) -> torch.Tensor:
-    """O's bias, plus what V's bias loses on the way to the kept coordinates and back: attention weights sum to one, so
-    it is constant; with sinks they do not."""
+def _output_bias(w: AttentionWeights, basis: Basis, maps: Cut, constant: torch.Tensor | None) -> torch.Tensor:
+    """O's bias, plus what V's bias loses on the way to the kept coordinates and back, where that is a constant behind O
+    (kv_heads, D); see Attention.constant."""
     total = torch.zeros(w.o.shape[-1], dtype=torch.float64, device=w.o.device)
     if w.o_bias is not None:
         total += w.o_bias.double()
-    if w.v_bias is not None and not has_sinks:
-        bias = w.v_bias[basis.heads].flatten(1).double().unsqueeze(-1)  # (groups, m * D, 1)
-        lost = (bias - maps.projections()[1] @ bias).view(-1, w.v_bias.shape[1])  # (H, D)
+    if constant is not None:
+        bias = constant[basis.heads].flatten(1).double().unsqueeze(-1)  # (groups, m * D, 1)
+        lost = (bias - maps.projections()[1] @ bias).view(-1, constant.shape[1])  # (H, D)
         total += torch.einsum("kd,kgdh->h", lost, w.o[basis.heads.flatten()].double())
     return total

@@ -81,14 +81,14 @@ def _moments(
     """Of one layer; takes `states` behind the block, in place."""
     attention = view.attention[index]
     waiting: list[Seen] = []
-    every = torch.arange(view.shape.kv_heads).view(-1, merge)
-    chooses = 1 < merge < view.shape.kv_heads
+    every = torch.arange(attention.shape.kv_heads).view(-1, merge)
+    chooses = 1 < merge < attention.shape.kv_heads
     sums = None if chooses else _Sums(view, index, slow, every)
     for place, state in enumerate(states):
         with watched(attention, waiting.append if sums is None else sums.add):
             states[place] = calls.run(view.blocks[index], index, state)
     if sums is None:
-        sums = _Sums(view, index, slow, group_heads(waiting, view.units, merge))
+        sums = _Sums(view, index, slow, group_heads(waiting, attention.units, merge))
         for seen in waiting:
             sums.add(seen)
     return sums
@@ -98,12 +98,13 @@ class _Sums:
     """Sums over queries and the query heads of each KV head, of one layer."""
 
     def __init__(self, view: ModelView, index: int, slow: torch.Tensor, heads: torch.Tensor):
-        self.lm, s, attention = view.lm, view.shape, view.attention[index]
+        self.lm, attention = view.lm, view.attention[index]
+        s = attention.shape
         self.shape, self.heads, self.stretch = s, heads, attention.stretch
         weights = attention.weights()
         self.device, self.v_bias, self.o = attention.device, attention.constant, weights.o
         self.index, self.window = index, number()
-        self.units, self.slow = view.units.to(self.device), slow.to(self.device)
+        self.units, self.slow = attention.units.to(self.device), slow.to(self.device)
         m, pairs, n = heads.shape[1], len(self.units), len(slow)
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
         self.sums = AttentionMoments(

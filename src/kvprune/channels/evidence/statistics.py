@@ -43,7 +43,8 @@ def score_layers(
         return [found[i] for i in layers]
     for index, statistics in _statistics(view, importance, batches, set(found)):
         with torch.no_grad():
-            score = importance.scores(view.attention[index].weights(), statistics, view.units.to(view.device))
+            attention = view.attention[index]
+            score = importance.scores(attention.weights(), statistics, attention.units.to(view.device))
         if not all(torch.isfinite(s).all() for s in (score.qk, score.vo)):
             raise not_finite(f"layer {index}: the importance scores", view.lm)
         found[index] = Scores(score.qk.float().cpu(), score.vo.float().cpu())
@@ -98,7 +99,7 @@ def measure_attention(
             basis, worth = basis_of(moments, weights, slow[index])
             score, basis = (Scores(worth, torch.empty(len(worth), 0)), basis) if own else (score, basis.of_values())
         elif own:
-            score = importance.scores(weights, Statistics(attention=moments), view.units)
+            score = importance.scores(weights, Statistics(attention=moments), view.attention[index].units)
             score = Scores(score.qk.float().cpu(), score.vo.float().cpu())
         layers[index] = journal.keep_layer(index, score, basis)
     scores = [layers[i][0] for i in range(view.shape.layers)] if own else []
@@ -109,13 +110,14 @@ def _energies(
     view: ModelView, batches: Sequence[torch.Tensor], known: Collection[int]
 ) -> Iterator[tuple[int, Statistics]]:
     """Mean squares of what Q, K and V put out, summed in float32 within a batch and in float64 over batches."""
-    s = view.shape
-    shapes = {"q": (s.kv_heads, s.groups, s.head_dim), "k": (s.kv_heads, s.head_dim), "v": (s.kv_heads, s.head_dim)}
     tokens = sum(batch.numel() for batch in batches)
     with torch.no_grad(), tapped(view):
         states, calls = enter(view, mine(batches))
         for index, block in enumerate(view.blocks):
             sums: dict[str, torch.Tensor] = {}
+            s = view.attention[index].shape
+            keys = (s.kv_heads, s.head_dim)
+            shapes = {"q": (s.kv_heads, s.groups, s.head_dim), "k": keys, "v": keys}
 
             def add(seen: Seen, sums: dict[str, torch.Tensor] = sums) -> None:
                 q, k = (seen.before_rope(x.float()) for x in (seen.query, seen.key))

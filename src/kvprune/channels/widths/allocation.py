@@ -5,10 +5,19 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from kvprune.errors import BadOption, UnreachableRatio
 
 TOLERANCE = 0.01  # of the dense KV bytes: how far the achieved total may be from the asked one
+
+
+class LayerGrid(NamedTuple):
+    """Of a layer: its KV heads, the channels of each, and the most that one may have (None: no limit)."""
+
+    heads: int
+    channels: int
+    widest: int | None
 
 
 @dataclass(frozen=True)
@@ -17,7 +26,8 @@ class Grid:
     KV heads are merged, of all heads that become one).
 
     unit: channels that leave Q and K together; `align` must be a multiple of it. widest: a limit of attention kernels,
-    for heads that can become wider than they were; None: no limit.
+    for heads that can become wider than they were; None: no limit. each: what each layer has, where layers differ;
+    head_dim and widest are then of no layer.
     """
 
     layers: int
@@ -26,35 +36,57 @@ class Grid:
     min_width: int
     unit: int
     widest: int | None = None
+    each: tuple[LayerGrid, ...] = ()
 
     def __post_init__(self) -> None:
         if self.align < 1 or self.align % self.unit:
             raise BadOption(f"--align {self.align} must be a multiple of {self.unit}, the size of a RoPE pair")
-        if not 1 <= self.min_width <= self.head_dim:
-            raise BadOption(f"--min-width {self.min_width} must lie between 1 and a KV head's {self.head_dim} channels")
-        if not self.widths:
-            raise BadOption(
-                f"--min-width {self.min_width} leaves no width up to the {self.widest} channels that attention kernels "
-                "take; lower it"
-            )
+        for _, channels, widest in set(self.all):
+            if not 1 <= self.min_width <= channels:
+                raise BadOption(f"--min-width {self.min_width} must lie between 1 and a KV head's {channels} channels")
+            if not self._widths(channels, widest):
+                raise BadOption(
+                    f"--min-width {self.min_width} leaves no width up to the {widest} channels that attention kernels "
+                    "take; lower it"
+                )
+
+    @property
+    def all(self) -> tuple[LayerGrid, ...]:
+        """Of every layer."""
+        return self.each or (LayerGrid(1, self.head_dim, self.widest),) * self.layers
 
     @property
     def widths(self) -> list[int]:
+        """Ascending; of all layers, where they are alike."""
+        return self._widths(self.head_dim, self.widest)
+
+    def widths_of(self, layer: int) -> list[int]:
         """Ascending."""
+        _, channels, widest = self.all[layer]
+        return self._widths(channels, widest)
+
+    def _widths(self, channels: int, widest: int | None) -> list[int]:
         first = math.ceil(self.min_width / self.align) * self.align
-        found = [*range(first, self.head_dim, self.align), self.head_dim]
-        return [width for width in found if self.widest is None or width <= self.widest]
+        found = [*range(first, channels, self.align), channels]
+        return [width for width in found if widest is None or width <= widest]
+
+    @property
+    def total(self) -> int:
+        """Channels of all layers' heads."""
+        return sum(heads * channels for heads, channels, _ in self.all)
 
     @property
     def max_ratio(self) -> float:
-        return 1 - self.widths[0] / self.head_dim
+        least = sum(own.heads * self.widths_of(layer)[0] for layer, own in enumerate(self.all))
+        return 1 - least / self.total
 
     def check(self, ratio: float) -> None:
         """Raise UnreachableRatio if no widths on this grid can remove that share."""
         if not 0 <= ratio <= self.max_ratio + 1e-9:  # also refuses NaN
             raise UnreachableRatio(
                 f"--ratio {ratio:g} is outside what can be reached: 0 to {self.max_ratio:.4g} with KV heads "
-                f"of {self.head_dim} channels, --align {self.align} and --min-width {self.min_width}"
+                f"of {' and '.join(str(c) for c in sorted({own.channels for own in self.all}))} channels, "
+                f"--align {self.align} and --min-width {self.min_width}"
             )
 
 
@@ -119,34 +151,38 @@ def round_widths(ratios: Sequence[float], ratio: float, grid: Grid) -> list[int]
     reached. Raises UnreachableRatio when the total stays further off than 1 % of the dense bytes.
     """
     grid.check(ratio)
-    widths = grid.widths
-    wish = [grid.head_dim * (1 - r) for r in ratios]
-    level = [max((i for i, w in enumerate(widths) if w <= x + 1e-9), default=0) for x in wish]
-    target = grid.layers * grid.head_dim * (1 - ratio)
+    layers, widths = range(grid.layers), [grid.widths_of(layer) for layer in range(grid.layers)]
+    heads = [own.heads for own in grid.all]
+    wish = [own.channels * (1 - r) for own, r in zip(grid.all, ratios, strict=True)]
+    level = [max((i for i, w in enumerate(widths[n]) if w <= wish[n] + 1e-9), default=0) for n in layers]
+    target = grid.total * (1 - ratio)
+
+    def width(layer: int) -> int:
+        return widths[layer][level[layer]]
 
     def total() -> int:
-        return sum(widths[i] for i in level)
+        return sum(heads[layer] * width(layer) for layer in layers)
 
     while True:
-        open_layers = [i for i in range(grid.layers) if level[i] + 1 < len(widths)]
+        open_layers = [i for i in layers if level[i] + 1 < len(widths[i])]
         if not open_layers or total() >= target - 1e-9:
             break
-        best = max(open_layers, key=lambda i: (wish[i] - widths[level[i]], -i))
-        step = widths[level[best] + 1] - widths[level[best]]
+        best = max(open_layers, key=lambda i: (wish[i] - width(i), -i))
+        step = heads[best] * (widths[best][level[best] + 1] - width(best))
         if total() + step - target > target - total():
             break
         level[best] += 1
-    while total() - target > grid.align / 2:  # layers that the minimum width held above their wish
-        high = max((i for i in range(grid.layers) if level[i] > 0), key=lambda i: (widths[level[i]] - wish[i], i))
+    while total() - target > grid.align * max(heads) / 2:  # layers that the minimum width held above their wish
+        high = max((i for i in layers if level[i] > 0), key=lambda i: (width(i) - wish[i], i))
         level[high] -= 1
-    achieved = 1 - total() / (grid.layers * grid.head_dim)
+    achieved = 1 - total() / grid.total
     if abs(achieved - ratio) > TOLERANCE:
-        per_step = grid.align / (grid.layers * grid.head_dim)
+        per_step = grid.align * max(heads) / grid.total
         raise UnreachableRatio(
             f"--ratio {ratio:g} cannot be met within {TOLERANCE:.0%}: the nearest is {achieved:.4g}, in steps of "
             f"{per_step:.4g}; ask for that, or lower --align {grid.align}"
         )
-    return [widths[i] for i in level]
+    return [width(layer) for layer in layers]
 
 
 def by_budget(costs: Sequence[dict[int, float]], ratio: float, grid: Grid) -> list[int]:
@@ -156,15 +192,18 @@ def by_budget(costs: Sequence[dict[int, float]], ratio: float, grid: Grid) -> li
     narrower one never less than a wider one, and in between (and below the narrowest) it goes in straight lines.
     Exact, by dynamic programming over the total: the same total as a uniform cut. Raises UnreachableRatio.
     """
-    total = sum(round_widths(uniform(grid.layers, ratio), ratio, grid))
+    even = round_widths(uniform(grid.layers, ratio), ratio, grid)
+    total = sum(own.heads * width for own, width in zip(grid.all, even, strict=True))
     best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
-    for cost in costs:
-        line = {width: _interpolated(cost, width, grid.head_dim) for width in grid.widths}
+    for layer, cost in enumerate(costs):
+        heads, channels, _ = grid.all[layer]
+        line = {width: _interpolated(cost, width, channels) for width in grid.widths_of(layer)}
         longer: dict[int, tuple[float, list[int]]] = {}
         for spent, (loss, chosen) in best.items():
             for width, extra in line.items():
-                if spent + width <= total and loss + extra < longer.get(spent + width, (math.inf,))[0]:
-                    longer[spent + width] = (loss + extra, [*chosen, width])
+                more = spent + heads * width
+                if more <= total and loss + extra < longer.get(more, (math.inf,))[0]:
+                    longer[more] = (loss + extra, [*chosen, width])
         best = longer
     return best[total][1]
 
