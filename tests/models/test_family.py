@@ -32,7 +32,7 @@ def test_dense_head_dim_is_that_of_the_weights():
     ("qwen33", "the nearest that is: qwen3"),
     ("deepseek_v3", "it caches one latent for all heads"),
     ("mamba2", "it has no KV cache"),
-    ("gemma4", "its text model alone is"),
+    ("gemma3n_text", "its last layers attend to keys and values of others"),
     ("lfm2", "not all of its layers have attention"),
     ("mllama", "keys and values of an image"),
     ("falcon", "its attention has no interface"),

@@ -20,11 +20,13 @@ QUICK = ["--calibration-tokens=512", "--window=64", "--eval-tokens=512", "--repa
 
 SIGLIP = {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14}
 PIXTRAL = {"model_type": "pixtral", "image_size": 28, "patch_size": 14, "head_dim": 16}
+GEMMA4 = {"model_type": "gemma4_vision", "num_key_value_heads": 2, "head_dim": 16}
 QWEN = {"depth": 1, "num_heads": 2, "embed_dim": 32, "hidden_size": 64, "out_hidden_size": 64}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]}}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
 WRAPPED = {  # wrapper -> (family of the text model, its model_type in the wrapper, what is said of it, vision tower)
     "gemma3": ("gemma3_text", "gemma3_text", SLIDING | {"query_pre_attn_scalar": 9}, SIGLIP),
+    "gemma4": ("gemma4_text", "gemma4_text", OPTIONS["gemma4_text"] | SLIDING, GEMMA4),
     "idefics3": ("llama", "llama", {}, {"image_size": 28, "patch_size": 14}),
     "internvl": ("qwen3", "qwen3", {}, {"image_size": [28, 28], "patch_size": [14, 14]}),
     "llava": ("mistral", "mistral", {}, PIXTRAL),
@@ -76,6 +78,9 @@ def wrapper(name, model_type=None, **settings):
     for key, parameter in model.named_parameters():
         if "norm" not in key:
             torch.nn.init.normal_(parameter, std=0.4 if key.endswith("bias") else 0.1)
+    for key, buffer in model.named_buffers():
+        if key.endswith("layer_scalar"):
+            buffer.fill_(0.8)
     return model
 
 
@@ -133,7 +138,7 @@ def test_other_text_models_of_a_wrapper(name, model_type, tmp_path):
     torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "mistral3", "qwen2_5_vl"])
 def test_prune_makes_an_ordinary_folder(name, command, texts, tmp_path):
     model = wrapper(name)
     source, out = written(model, tmp_path / "dense"), tmp_path / "pruned"

@@ -209,7 +209,6 @@ WHY_NOT = {  # model_type -> why it is out of scope
         ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "jamba", "bamba", "lfm2", "granitemoehybrid"),
         "not all of its layers have attention",
     ),
-    "gemma4": "its text model alone is, gemma4_text",
     **dict.fromkeys(("gemma3n", "gemma3n_text"), "its last layers attend to keys and values of others"),
     **dict.fromkeys(("llama4", "llama4_text"), "its RoPE turns complex numbers, with a norm behind it in some layers"),
     "qwen3_vl_moe": "its checkpoints hold experts otherwise than those of qwen3_moe",
@@ -223,8 +222,8 @@ WHY_NOT = {  # model_type -> why it is out of scope
 # loaded as (see wrapped.py): those that are tested.
 # fmt: off
 WRAPPERS = (
-    "gemma3", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl",
-    "qwen3_vl", "smolvlm",
+    "gemma3", "gemma4", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "qwen2_5_vl",
+    "qwen2_vl", "qwen3_vl", "smolvlm",
 )
 # fmt: on
 WHY_NOT_ALL = "of such a model only the text model: give kvprune the checkpoint, not the loaded model"

@@ -17,6 +17,7 @@ from kvprune.progress import replaced
 
 # Text models that differ from a family in RoPE over three positions a token (time, height, width), which text has equal
 THREE_POSITIONS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+OWN_LOGITS = ("gemma4",)  # wrappers that make logits as their text model does, with its cap or factor
 # Where checkpoints of different ages have the text model's tensors, and where it has them when it stands alone
 TENSORS = {
     r"^language_model\.lm_head\.": "lm_head.",
@@ -41,7 +42,7 @@ def text_config(wrapper: PreTrainedConfig) -> PreTrainedConfig:
     except UnsupportedArchitecture as error:
         raise UnsupportedArchitecture(f"the text model of {wrapper.model_type!r}: {error}") from None
     _, number = family.logits or ("", "")
-    if number and getattr(inner, number, None) not in (None, 1.0):
+    if number and wrapper.model_type not in OWN_LOGITS and getattr(inner, number, None) not in (None, 1.0):
         raise UnsupportedArchitecture(
             f"{wrapper.model_type!r} makes logits without its text model's {number}, and they are not the same"
         )
