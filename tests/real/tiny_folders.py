@@ -29,10 +29,14 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_fac
 LLAMA3 |= {"original_max_position_embeddings": 128}
 UNIFORM = {"ratio": 0.5, "layout": "uniform", "align": 32}
 MIXED = {"ratio": 0.25, "merge": 1, "allocation": "budget", "align": 32}
+OTHER_HEADS = {"global_head_dim": 128, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+OTHER_HEADS |= {"hidden_size_per_layer_input": 0}
 EIGHT = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
 FOLDERS = {  # name -> model_type, what its config says beside the sizes, how it is pruned
     # a norm on q and k, windows, and a table of RoPE for each type
     "gemma3_text": ("gemma3_text", {"head_dim": 64, **SLIDING}, UNIFORM),
+    # the same, a norm on v, and other heads in full layers, whose values are their keys
+    "gemma4_text": ("gemma4_text", {"head_dim": 64, **OTHER_HEADS, **SLIDING}, {"ratio": 0.5, "align": 32}),
     "phi3": ("phi3", {"hidden_size": 256}, UNIFORM),  # fused projections
     "glm": ("glm", {"head_dim": 64, "partial_rotary_factor": 0.5}, UNIFORM),  # interleaved and partial RoPE
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 64}, UNIFORM),  # RoPE, then a norm
