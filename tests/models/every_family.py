@@ -46,6 +46,8 @@ WARM = {  # queries grow with their position
 MIXED = {"layer_types": SLIDING, "sliding_window": 6, "head_dim": D, "global_head_dim": 24}
 MIXED |= {"hidden_size_per_layer_input": 0, "final_logit_softcapping": 2.0}
 KEYS_AS_VALUES = {"num_key_value_heads": 4, "num_global_key_value_heads": 2, "attention_k_eq_v": True}
+SHARED = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+SHARED |= {"use_double_wide_mlp": True}
 
 OPTIONS = {  # model_type, or model_type:variant -> what its config says beside the sizes
     "llama": {},
@@ -81,6 +83,7 @@ OPTIONS = {  # model_type, or model_type:variant -> what its config says beside 
     "gemma3_text": {"layer_types": SLIDING, "sliding_window": 6, "query_pre_attn_scalar": 9},
     "gemma4_text": MIXED | KEYS_AS_VALUES,
     "gemma4_text:own values": MIXED | {"attention_bias": True},
+    "gemma4_text:shared": MIXED | SHARED,
     "gemma4_text:experts": MIXED
     | KEYS_AS_VALUES
     | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},

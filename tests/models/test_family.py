@@ -9,7 +9,7 @@ from kvprune.models.family import FAMILIES, dense_head_dim, family_of
 from kvprune.models.view import ModelView
 from tiny import tiny_model
 
-NUMBERS = {"clip_qkv": 1.0, "num_kv_shared_layers": 1, "hidden_size_per_layer_input": 8}  # options that are no bools
+NUMBERS = {"clip_qkv": 1.0}  # options that are no bools
 
 
 def test_partial_rotary_embeddings_are_refused():

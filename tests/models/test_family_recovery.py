@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from every_family import HEADS, OPTIONS, VOCABULARY, D, family_model
+from every_family import HEADS, OPTIONS, VOCABULARY, D, family_model, type_of
 from peft.tuners.lora import LoraLayer
 from test_every_family import without_channels
 from transformers import CONFIG_MAPPING
@@ -16,7 +16,7 @@ from kvprune.recovery.settings import Settings
 from kvprune.recovery.trainee import ADAPTER, add_adapters
 from tiny import COARSE, make_plan, tiny_tokenizer
 
-KNOWN = [name for name in OPTIONS if name in CONFIG_MAPPING]
+KNOWN = [name for name in OPTIONS if type_of(name) in CONFIG_MAPPING]
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {  # what has an adapter beside attention; None: nothing
     "llama": {"gate_proj", "up_proj", "down_proj"},
@@ -29,6 +29,8 @@ MLP = {  # what has an adapter beside attention; None: nothing
     "qwen2_moe": {"gate_proj", "up_proj", "down_proj"},  # of the shared expert
     "phimoe": set(),
     "hunyuan_v1_moe": {"gate_proj", "up_proj", "down_proj"},
+    "gemma4_text:experts": {"gate_proj", "up_proj", "down_proj"},  # of the MLP beside them
+    "gemma4_text:shared": {"gate_proj", "up_proj", "down_proj", "per_layer_input_gate", "per_layer_projection"},
 }
 
 
@@ -69,7 +71,7 @@ def test_a_layer_without_attention_has_adapters_in_its_mlp_only():
     assert len([1 for number, *_ in holders if number == "0"]) == 6
 
 
-@pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_neox", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_neox", "qwen3_moe", "gemma4_text:shared"])
 def test_recover_from_folder_to_folder(name, texts, tmp_path):
     source, pruned, out = tmp_path / "dense", tmp_path / "pruned", tmp_path / "out"
     family_model(name).save_pretrained(source)

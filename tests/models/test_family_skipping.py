@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from every_family import VOCABULARY, family_model, type_of
-from test_every_family import TOLERANCE
+from every_family import VOCABULARY, family_model
+from test_every_family import tolerance_of
 from test_family_steps import KNOWN, half
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -22,6 +22,7 @@ from kvprune.tokens import cache
 
 REFUSED = {
     **dict.fromkeys(("gemma2", "gpt_oss"), "has a cap or sinks"),
+    "gemma4_text:shared": "share keys and values",
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral3"), "does more behind it; use keep"),
 }
 OPTIONS = {"ratio": 0.3, "warmup": 4, "sinks": 0, "block": 4, "tail": 1.0, "layer_ratio": "all"}
@@ -67,7 +68,7 @@ def read(model, ids, pieces, **options):
 @torch.no_grad()
 def test_skipping_is_the_model_without_what_is_skipped(name, monkeypatch):
     """Of a dense and a pruned model, at once, and by steps that the host decides, and the device."""
-    dense, tolerance = family_model(name), TOLERANCE.get(type_of(name), 1e-5)
+    dense, tolerance = family_model(name), tolerance_of(name)
     bases, plan = half(dense)
     for model in (dense, cut(ModelView(dense), plan, bases)):
         ids = torch.randint(3, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -86,6 +87,11 @@ def test_skipping_is_the_model_without_what_is_skipped(name, monkeypatch):
 def test_what_skipping_cannot_do_is_refused(name):
     with pytest.raises(FilterMisuse, match=REFUSED[name]):
         kvprune.TokenFilter(0.25)(family_model(name))
+
+
+def test_layers_that_share_keys_are_refused_by_keep_too():
+    with pytest.raises(FilterMisuse, match="share keys and values"):
+        kvprune.TokenFilter(keep=0.5)(family_model("gemma4_text:shared"))
 
 
 @torch.no_grad()

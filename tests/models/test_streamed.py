@@ -20,7 +20,7 @@ from kvprune.models.view import ModelView
 from tiny import COARSE, tiny_tokenizer
 
 FAMILIES = ("llama", "qwen2", "gemma3_text", "gpt2", "opt", "gpt_neox", "phi3", "olmo2", "mixtral", "gpt_oss")
-FAMILIES += ("gemma4_text", "gemma4_text:experts")
+FAMILIES += ("gemma4_text", "gemma4_text:experts", "gemma4_text:shared")
 
 
 @pytest.fixture

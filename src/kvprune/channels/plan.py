@@ -1,5 +1,6 @@
 """The pruning plan: which channels stay, as plain JSON that can be read, edited, diffed and applied again."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -58,10 +59,11 @@ class Model(BaseModel):
     groups: int
     head_dim: int
     per_layer: tuple[tuple[int, int], ...] = ()
+    sources: tuple[int, ...] = ()
 
     @property
     def shape(self) -> AttentionShape:
-        return AttentionShape(self.layers, self.hidden, self.kv_heads, self.groups, self.head_dim, self.per_layer)
+        return AttentionShape(**{field.name: getattr(self, field.name) for field in fields(AttentionShape)})
 
 
 def _method(method: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +115,7 @@ class PruningPlan(BaseModel):
     def ratio_achieved(self) -> float:
         """Fraction of the dense KV bytes per token that goes."""
         shape = self.model.shape
-        kept = sum(width * own.kv_heads for width, own in zip(self.widths, shape.each, strict=True))
+        kept = sum(self.widths[layer] * shape.of(layer).kv_heads for layer in shape.stores)
         return 1 - kept / (shape.channels * self.merge)
 
     def check(self, architecture: str, shape: AttentionShape) -> None:
@@ -127,6 +129,7 @@ class PruningPlan(BaseModel):
             "groups": shape.groups,
             "head_dim": shape.head_dim,
             "per_layer": shape.per_layer,
+            "sources": shape.sources,
         }
         for name, value in expected.items():
             if getattr(self.model, name) != value:
@@ -147,16 +150,18 @@ class PruningPlan(BaseModel):
             heads = layer.heads or [(head,) for head in range(len(layer.qk))]
             if {len(group) for group in heads} != {self.merge} or sorted(sum(heads, ())) != [*range(kv_heads)]:
                 raise PlanMismatch(f"layer {i} of the plan must have every KV head in one group of {self.merge}")
+            of_source = self.layers[shape.source(i)]
+            if (layer.qk, layer.vo, layer.heads) != (of_source.qk, of_source.vo, of_source.heads):
+                raise PlanMismatch(f"layer {i} of the plan keeps other channels than the layer that has its keys")
             for kept in map(set, layer.qk):
                 if any((c + size // 2) % size not in kept for c in kept):
                     raise PlanMismatch(f"layer {i} of the plan splits a RoPE pair; keep both of its channels or none")
 
     def to_json(self) -> str:
         """One layer a line, so that two plans can be compared with diff."""
-        # per_layer and `block` stand only where they say something: an older kvprune then reads the plan too
-        head = self.model_dump_json(
-            indent=2, exclude={"layers": True} | ({} if self.model.per_layer else {"model": {"per_layer"}})
-        )
+        # per_layer, sources and `block` stand only where they say something: an older kvprune then reads the plan too
+        silent = {name for name in ("per_layer", "sources") if not getattr(self.model, name)}
+        head = self.model_dump_json(indent=2, exclude={"layers": True, "model": silent})
         rows = ",\n".join("    " + x.model_dump_json(exclude={"block"} if x.block else None) for x in self.layers)
         return head[:-2] + ',\n  "layers": [\n' + rows + "\n  ]\n}\n"
 

@@ -39,10 +39,11 @@ def grid_of(s: Settings, view: ModelView, merge: int) -> allocation.Grid:
     def widest(head_dim: int) -> int | None:
         return max(WIDEST, head_dim) if merge > 1 else None
 
-    each = [allocation.LayerGrid(s.kv_heads // merge, s.head_dim * merge, widest(s.head_dim)) for s in shape.each]
-    own = tuple(each) if shape.per_layer else ()
+    own = [shape.of(layer) for layer in shape.stores]  # others have no bytes of their own
+    each = [allocation.LayerGrid(s.kv_heads // merge, s.head_dim * merge, widest(s.head_dim)) for s in own]
+    layers, differ = len(own), tuple(each) if shape.per_layer else ()
     head_dim = shape.head_dim
-    return allocation.Grid(shape.layers, head_dim * merge, s.align, s.min_width, unit, widest(head_dim), own)
+    return allocation.Grid(layers, head_dim * merge, s.align, s.min_width, unit, widest(head_dim), differ)
 
 
 def reachable(s: Settings, grid: allocation.Grid) -> None:
@@ -63,7 +64,7 @@ def choose_merge(s: Settings, shape: AttentionShape, say: Callable[[str], None])
     heads, and where nothing is cut; ranks of tensor parallelism are left a whole number of heads each, if there are as
     many. Layout stock: see merging.stock_merge.
     """
-    check_alike(shape, s.layout, s.drop_blocks, s.depth, str(s.allocation))
+    check_alike(shape, s.layout, s.drop_blocks, s.depth, str(s.allocation), s.importance)
     merge = _merge(s, shape, say)
     return for_ranks(merge, s.merge == AUTO and s.layout != "stock", shape.shared_heads, s.tensor_parallel, say)
 
@@ -120,7 +121,9 @@ class Planner:
             if s.layout == "portable":
                 scores = shared_pairs(scores)
             dropped = self._blocks()
-            widths, sensitivity = self._widths(scores, bases, dropped)
+            of_stores, sensitivity = self._widths(scores, bases, dropped)
+            shape = self.view.shape
+            widths = [of_stores[shape.stores.index(shape.source(layer))] for layer in range(shape.layers)]
             if s.layout == "stock":
                 kept = [one_of_each(basis) for basis in cast(list[Basis], bases)]
             else:

@@ -29,8 +29,8 @@ def record_of(
 ) -> dict[str, Any]:
     """All but what memory it took."""
     shape, dtype = view.shape, stored_dtype(view.lm)
-    full = [own.head_dim for own in shape.each]
-    heads = [own.kv_heads for own in shape.each]
+    full, heads = ([getattr(shape.of(i), name) for i in shape.stores] for name in ("head_dim", "kv_heads"))
+    widths = [plan.widths[i] for i in shape.stores]
     return {
         "source": s.source,
         "revision": s.revision,
@@ -38,7 +38,7 @@ def record_of(
         "ratio_achieved": plan.ratio_achieved,
         "kv_bytes_per_token": {
             "dense": memory.kv_bytes_per_token(full, heads, dtype),
-            "pruned": memory.kv_bytes_per_token(plan.widths, [n // plan.merge for n in heads], dtype),
+            "pruned": memory.kv_bytes_per_token(widths, [n // plan.merge for n in heads], dtype),
         },
         "parameters": {"dense": memory.parameters(view.lm), "pruned": memory.parameters(pruned)},
         "weights_read_bytes": {
@@ -51,6 +51,7 @@ def record_of(
         "dropped_blocks": plan.dropped_blocks,
         "head_dim": max(full),
         **({"per_layer": [list(own) for own in shape.per_layer]} if shape.per_layer else {}),
+        **({"sources": list(shape.sources)} if shape.sources else {}),
         "layout": plan.layout,
         "method": plan.method,
         "calibration": plan.calibration,

@@ -105,10 +105,12 @@ def _outside(view: ModelView) -> int:
 def _refitted(view: ModelView) -> list[int]:
     """How many inputs each matrix has that refit fits."""
     shape, family = view.shape.largest, view.family
-    found = [shape.kv_heads * shape.groups * shape.head_dim]
+    found, sizes = [shape.kv_heads * shape.groups * shape.head_dim], []
     if family.down:
-        down = view.blocks[0].get_submodule(f"{family.mlp}.{family.down}".strip("."))
-        found.append(next(p for p in down.parameters() if p.dim() == 2).numel() // shape.hidden)
+        for block in view.blocks:
+            down = block.get_submodule(f"{family.mlp}.{family.down}".strip("."))
+            sizes.append(next(p for p in down.parameters() if p.dim() == 2).numel() // shape.hidden)
+        found.append(max(sizes))
     return found
 
 
@@ -135,6 +137,9 @@ def _phases(s: Settings, view: ModelView, merge: int, row: int) -> list[dict[str
     if 1 < merge < shape.kv_heads:
         channels = shape.kv_heads * (shape.groups + 2) * shape.head_dim
         scores["one layer's Q, K and V of the calibration text"] = s.calibration_tokens * channels * size
+    states = _shared(view)
+    if states:
+        scores["keys and values that layers share"] = s.calibration_tokens * states
     phases = [scores]
     if s.probes == "estimated" or s.depth or s.drop_blocks:
         tokens = s.probe_tokens or ESTIMATED_ON
@@ -149,9 +154,18 @@ def _phases(s: Settings, view: ModelView, merge: int, row: int) -> list[dict[str
                 "sums over that, and their factors": 8 * (sums + 4 * widest * hidden),
             }
         )
+        if states:
+            phases[-1]["keys and values that layers share, dense and cut"] = 2 * s.repair_tokens * states
     attention = sum(p.numel() for p in view.attention[0].parameters())
     phases.append({"one layer's attention in float64, while it is cut": 4 * 8 * attention})
     return [*phases, {"the evaluated text before a block": 2 * s.eval_tokens * row}]
+
+
+def _shared(view: ModelView) -> int:
+    """Bytes of a token's keys and values that layers behind attend to, and that are kept for these."""
+    shape, size = view.shape, view.lm.dtype.itemsize
+    shared = [shape.of(layer) for layer in shape.stores if len(shape.sharing(layer)) > 1]
+    return sum(2 * own.kv_heads * own.head_dim * size for own in shared)
 
 
 def _disk(s: Settings, view: ModelView, merge: int) -> int:

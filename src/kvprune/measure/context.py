@@ -8,8 +8,9 @@ from transformers import DynamicCache, PreTrainedConfig
 
 
 def windows_of(config: PreTrainedConfig) -> list[int | None]:
-    """Each layer's most tokens: what stays of a sliding window between two steps, or None for all."""
-    layers: list[Any] = list(DynamicCache(config=config).layers)
+    """The most tokens of each layer that has a cache: what stays of a sliding window between two steps, or None for
+    all."""
+    layers: list[Any] = [layer for layer in DynamicCache(config=config).layers if hasattr(layer, "is_sliding")]
     found = [layer.sliding_window - 1 if layer.is_sliding else None for layer in layers]
     return found or [None] * config.num_hidden_layers  # older transformers make plain layers as they go
 
@@ -25,7 +26,7 @@ def held_tokens(config: PreTrainedConfig, context: int) -> int:
 
 
 def held_each(config: PreTrainedConfig, context: int) -> list[int]:
-    """The same of each layer."""
+    """The same of each layer that has a cache."""
     return [context if most is None else min(context, most) for most in windows_of(config)]
 
 

@@ -12,10 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from kvprune.channels.choice.merging import (
@@ -33,7 +32,7 @@ from kvprune.channels.widths.asked import check_drop_blocks, ratio_left
 from kvprune.engines.targets import degrees
 from kvprune.errors import BadOption
 from kvprune.measure.context import held_each, longest, slides
-from kvprune.measure.memory import kv_bytes_per_token, parameters
+from kvprune.measure.memory import kv_bytes_per_token, parameters, unread_embeddings
 from kvprune.measure.shapes import dense_config
 from kvprune.models.attention import AttentionShape
 from kvprune.models.view import ModelView
@@ -98,7 +97,8 @@ def fit(
     if layout == "stock":  # whole heads, of the width that they have
         grid = replace(grid, least=shape.head_dim, align=1)
     sizes = _Sizes(weights, kind.itemsize, int(room * (1 - reserve)), grid)
-    per_layer = [kv_bytes_per_token([own.head_dim], own.kv_heads, kind) for own in shape.each]
+    stores = [shape.of(layer) for layer in shape.stores]
+    per_layer = [kv_bytes_per_token([own.head_dim], own.kv_heads, kind) for own in stores]
 
     def held(tokens: int) -> int:
         """Bytes of the cache of one sequence."""
@@ -155,8 +155,9 @@ _DENSE = _Cut(0.0, 1, math.nan)  # of the width that it has
 @dataclass(frozen=True)
 class _Weights:
     """How many numbers a model has: all of the dense one's, those of an input embedding of which a step reads but a
-    row, and what its attention is made of; biases: which of Q, K, V and O have one. without_values: the layers whose V
-    is K's projection. dropped: how many blocks go, and with them these many numbers. ranks: that share it."""
+    row, and what its attention is made of; biases: which of Q, K, V and O have one. with_values: the layers with a
+    projection that is V's alone. dropped: how many blocks go, and with them these many numbers. ranks: that share
+    it."""
 
     all: int
     unread: int
@@ -165,7 +166,7 @@ class _Weights:
     is_portable: bool
     is_normed: bool
     has_normed_values: bool
-    without_values: frozenset[int]
+    with_values: frozenset[int]
     dropped: tuple[int, int]
     ranks: int
 
@@ -175,16 +176,19 @@ class _Weights:
         with torch.device("meta"):
             lm = AutoModelForCausalLM.from_config(config)
         view = ModelView(lm)
-        embedding = cast(torch.Tensor, cast(nn.Module, view.lm.get_input_embeddings()).weight)
         biases = frozenset(name for name in "qkvo" if view.attention[0].has_bias(name))
-        unread = 0 if view.is_tied else embedding.numel()
+        unread = sum(table.numel() for table in unread_embeddings(view.lm))
         ratio_left(1.0, view.shape.layers, drop_blocks)  # refuses too many
         smallest = sorted(parameters(block) for block in view.blocks)[:drop_blocks]
         dropped = drop_blocks, sum(smallest) - drop_blocks * view.shape.hidden  # a constant stays
         first = view.attention[0]
-        shared = frozenset(i for i, a in enumerate(view.attention) if a.projection("v") is a.projection("k"))
-        norms, without = (first.is_normed, first.has_normed_values), frozenset() if view.family.qkv else shared
-        return cls(parameters(view.lm), unread, view.shape, biases, is_portable, *norms, without, dropped, ranks)
+        norms = first.is_normed, first.has_normed_values
+        values = frozenset(
+            i
+            for i, a in enumerate(view.attention)
+            if a.source is None and (view.family.qkv or a.projection("v") is not a.projection("k"))
+        )
+        return cls(parameters(view.lm), unread, view.shape, biases, is_portable, *norms, values, dropped, ranks)
 
     def kept(self, cut: _Cut) -> float:
         """Numbers of the pruned model that a rank holds, all its attention at the mean width: widths around it never
@@ -205,24 +209,30 @@ class _Weights:
         if cut is _DENSE:
             return self._dense(layer, shape, times) - dense
         width = cut.width * shape.head_dim / self.shape.head_dims[0]
+        has_keys = self.shape.source(layer) == layer
         factored = not self.is_portable and is_factored(shape, width)
-        pruned = self._attention(shape, shape.kv_heads // cut.merge, width, factored, times)
+        has = {"k": has_keys, "v": has_keys}
+        pruned = self._attention(shape, shape.kv_heads // cut.merge, width, factored, has, times)
         if "v" in self.biases and "o" not in self.biases and not self.has_normed_values:
             pruned += shape.hidden  # what V's bias loses is a constant behind O
         return pruned - dense
 
     def _dense(self, layer: int, shape: AttentionShape, times: int) -> float:
-        found = self._attention(shape, shape.kv_heads, shape.head_dim, None, times)
-        if layer in self.without_values:
-            found -= times * shape.kv_heads * shape.head_dim * (shape.hidden + ("v" in self.biases))
-        return found
+        has = {"k": self.shape.source(layer) == layer, "v": layer in self.with_values}
+        return self._attention(shape, shape.kv_heads, shape.head_dim, None, has, times)
 
     def _attention(
-        self, shape: AttentionShape, kv_heads: int, width: float, factored: bool | None, times: int
+        self,
+        shape: AttentionShape,
+        kv_heads: int,
+        width: float,
+        factored: bool | None,
+        has: dict[str, bool],
+        times: int,
     ) -> float:
         """Numbers of one layer's Q, K, V and O, without O's bias and norms, which no cut changes; factored None: as it
-        was. Behind a norm Q and K, and V, are as wide as they were, with matrices of their own. times: how often each
-        KV head is held."""
+        was; has: whether there is a K, a V; times: how often each KV head is held. Behind a norm Q, K and V are as wide
+        as they were, with matrices of their own."""
         columns = {name: shape.hidden + (name in self.biases) for name in "qkv"}
         query_heads, channels = shape.kv_heads * shape.groups, shape.kv_heads * shape.head_dim
         behind_norms = self.is_normed and factored is not None
@@ -231,8 +241,9 @@ class _Weights:
         k = (channels if behind_norms else kv_heads * width) * columns["k"]
         o = query_heads * (shape.head_dim if factored else width) * shape.hidden
         v = (channels if normed_values else kv_heads * width) * columns["v"]
-        mixes = (2 if behind_norms else bool(factored)) + normed_values + bool(factored)  # of Q and K, of V, and of O
-        return q + o + times * (k + v + mixes * channels * width)
+        mixes = (behind_norms or bool(factored)) + bool(factored)  # of Q and of O
+        mixes += has["k"] * behind_norms + has["v"] * normed_values
+        return q + o + times * (has["k"] * k + has["v"] * v + mixes * channels * width)
 
 
 def copies(kv_heads: int, ranks: int) -> int:
@@ -322,7 +333,8 @@ class _Sizes:
     def held(self, kv: float, cut: _Cut) -> float:
         """Of a cache of `kv` bytes with nothing removed, on one rank; layers count by their channels."""
         shape, ranks = self.grid.shape, self.grid.ranks
-        copied = sum(own.kv_heads * own.head_dim * copies(own.kv_heads // cut.merge, ranks) for own in shape.each)
+        stores = [shape.of(layer) for layer in shape.stores]
+        copied = sum(own.kv_heads * own.head_dim * copies(own.kv_heads // cut.merge, ranks) for own in stores)
         return (1 - cut.ratio) * kv * copied / shape.channels / ranks
 
     def parts(self, kv: float, cut: _Cut) -> dict[str, Any]:

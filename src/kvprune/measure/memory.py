@@ -30,6 +30,8 @@ def kv_bytes(layer: Any) -> int:
     stores = stores_of(layer)
     if stores:
         return sum(map(quantized_bytes, stores))
+    if layer.keys is None:  # of a layer that attends to another's
+        return 0
     lengths = getattr(layer, "lengths", None)  # of a token filter's layer, whose sequences differ
     if lengths is None:
         return layer.keys.nbytes + layer.values.nbytes
@@ -45,6 +47,8 @@ def held_bytes(layer: Any) -> int:
     keys, values = getattr(layer, "key_room", None), getattr(layer, "value_room", None)
     if keys is None or values is None:
         keys, values = layer.keys, layer.values
+    if keys is None:
+        return 0
     return keys.nbytes + values.nbytes
 
 
@@ -69,10 +73,19 @@ def weight_bytes(model: nn.Module) -> int:
 def weights_read_bytes(model: PreTrainedModel, dtype: torch.dtype | None = None) -> int:
     """Bytes of the weights that a step of decoding reads: all of them, tied ones once, but an input embedding that is
     not the output's too, of which it reads a row. dtype: what they are counted in, if not in their own."""
-    embedding = cast(nn.Module, model.get_input_embeddings()).weight
-    tied = cast(nn.Module, model.get_output_embeddings()).weight is embedding
-    read = [p for p in model.parameters() if tied or p is not embedding]
+    unread = unread_embeddings(model)
+    read = [p for p in model.parameters() if not any(p is table for table in unread)]
     return sum(p.numel() * (dtype or p.dtype).itemsize for p in read)
+
+
+def unread_embeddings(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The tables of which a step reads a row: the input embedding, unless it is the output's too, and, in some models,
+    one with an input of each layer for each token."""
+    embedding: Any = cast(nn.Module, model.get_input_embeddings()).weight
+    head = cast(nn.Module, model.get_output_embeddings()).weight
+    of_layers: Any = getattr(model.base_model, "embed_tokens_per_layer", None)
+    tables = [embedding] if of_layers is None else [embedding, of_layers.weight]
+    return [table for table in tables if table is not head]
 
 
 class PeakMemory:

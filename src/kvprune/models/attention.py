@@ -23,7 +23,8 @@ class AttentionShape:
     """Sizes of a model's attention. `groups` is the number of query heads per KV head.
 
     per_layer: (kv_heads, head_dim) of each layer, where layers differ; kv_heads, groups and head_dim are then the first
-    layer's. Empty where all are alike.
+    layer's. Empty where all are alike. sources: whose keys and values each layer attends to, its own or another's.
+    Empty where all have their own.
     """
 
     layers: int
@@ -32,14 +33,15 @@ class AttentionShape:
     groups: int
     head_dim: int
     per_layer: tuple[tuple[int, int], ...] = ()
+    sources: tuple[int, ...] = ()
 
     def of(self, layer: int) -> "AttentionShape":
         """That of a model with all layers like this one."""
         if not self.per_layer:
-            return self
+            return replace(self, sources=()) if self.sources else self
         kv_heads, head_dim = self.per_layer[layer]
         groups = self.kv_heads * self.groups // kv_heads
-        return replace(self, kv_heads=kv_heads, groups=groups, head_dim=head_dim, per_layer=())
+        return replace(self, kv_heads=kv_heads, groups=groups, head_dim=head_dim, per_layer=(), sources=())
 
     @property
     def each(self) -> list["AttentionShape"]:
@@ -49,7 +51,20 @@ class AttentionShape:
     @property
     def channels(self) -> int:
         """Of the keys of one token, all layers and KV heads together."""
-        return sum(shape.kv_heads * shape.head_dim for shape in self.each)
+        return sum(self.of(layer).kv_heads * self.of(layer).head_dim for layer in self.stores)
+
+    @property
+    def stores(self) -> list[int]:
+        """The layers with keys and values of their own."""
+        return [layer for layer in range(self.layers) if self.source(layer) == layer]
+
+    def source(self, layer: int) -> int:
+        """The layer whose keys and values this one attends to."""
+        return self.sources[layer] if self.sources else layer
+
+    def sharing(self, store: int) -> list[int]:
+        """The layers that attend to this one's keys and values, itself first."""
+        return [layer for layer in range(self.layers) if self.source(layer) == store]
 
     @property
     def largest(self) -> "AttentionShape":
@@ -95,7 +110,7 @@ class Attention:
     order (D,): which of the family's channels stands at each place; is_in_order: whether that is its own. columns
     (D + 1,): the column of the family's table of cos and sin for the channel at each place, the last for no turn.
     frequencies (D / 2,): radians a token, 0 for none. stretch: what RoPE multiplies by as it turns. context: the
-    farthest that a query looks back, tokens.
+    farthest that a query looks back, tokens. source: the layer whose keys and values it attends to, if not its own.
     """
 
     def __init__(
@@ -106,8 +121,9 @@ class Attention:
         inv_freq: torch.Tensor | None,
         stretch: float,
         context: int,
+        source: "Attention | None" = None,
     ):
-        self.module, self.family, self.shape, self.context = module, family, shape, context
+        self.module, self.family, self.shape, self.context, self.source = module, family, shape, context, source
         turning = inv_freq if inv_freq is not None and family.turns(module) else torch.empty(0)
         # A norm behind RoPE takes it out again
         self.stretch = stretch if len(turning) and not family.norm_behind_rope else 1.0
@@ -150,7 +166,10 @@ class Attention:
         return self.has_sinks or getattr(self.module, "attn_logit_softcapping", None) is not None
 
     def projection(self, name: str) -> nn.Module:
-        """The module that holds projection "q", "k", "v" or "o". Where a layer has no V, that is K's."""
+        """The module that holds projection "q", "k", "v" or "o". Where a layer has no V, that is K's; where it has
+        neither they are its source's."""
+        if self.source is not None and name in "kv":
+            return self.source.projection(name)
         fused = self.family.qkv if name != "o" else ""
         found = getattr(self.module, fused or getattr(self.family, name))
         return self.projection("k") if found is None and name == "v" else found

@@ -49,7 +49,7 @@ def backward(view: ModelView, batches: Sequence[torch.Tensor]) -> Iterator[Step]
                 for number, state in enumerate(before):
                     with torch.enable_grad():
                         entered = state.detach().requires_grad_()
-                        left = calls.run(block, index, entered)
+                        left = calls.run(block, index, entered, number)
                     left.backward(gradients[number])
                     assert entered.grad is not None
                     gradients[number] = entered.grad

@@ -40,6 +40,8 @@ class Family:
     logits: what the config's number of that name does to logits: ("divide" | "times" | "cap", name).
     unless: names in the config that must be false or absent, or not of this value, since what they turn on is not
     built.
+    of_tokens: names in the config that, where they are set, let a block be called with more than hidden states that
+    depends on the tokens.
     portable_as: the stock model_type of this family in the layouts portable and stock (a bias on V wants one on O);
     None: none holds it.
     """
@@ -71,6 +73,7 @@ class Family:
     times: str = ""
     logits: tuple[str, str] | None = None
     unless: tuple[str, ...] = ()
+    of_tokens: tuple[str, ...] = ()
     portable_as: str | None = None
 
     def blocks(self, lm: PreTrainedModel) -> nn.ModuleList:
@@ -154,7 +157,9 @@ FAMILIES = {
             norm_of="head",
             v_norm="v_norm",
             logits=CAP,
-            unless=("use_bidirectional_attention=all", "num_kv_shared_layers", "hidden_size_per_layer_input"),
+            routers=("proj",),
+            unless=("use_bidirectional_attention=all",),
+            of_tokens=("num_kv_shared_layers", "hidden_size_per_layer_input"),
             **POST_NORMS,
         ),
         Family("olmo", unless=("clip_qkv",)),

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 
 from kvprune.errors import BrokenCheckpoint
 
-CACHES = ("cache", "past_key_values", "past_key_value")  # arguments that stay where they are
+# Arguments that stay where, and what, they are: what is put into a copy is lost
+CACHES = ("cache", "past_key_values", "past_key_value", "shared_kv_states")
 
 
 class Shelf(OffloadedWeightsLoader):

@@ -6,6 +6,7 @@ may be there for just as long (see held.py): what is held are the hidden states 
 those of one batch before every block.
 """
 
+from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -57,19 +58,44 @@ def record_calls(blocks: nn.ModuleList, forward: Callable[[], object]) -> tuple[
 class Calls:
     """The arguments beside the hidden states with which the model calls each of its blocks, by window length.
 
-    (mask, rotary table, positions) of a batch of one, which serve any batch: calibration has no padding.
+    (mask, rotary table, positions) of a batch of one, which serve any batch: calibration has no padding. own: where
+    there is more, that depends on the tokens.
     """
 
     of_length: dict[int, list[Call]]
+    own: "OwnCalls | None" = None
 
-    def run(self, block: nn.Module, index: int, states: torch.Tensor) -> torch.Tensor:
-        """states (B, T, hidden) -> what `block`, called as block `index`, makes of them."""
-        return self.of_length[states.shape[1]][index].run(block, states)
+    def run(self, block: nn.Module, index: int, states: torch.Tensor, number: int) -> torch.Tensor:
+        """states (B, T, hidden) of batch `number` -> what `block`, called as block `index`, makes of them."""
+        call = self.of_length[states.shape[1]][index] if self.own is None else self.own.call(number, index)
+        return call.run(block, states)
 
     def take(self, block: nn.Module, index: int, states: list[torch.Tensor]) -> None:
         """The same of a whole text's states, in place, one batch after another."""
         for number, state in enumerate(states):
-            states[number] = self.run(block, index, state)
+            states[number] = self.run(block, index, state, number)
+
+
+SHARED = "shared_kv_states"  # the argument in which layers find keys and values of others, by type of layer
+
+
+class OwnCalls:
+    """The same for each batch (B, T) of token ids, in which blocks get inputs of their own for each token, or keys and
+    values of blocks before them. The inputs are made again whenever a block is called, the keys and values are kept:
+    of the whole text, for as long as this lasts."""
+
+    def __init__(self, lm: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[torch.Tensor], is_tuple: bool):
+        self.lm, self.blocks, self.batches, self.is_tuple = lm, blocks, batches, is_tuple
+        self.shared: list[Any] = [UserDict() for _ in batches]
+
+    @torch.no_grad()
+    def call(self, number: int, index: int) -> Call:
+        """Of block `index` on batch `number`. No block is run."""
+        ids = self.batches[number].to(device_of(self.lm))
+        with _passing(self.blocks, self.is_tuple):
+            _, calls = record_calls(self.blocks, partial(self.lm.base_model, input_ids=ids, use_cache=False))
+        found = calls[index]
+        return Call(found.args, found.kwargs | ({SHARED: self.shared[number]} if SHARED in found.kwargs else {}))
 
 
 @torch.no_grad()
@@ -97,11 +123,13 @@ def embedded(lm: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[torch
 def learn_calls(lm: PreTrainedModel, blocks: nn.ModuleList, batches: Sequence[torch.Tensor]) -> Calls:
     """With what the model calls its blocks, from one window for each length T of batches (B, T). Only the first block
     is run, for the form of what blocks return."""
-    found = {}
+    found, is_tuple = {}, False
     for length, window in {batch.shape[1]: batch[:1].to(device_of(lm)) for batch in batches}.items():
-        with _passing(blocks):
+        with _passing(blocks) as forms:
             _, found[length] = record_calls(blocks, partial(lm.base_model, input_ids=window, use_cache=False))
-    return Calls(found)
+            is_tuple = forms[-1]
+    depends = any(getattr(lm.config, name, None) for name in family_of(lm.config.model_type).of_tokens)
+    return Calls(found, OwnCalls(lm, blocks, batches, is_tuple) if depends else None)
 
 
 def device_of(lm: PreTrainedModel) -> torch.device:
@@ -110,9 +138,10 @@ def device_of(lm: PreTrainedModel) -> torch.device:
 
 
 @contextmanager
-def _passing(blocks: nn.ModuleList) -> Iterator[None]:
-    """All blocks but the first give back the hidden states that they are called with, in the form that it gives."""
-    is_tuple: list[bool] = []
+def _passing(blocks: nn.ModuleList, form: bool | None = None) -> Iterator[list[bool]]:
+    """All blocks but the first give back the hidden states that they are called with, in the form that it gives: in a
+    tuple or not. form: which, where that is known; the first does the same then. Yields the forms seen."""
+    is_tuple: list[bool] = [] if form is None else [form]
     hook = blocks[0].register_forward_hook(lambda _m, _a, output: is_tuple.append(isinstance(output, tuple)))
 
     def passing(*args: Any, **kwargs: Any) -> Any:
@@ -121,9 +150,9 @@ def _passing(blocks: nn.ModuleList) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.callback(hook.remove)
-        for block in list(blocks)[1:]:
+        for block in list(blocks)[1 if form is None else 0 :]:
             stack.enter_context(answering(block, passing))
-        yield
+        yield is_tuple
 
 
 @contextmanager

@@ -8,10 +8,24 @@ from transformers import PreTrainedModel
 
 from kvprune.errors import BadOption, UnsupportedArchitecture
 from kvprune.models.attention import Attention, AttentionShape
-from kvprune.models.family import check_config, dense_shapes, family_of
+from kvprune.models.family import Family, check_config, dense_shapes, family_of
 from kvprune.models.logits import Head
 from kvprune.runtime import PREFIX
 from kvprune.runtime.modeling import window_of
+
+
+def sources_of(lm: PreTrainedModel, family: Family) -> tuple[int, ...]:
+    """See AttentionShape: a layer without keys and values of its own attends to those of the last one before it that
+    has some and is of its type. Of a dense or a pruned model."""
+    found: list[int] = []
+    types = getattr(lm.config, "layer_types", None) or [""] * lm.config.num_hidden_layers
+    for number, block in enumerate(family.blocks(lm)):
+        shares = getattr(getattr(block, family.attention), "is_kv_shared_layer", False)
+        alike = [n for n, source in enumerate(found) if source == n and types[n] == types[number]]
+        if shares and not alike:
+            raise UnsupportedArchitecture(f"layer {number} attends to keys and values that no layer has")
+        found.append(alike[-1] if shares else number)
+    return () if found == list(range(len(found))) else tuple(found)
 
 
 class ModelView:
@@ -33,10 +47,13 @@ class ModelView:
             groups=config.num_attention_heads // kv_heads,
             head_dim=head_dim,
             per_layer=tuple(shapes) if len(set(shapes)) > 1 else (),
+            sources=sources_of(lm, self.family),
         )
         self.blocks = self.family.blocks(lm)
         self.norm = lm.base_model.get_submodule(self.family.norm)
-        self.attention = [self._attention(number, block) for number, block in enumerate(self.blocks)]
+        self.attention: list[Attention] = []
+        for number, block in enumerate(self.blocks):
+            self.attention.append(self._attention(number, block))
         if self.shape.per_layer and not all(attention.has_own_columns for attention in self.attention):
             raise UnsupportedArchitecture("partial rotary embeddings of layers that differ are not supported")
 
@@ -46,7 +63,9 @@ class ModelView:
         inv_freq, stretch = self._rope(number)
         context = config.max_position_embeddings
         window = window_of(module, config) or context
-        return Attention(module, self.family, self.shape.of(number), inv_freq, stretch, min(window, context))
+        source = self.shape.source(number)
+        of_source = None if source == number else self.attention[source]
+        return Attention(module, self.family, self.shape.of(number), inv_freq, stretch, min(window, context), of_source)
 
     def _rope(self, number: int) -> tuple[torch.Tensor | None, float]:
         """The frequencies of block `number`, (pairs,), and what RoPE multiplies by; some models have one table for each

@@ -64,8 +64,7 @@ def page() -> str:
     refused = "".join(f"- {', '.join(names)}: {why}\n" for why, names in reasons.items())
     options = [f"`{f.model_type}` with `{name}`" for f in FAMILIES.values() for name in f.unless]
     refused += f"- {', '.join(options)}: LayerNorm on q and k, projections that are clamped, "
-    refused += "attention that looks ahead, "
-    refused += "keys and values that layers share, inputs of each layer that depend on its tokens\n"
+    refused += "attention that looks ahead\n"
     wrappers = ", ".join(f"`{name}`" for name in WRAPPERS)
     return (
         ABOVE

@@ -228,6 +228,10 @@ class PrunedAttention(nn.Module):
         self.is_causal = getattr(dense, "is_causal", True)
         # Families with a window pass it on with every call; the mask is made by the model.
         self.sliding_window = window_of(dense, config)
+        # Whether it attends to keys and values of a layer before it, or lets others attend to its own (Gemma 4)
+        self.is_kv_shared_layer = getattr(dense, "is_kv_shared_layer", False)
+        self.store_full_length_kv = getattr(dense, "store_full_length_kv", False)
+        self.layer_type = getattr(dense, "layer_type", None)
         self.softcap = getattr(dense, "attn_logit_softcapping", None)
         self.sinks = getattr(dense, "sinks", None)
 
@@ -239,21 +243,24 @@ class PrunedAttention(nn.Module):
         own = channels if factored else width
         q_own, k_all = (channels, dense_kv_heads * channels) if is_normed else (own, kv_heads * width)
         names = {name: words["qkv"] or words[name] for name in "qkv"} | {"o": words["o"]}
-        if getattr(dense, names["v"]) is None:  # K's projection is V's too
+        if getattr(dense, names["v"], None) is None:  # K's projection is V's too
             names["v"] = names["k"]
-        has_bias = {name: getattr(getattr(dense, names[name]), "bias", None) is not None for name in "qkvo"}
+        has_bias = {n: getattr(getattr(dense, names[n], None), "bias", None) is not None for n in "qkvo"}
         self.q_proj = nn.Linear(hidden, heads * q_own, bias=has_bias["q"])
-        self.k_proj = nn.Linear(hidden, k_all, bias=has_bias["k"])
         v_all = dense_kv_heads * channels if v_normed else kv_heads * width
-        self.v_proj = nn.Linear(hidden, v_all, bias=has_bias["v"])
+        if not self.is_kv_shared_layer:
+            self.k_proj = nn.Linear(hidden, k_all, bias=has_bias["k"])
+            self.v_proj = nn.Linear(hidden, v_all, bias=has_bias["v"])
         constant = has_bias["v"] and self.sinks is None and not v_normed  # attention weights sum to one
         self.o_proj = nn.Linear(heads * own, hidden, bias=has_bias["o"] or constant)
         if is_normed:
-            self.q_norm, self.k_norm = getattr(dense, words["q_norm"]), getattr(dense, words["k_norm"])
+            self.q_norm: Any = getattr(dense, words["q_norm"])
+            self.k_norm: Any = getattr(dense, words["k_norm"], None)
         self.q_mix = HeadMix(dense_kv_heads, q_own, width) if factored or is_normed else None
-        self.k_mix = HeadMix(kv_heads, k_all // kv_heads, width) if is_normed else None
-        self.v_norm = getattr(dense, words["v_norm"]) if v_normed else None
-        self.v_mix = HeadMix(kv_heads, v_all // kv_heads, width) if v_normed else None
+        own_keys = not self.is_kv_shared_layer
+        self.k_mix = HeadMix(kv_heads, k_all // kv_heads, width) if is_normed and own_keys else None
+        self.v_norm = getattr(dense, words["v_norm"], None) if v_normed else None
+        self.v_mix = HeadMix(kv_heads, v_all // kv_heads, width) if v_normed and own_keys else None
         self.o_mix = HeadMix(dense_kv_heads, width, own) if factored else None
         rebuilt = config.rebuilds and factored and width > own
         self.dense_heads = DenseHeads(self, dense_kv_heads) if rebuilt else None
@@ -282,18 +289,19 @@ class PrunedAttention(nn.Module):
     def _rotate(self, query, key, cos, sin):
         """RoPE at the kept channels' own frequencies.
 
-        query (B, heads, T, width), key (B, kv_heads, T, width), cos and sin (B or 1, T, columns).
+        query (B, heads, T, width), key (B, kv_heads, T, width), or None where it is another layer's, cos and sin (B or
+        1, T, columns).
         """
-        kv_heads = key.shape[1]
-        own_cos, own_sin = (x.to(key.dtype) for x in self.turns(cos, sin))
-        key = key * own_cos + rotate_half(key) * own_sin
+        own_cos, own_sin = (x.to(query.dtype) for x in self.turns(cos, sin))
+        if key is not None:
+            key = key * own_cos + rotate_half(key) * own_sin
         if query.shape[-1] != self.head_dim:
             # At the dense width a channel turns if the cache has any that turns with it; what it has none of is zero.
             d = query.shape[-1]
             turned = torch.isin(torch.arange(d, device=cos.device), self.rope_index)
             cos, sin = (x[..., :d].where(turned, y).unsqueeze(1) for x, y in ((cos, 1.0), (sin, 0.0)))
             return query * cos + rotate_half(query) * sin, key
-        grouped = query.unflatten(1, (kv_heads, -1))  # (B, kv_heads, groups, T, width)
+        grouped = query.unflatten(1, (own_cos.shape[1], -1))  # (B, kv_heads, groups, T, width)
         grouped = grouped * own_cos.unsqueeze(2) + rotate_half(grouped) * own_sin.unsqueeze(2)
         return grouped.flatten(1, 2), key
 
@@ -311,7 +319,7 @@ class PrunedAttention(nn.Module):
     def dense_queries(self, hidden: torch.Tensor, turn: Any = None) -> torch.Tensor:
         """hidden (..., hidden) -> queries before `q_mix`; turn: see `normed`."""
         query = self.q_proj(hidden)
-        if self.k_mix is None:
+        if not self.words["norm_of"]:
             return query
         query = self.normed(query, self.q_norm, turn).unflatten(-1, (-1, self.dense_head_dim))
         return self._of_rank(query, self.config.num_attention_heads).flatten(-2)
@@ -421,16 +429,22 @@ class PrunedAttention(nn.Module):
             query_states = query_states.view(*input_shape, -1, self.dense_head_dim).transpose(1, 2)
         else:
             query_states = self.queries(hidden_states, turn).view(hidden_shape).transpose(1, 2)
-        kv_heads = len(self.rope_index)
-        key_states = self._of_rank(self.keys(hidden_states, turn).view(hidden_shape), kv_heads).transpose(1, 2)
-        value_states = self._of_rank(self.values(hidden_states).view(hidden_shape), kv_heads).transpose(1, 2)
+        shared, kv_heads = kwargs.pop("shared_kv_states", None), len(self.rope_index)
+        key_states = value_states = None
+        if not self.is_kv_shared_layer:
+            key_states = self._of_rank(self.keys(hidden_states, turn).view(hidden_shape), kv_heads).transpose(1, 2)
+            value_states = self._of_rank(self.values(hidden_states).view(hidden_shape), kv_heads).transpose(1, 2)
 
         if position_embeddings is not None:
             query_states, key_states = self._rotate(query_states, key_states, *position_embeddings)
         query_states = self._warmed(query_states, kwargs.get("position_ids"))
 
-        if cache is not None:
+        if self.is_kv_shared_layer:
+            key_states, value_states = (states.to(query_states.device) for states in shared[self.layer_type])
+        elif cache is not None:
             key_states, value_states = self._update(cache, key_states, value_states, kwargs)
+        if self.store_full_length_kv and shared is not None:
+            shared[self.layer_type] = key_states, value_states
         if is_rebuilt:
             key_states, value_states = self._rebuild(key_states, value_states)
 

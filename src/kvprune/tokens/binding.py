@@ -1,7 +1,7 @@
 """What every way to filter tokens asks of a model and of a call, and how a model's parts are stood in for."""
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -126,6 +126,12 @@ def is_capped(module: nn.Module) -> bool:
     """Whether an attention module caps its scores or has sinks, which attention over an own cache knows nothing of."""
     capped = getattr(module, "attn_logit_softcapping", None) or getattr(module, "softcap", None)
     return capped is not None or getattr(module, "sinks", None) is not None
+
+
+def check_apart(config: Any, modules: Iterable[nn.Module]) -> None:
+    """Raise FilterMisuse where layers attend to the keys and values of others, whose tokens are not theirs to keep."""
+    if any(getattr(module, "is_kv_shared_layer", False) for module in modules):
+        raise FilterMisuse(f"layers of this {config.model_type} share keys and values, which filters take one by one")
 
 
 def forward_of(module: nn.Module) -> str:

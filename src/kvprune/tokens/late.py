@@ -29,6 +29,7 @@ from kvprune.tokens.attention import FilteredAttention
 from kvprune.tokens.binding import (
     ADMISSION,
     begun_call,
+    check_apart,
     check_attention,
     check_even,
     check_generate,
@@ -131,6 +132,7 @@ class LateAdmission:
         modules = [getattr(block, family.attention) for block in family.blocks(model)]
         if any(isinstance(getattr(vars(m).get(forward_of(m)), "__self__", None), FilteredAttention) for m in modules):
             raise FilterMisuse("the model has a TokenFilter already; leave its context first")
+        check_apart(config, modules)
         if any(map(is_capped, modules)):
             raise FilterMisuse(f"keep cannot work on {config.model_type}, whose attention has a cap or sinks")
         self._modules = {i: m for i, m in enumerate(modules) if has_attention(m) and window_of(m, config) is None}

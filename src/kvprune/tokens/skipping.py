@@ -19,6 +19,7 @@ from kvprune.runtime.quantized import is_quantized
 from kvprune.tokens.attention import FilteredAttention
 from kvprune.tokens.binding import (
     begun_call,
+    check_apart,
     check_attention,
     check_even,
     check_generate,
@@ -62,6 +63,7 @@ class Skipping:
         family = family_of(config.model_type)
         check_config(config)
         modules = [getattr(block, family.attention) for block in family.blocks(model)]
+        check_apart(config, modules)
         if any(map(is_capped, modules)):
             raise FilterMisuse(f"skipping cannot work on {config.model_type}, whose attention has a cap or sinks")
         if family.norm_behind_rope or family.temperature:

@@ -190,7 +190,7 @@ def slow_channels(attention: Attention) -> torch.Tensor:
 def basis_of(moments: AttentionMoments, weights: AttentionWeights, slow: torch.Tensor) -> tuple[Basis, torch.Tensor]:
     """The basis of one layer, on the CPU, and what each coordinate of the keys is worth, (groups, n) float32: the
     squared change of the attention's output when it goes."""
-    moments = AttentionMoments(**{f.name: getattr(moments, f.name).cpu() for f in fields(moments)})
+    moments = moments.on_cpu()
     keys, worth, rope = key_basis(moments, slow.cpu(), weights.k.shape[1])
     values = value_basis(moments, weights.o.detach().cpu()[moments.heads.flatten()])
     return Basis(moments.heads, rope, keys, values, slow.cpu(), moments), worth.float()

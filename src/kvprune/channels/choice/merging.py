@@ -86,17 +86,26 @@ def for_ranks(merge: int, may_change: bool, kv_heads: int, ranks: int, say: Call
 
 
 def check_alike(
-    shape: AttentionShape, layout: str, drop_blocks: int, depth: int | str = 0, allocation: str = "uniform"
+    shape: AttentionShape,
+    layout: str,
+    drop_blocks: int,
+    depth: int | str = 0,
+    allocation: str = "uniform",
+    importance: str = "variance",
 ) -> None:
-    """Raise BadOption for what wants layers with heads that are alike, of a model that has others."""
+    """Raise BadOption for what wants layers with heads that are alike, of a model that has others, and for what looks
+    at one layer's keys and values where others attend to them too."""
     asked = {
         f"--layout {layout}": layout != "per-layer",
         f"--drop-blocks {drop_blocks}": bool(drop_blocks),
         f"--depth {depth}": bool(depth),
-        f"--allocation {allocation}": allocation not in ("uniform", "budget"),
+        f"--allocation {allocation}": allocation not in ("uniform", *(() if shape.sources else ("budget",))),
+        f"--importance {importance}": bool(shape.sources) and importance != "variance",
     }
-    options = [option for option, is_asked in asked.items() if is_asked and shape.per_layer]
-    if options:
+    options = [option for option, is_asked in asked.items() if is_asked]
+    if options and shape.sources:
+        raise BadOption(f"{options[0]} takes layers alone, and this model's share keys and values: leave it out")
+    if options and shape.per_layer:
         sizes = " or ".join(f"{heads} KV heads of {size}" for heads, size in sorted(set(shape.per_layer)))
         raise BadOption(f"{options[0]} wants layers that are alike; this model's have {sizes} channels: leave it out")
 

@@ -192,7 +192,8 @@ def _narrow(attention: Attention, basis: Basis, maps: Cut, factored: bool, is_st
         if attention.is_normed
         else _queries_and_keys(w, basis, maps, factored, is_constant)
     )
-    state |= _values(w, basis, maps, attention.has_normed_values)
+    if attention.source is None:
+        state |= _values(w, basis, maps, attention.has_normed_values)
     o = w.o[members].double()  # (H, query heads of each, D, hidden), in the order of the groups
     if factored:
         state["o_mix.weight"] = maps.outputs.mT
@@ -254,7 +255,7 @@ def _behind_norms(attention: Attention, basis: Basis, maps: Cut) -> dict[str, to
     norm is taken over all of a head, so cutting what goes into it would change what is kept [ours; cf. docs]."""
     s, members, state = attention.shape, basis.heads.flatten(), {}
     there = attention.order.argsort().to(maps.keys.device)  # from the order of Attention to the family's
-    for name in "qk":
+    for name in "qk" if attention.source is None else "q":
         for part, rows in zip(("weight", "bias"), attention.rows(name), strict=False):
             state[f"{name}_proj.{part}"] = _grouped(rows, s.kv_heads, members).flatten(0, 1)
         norm = getattr(attention.family, f"{name}_norm")
@@ -262,9 +263,12 @@ def _behind_norms(attention: Attention, basis: Basis, maps: Cut) -> dict[str, to
             over_all = values.numel() > s.head_dim
             heads = values.unflatten(0, (-1, s.head_dim)) if over_all else values
             state[f"{name}_norm.{part}"] = _grouped(heads, s.kv_heads, members).flatten() if over_all else values
+    state["q_mix.weight"] = maps.queries[:, there]
+    if attention.source is not None:
+        return state
     m = basis.heads.shape[1]
     keys = maps.keys.unflatten(-1, (m, s.head_dim))[..., there].flatten(-2)  # (groups, width, m * D)
-    return state | {"k_mix.weight": keys.mT, "q_mix.weight": maps.queries[:, there]}
+    return state | {"k_mix.weight": keys.mT}
 
 
 def _grouped(heads: torch.Tensor, kv_heads: int, members: torch.Tensor) -> torch.Tensor:

@@ -42,6 +42,23 @@ class AttentionMoments:
     slow_means: torch.Tensor
     outputs: torch.Tensor
 
+    def on_cpu(self) -> "AttentionMoments":
+        return AttentionMoments(**{field.name: getattr(self, field.name).cpu() for field in fields(self)})
+
+
+def together_of(
+    layers: Sequence[tuple[AttentionMoments, torch.Tensor]],
+) -> tuple[AttentionMoments, torch.Tensor]:
+    """Moments and O (kv_heads, groups, D, hidden) of layers that attend to the same keys and values, as of one layer
+    with all their query heads. One layer's are what they were."""
+    if len(layers) == 1:
+        return layers[0]
+    (first, _), found = layers[0], {}
+    for field in fields(first):
+        of_each = [getattr(moments, field.name).cpu() for moments, _ in layers]
+        found[field.name] = of_each[0] if field.name in ("heads", "slow_means") else sum(of_each)
+    return AttentionMoments(**found), torch.cat([o.cpu() for _, o in layers], 1)
+
 
 @torch.no_grad()
 def attention_moments(
@@ -86,7 +103,7 @@ def _moments(
     sums = None if chooses else _Sums(view, index, slow, every)
     for place, state in enumerate(states):
         with watched(attention, waiting.append if sums is None else sums.add):
-            states[place] = calls.run(view.blocks[index], index, state)
+            states[place] = calls.run(view.blocks[index], index, state, place)
     if sums is None:
         sums = _Sums(view, index, slow, group_heads(waiting, attention.units, merge))
         for seen in waiting:

@@ -1,13 +1,14 @@
 """One pass over the calibration text, for what an importance score needs of it."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 
 from kvprune.channels.choice.basis import Basis, basis_of, slow_channels
 from kvprune.channels.evidence.importance.base import Importance, Scores, Statistics
-from kvprune.channels.evidence.moments import attention_moments
+from kvprune.channels.evidence.moments import AttentionMoments, attention_moments, together_of
 from kvprune.channels.journal import Journal
 from kvprune.measure.loss import scored_tokens
 from kvprune.models.backward import backward
@@ -83,25 +84,38 @@ def measure_attention(
     of channels. With any other importance there are no scores here (score_layers has them, of channels), and so only V
     and O are rotated: merge is then 1. A layer that the journal has is taken from there.
     """
-    journal = journal or Journal()
+    journal, shape = journal or Journal(), view.shape
     own = importance.needs == "attention"
     none = torch.empty(0, dtype=torch.int64)
     slow = [slow_channels(a) if merge is not None and own else none for a in view.attention]
-    layers = {i: kept for i in range(view.shape.layers) if (kept := journal.load_layer(i)) is not None}
+    layers = {i: kept for i in range(shape.layers) if (kept := journal.load_layer(i)) is not None}
+    for index in list(layers):  # those that share keys and values are found together
+        if any(i not in layers for i in shape.sharing(shape.source(index))):
+            del layers[index]
     wait()
     advance(len(layers))
     found = attention_moments(view, batches, slow, merge or 1, advance, set(layers))
-    for index, moments in zip([i for i in range(view.shape.layers) if i not in layers], found, strict=True):
-        weights = view.attention[index].weights()
+    waiting: dict[int, list[tuple[AttentionMoments, torch.Tensor]]] = {}  # of each layer with keys and values
+    for index, moments in zip([i for i in range(shape.layers) if i not in layers], found, strict=True):
+        weights, source = view.attention[index].weights(), shape.source(index)
+        sharing, seen = shape.sharing(source), waiting.setdefault(source, [])
+        seen.append((moments, weights.o))
+        if len(seen) < len(sharing):
+            seen[-1] = moments.on_cpu(), weights.o.cpu()
+            continue
+        together, o = together_of(waiting.pop(source))
+        weights = replace(weights, o=o)
         empty = torch.empty(len(moments.heads), 0)
         score, basis = Scores(empty, empty), None
         if merge is not None:
-            basis, worth = basis_of(moments, weights, slow[index])
+            basis, worth = basis_of(together, weights, slow[index])
             score, basis = (Scores(worth, torch.empty(len(worth), 0)), basis) if own else (score, basis.of_values())
         elif own:
-            score = importance.scores(weights, Statistics(attention=moments), view.attention[index].units)
+            score = importance.scores(weights, Statistics(attention=together), view.attention[index].units)
             score = Scores(score.qk.float().cpu(), score.vo.float().cpu())
-        layers[index] = journal.keep_layer(index, score, basis)
+        for layer, (of_layer, _) in zip(sharing, seen, strict=True):
+            of_own = None if basis is None else replace(basis, moments=of_layer.on_cpu())
+            layers[layer] = journal.keep_layer(layer, score, of_own)
     scores = [layers[i][0] for i in range(view.shape.layers)] if own else []
     return scores, None if merge is None else [cast(Basis, layers[i][1]) for i in range(view.shape.layers)]
 

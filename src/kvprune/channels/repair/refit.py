@@ -66,7 +66,7 @@ def refit(
     dense, calls = enter(view, [*fitted, *apart])
     ours = list(dense)
     blocks = view.family.blocks(pruned)
-    own_calls = learn_calls(pruned, blocks, batches)  # a stock model's rotary table is its own
+    own_calls = learn_calls(pruned, blocks, [*fitted, *apart])  # a stock model's rotary table is its own
     report: list[Refitted] = []
     for index, (dense_block, block) in enumerate(zip(view.blocks, blocks, strict=True)):
         with held(dense_block, block):
@@ -154,7 +154,7 @@ class _Layer:
         ]
         try:
             for number, state in enumerate(states):
-                states[number] = self.dense_calls.run(self.dense_block, self.index, state)
+                states[number] = self.dense_calls.run(self.dense_block, self.index, state, number)
                 attention = outputs.pop("attention").to(state.device)
                 if self.is_gone:
                     found.attention.append(states[number])
@@ -173,7 +173,9 @@ class _Layer:
         Attention and MLP run once: what reaches their last matrices is kept, and the block is called again with what
         the new matrices make of it. What is fitted to is used up.
         """
-        attended = [input_of(self.o, partial(self._run, state)).to(state.device) for state in states]
+        attended = [
+            input_of(self.o, partial(self._run, state, number)).to(state.device) for number, state in enumerate(states)
+        ]
         found = [self._fit_o(states, attended, targets.attention)]
         targets.attention.clear()
         inner: list[torch.Tensor] = []
@@ -184,7 +186,7 @@ class _Layer:
                 stack.enter_context(_giving(self.attention, (self.o(z.to(self.device)), None)))
                 if self.mlp is not None and self.down is not None:
                     stack.enter_context(_giving(self.mlp, self.down(inner[number].to(self.device))))
-                states[number] = self._run(states[number])
+                states[number] = self._run(states[number], number)
         return found
 
     def _fit_o(self, states: list[torch.Tensor], attended: list[torch.Tensor], targets: list[torch.Tensor]) -> Refitted:
@@ -216,7 +218,7 @@ class _Layer:
         try:
             for number, (state, z, behind) in enumerate(zip(states, attended, targets.behind, strict=True)):
                 with _giving(self.attention, (self.o(z.to(self.device)), None)):
-                    output = self._run(state)
+                    output = self._run(state, number)
                 if targets.down:
                     missing = target = targets.down[number]
                     added.clear()
@@ -240,9 +242,9 @@ class _Layer:
         """Where the matrices are: the text may wait elsewhere."""
         moments.add(*(x.to(self.device) for x in rows))
 
-    def _run(self, state: torch.Tensor) -> torch.Tensor:
-        """The pruned residual stream behind the block, (B, T, hidden)."""
-        return self.calls.run(self.block, self.index, state)
+    def _run(self, state: torch.Tensor, number: int) -> torch.Tensor:
+        """The pruned residual stream behind the block, (B, T, hidden), of batch `number`."""
+        return self.calls.run(self.block, self.index, state, number)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights that are fitted here, "o.weight", ..."""
@@ -262,7 +264,7 @@ class _Layer:
         for name, parameter in self.tensors().items():
             parameter.copy_(tensors[name])
         for number, state in enumerate(states):
-            states[number] = self._run(state)
+            states[number] = self._run(state, number)
         return [Refitted(**row) for row in report]
 
     def _fit(self, name: str, module: nn.Module, fitted: Moments | Rows, held: Moments | Rows) -> Refitted:

@@ -101,8 +101,11 @@ def _walk(
     added = []
     for index, block in enumerate(view.blocks):
         with held(block):
-            before, states = states, [calls.run(block, index, state) for state in states]
-            without = {gone: [calls.run(block, index, s) for s in streams] for gone, streams in without.items()}
+            before, states = states, [calls.run(block, index, s, n) for n, s in enumerate(states)]
+            without = {
+                gone: [calls.run(block, index, state, number) for number, state in enumerate(streams)]
+                for gone, streams in without.items()
+            }
         differences = (b.double() - a.double() for a, b in zip(before, states, strict=True))
         none = torch.zeros(view.shape.hidden, dtype=torch.float64)
         total = summed(sum((x.sum((0, 1)).cpu() for x in differences), none))
