@@ -15,6 +15,9 @@ import kvprune
 from kvprune.channels.plan import PruningPlan
 from kvprune.channels.settings import DECIDED_BY_A_PLAN
 from kvprune.errors import BadOption, PlanMismatch, UnreachableRatio
+from kvprune.measure.fit import _Cut, _Weights
+from kvprune.measure.memory import parameters
+from kvprune.measure.shapes import pruned_config, random_model
 from kvprune.models.view import ModelView
 from tiny import COARSE, make_plan, tiny_tokenizer
 
@@ -125,6 +128,17 @@ def test_what_wants_other_layers_is_refused_in_one_line(name, options, message, 
     with pytest.raises((BadOption, UnreachableRatio), match=message):
         kvprune.prune(source, tmp_path / "out", ratio=0.5, **COARSE | options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("merge", ["1", "all"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_fit_counts_the_numbers_that_there_are(name, merge):
+    config = family_model(name).config
+    shape = ModelView(family_model(name)).shape
+    number = 1 if merge == "1" else shape.shared_heads
+    pruned = random_model(pruned_config(config, 0.5, 2, number), torch.device("meta"), torch.float32)
+    cut = _Cut(0.5, number, shape.head_dims[0] * number / 2)
+    assert _Weights.of(config, is_portable=False).kept(cut) == parameters(pruned)
 
 
 @torch.no_grad()

@@ -12,7 +12,16 @@ from served import PROMPTS, ask, gaps
 
 FOLDERS = Path(os.environ.get("KVPRUNE_TEST_TINY", "missing"))
 LONG = " ".join(PROMPTS[:1] * 25)  # of more tokens than a merged model reads at the kept width in transformers
-FAMILIES = ["gemma3_text", "gemma4_text", "phi3", "glm", "hunyuan_v1_dense", "ministral3", "llama-merged"]
+FAMILIES = [
+    "gemma3_text",
+    "gemma4_text",
+    "gemma4_text-shared",
+    "phi3",
+    "glm",
+    "hunyuan_v1_dense",
+    "ministral3",
+    "llama-merged",
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

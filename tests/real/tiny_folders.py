@@ -37,6 +37,16 @@ FOLDERS = {  # name -> model_type, what its config says beside the sizes, how it
     "gemma3_text": ("gemma3_text", {"head_dim": 64, **SLIDING}, UNIFORM),
     # the same, a norm on v, and other heads in full layers, whose values are their keys
     "gemma4_text": ("gemma4_text", {"head_dim": 64, **OTHER_HEADS, **SLIDING}, {"ratio": 0.5, "align": 32}),
+    # and two layers that attend to keys and values of others
+    "gemma4_text-shared": (
+        "gemma4_text",
+        {
+            **{"head_dim": 64, "global_head_dim": 128, "sliding_window": 16, "num_hidden_layers": 4},
+            **{"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY},
+            "layer_types": SLIDING["layer_types"] * 2,
+        },
+        {"ratio": 0.5, "align": 32},
+    ),
     "phi3": ("phi3", {"hidden_size": 256}, UNIFORM),  # fused projections
     "glm": ("glm", {"head_dim": 64, "partial_rotary_factor": 0.5}, UNIFORM),  # interleaved and partial RoPE
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 64}, UNIFORM),  # RoPE, then a norm

@@ -24,7 +24,8 @@ TENSORS = {
     r"^language_model\.model\.": "model.",
     r"^model\.(language_model|text_model)\.": "model.",
 }
-OTHERS = r"^(?!model\.(layers|embed_tokens|norm)\.|lm_head\.)"  # what is not the text model's, by its own names
+# What is not the text model's, by its own names
+OTHERS = r"^(?!model\.(layers|embed_tokens\w*|norm|per_layer\w+)\.|lm_head\.)"
 
 
 def is_wrapper(settings: dict[str, Any]) -> bool:
