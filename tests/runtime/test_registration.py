@@ -19,4 +19,4 @@ def test_families_with_experts():
     """By what a config calls their number; vLLM's own answer is compared in tests/real/test_vllm_plugin.py."""
     names = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
     found = {family for family, (config, *_) in modeling.TWINS.items() if any(hasattr(config, n) for n in names)}
-    assert found == {*vllm.EXPERTS}
+    assert found - {"gemma4_text"} == {*vllm.EXPERTS}  # one of its models has them, which the plain class runs

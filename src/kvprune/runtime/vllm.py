@@ -6,7 +6,8 @@ vLLM calls `plugin` in each of its processes. It imports neither torch nor a mod
 from kvprune.runtime import FAMILIES, register
 
 BACKEND = "vllm.model_executor.models.transformers"
-# Families with experts, for which vLLM's Transformers backend has a class of its own
+# Families with experts, for which vLLM's Transformers backend has a class of its own. That does not find what Gemma 4
+# calls them by, nor their activation: its one model with experts runs in the plain class, as transformers has it.
 EXPERTS = (
     *("dots1", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe", "minimax_m2", "mixtral", "olmoe", "phimoe"),
     *("hunyuan_v1_moe", "qwen2_moe", "qwen3_moe", "solar_open"),
