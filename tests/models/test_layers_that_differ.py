@@ -12,6 +12,8 @@ from test_every_family import merged
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import kvprune
+from kvprune.channels.evidence.importance import IMPORTANCE
+from kvprune.channels.evidence.statistics import measure_attention
 from kvprune.channels.plan import PruningPlan
 from kvprune.channels.settings import DECIDED_BY_A_PLAN
 from kvprune.errors import BadOption, PlanMismatch, UnreachableRatio
@@ -128,6 +130,24 @@ def test_what_wants_other_layers_is_refused_in_one_line(name, options, message, 
     with pytest.raises((BadOption, UnreachableRatio), match=message):
         kvprune.prune(source, tmp_path / "out", ratio=0.5, **COARSE | options)
     assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_what_stays_does_not_depend_on_sizes_that_norms_take_away():
+    """Behind O a norm stands: the model is the same with ten times its matrix, and so must be what is kept."""
+    text, found = list(torch.randint(3, VOCABULARY, (8, 32)).split(4)), []
+    for scale in (1.0, 10.0):
+        model = family_model("gemma4_text:shared")
+        for layer in model.model.layers[2:]:
+            layer.self_attn.o_proj.weight.mul_(scale)
+        view = ModelView(model)
+        found.append(measure_attention(view, text, IMPORTANCE["variance"], 1, lambda layers: None))
+    (scores, bases), (other_scores, other_bases) = found
+    for layer, own in enumerate(scores):
+        torch.testing.assert_close(other_scores[layer].qk, own.qk, rtol=1e-3, atol=1e-3 * float(own.qk.max()))
+        for head in range(2):  # directions of values may change their sign
+            first, second = (b[layer].values[head, :4] for b in (bases, other_bases))
+            torch.testing.assert_close((first @ second.T).abs().diagonal(), first.square().sum(1), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("merge", ["1", "all"])

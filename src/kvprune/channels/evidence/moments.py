@@ -50,14 +50,29 @@ def together_of(
     layers: Sequence[tuple[AttentionMoments, torch.Tensor]],
 ) -> tuple[AttentionMoments, torch.Tensor]:
     """Moments and O (kv_heads, groups, D, hidden) of layers that attend to the same keys and values, as of one layer
-    with all their query heads. One layer's are what they were."""
+    with all their query heads. One layer's are what they were.
+
+    What each puts out is brought to the size of the first one's, roughly: a norm stands behind it [ours].
+    """
     if len(layers) == 1:
         return layers[0]
-    (first, _), found = layers[0], {}
-    for field in fields(first):
+    mixed = _relative([moments.outputs.diagonal(dim1=1, dim2=2).sum() for moments, _ in layers])
+    matrix = _relative([o.double().square().sum() for _, o in layers])
+    both = [a * b for a, b in zip(mixed, matrix, strict=True)]
+    scales, found = {"outputs": mixed, "keys": both, "slow_keys": both}, {}
+    for field in fields(AttentionMoments):
         of_each = [getattr(moments, field.name).cpu() for moments, _ in layers]
-        found[field.name] = of_each[0] if field.name in ("heads", "slow_means") else sum(of_each)
-    return AttentionMoments(**found), torch.cat([o.cpu() for _, o in layers], 1)
+        scale = scales.get(field.name, [1.0] * len(layers))
+        total = sum(x * factor for x, factor in zip(of_each, scale, strict=True))
+        found[field.name] = of_each[0] if field.name in ("heads", "slow_means") else total
+    scaled = [o.cpu() * factor**0.5 for (_, o), factor in zip(layers, matrix, strict=True)]
+    return AttentionMoments(**found), torch.cat(scaled, 1)
+
+
+def _relative(sizes: Sequence[torch.Tensor]) -> list[float]:
+    """What brings each to the size of the first."""
+    first, *_ = numbers = [max(float(size), 1e-300) for size in sizes]
+    return [first / number for number in numbers]
 
 
 @torch.no_grad()
