@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 import kvprune
 from kvprune.channels.evidence.importance import IMPORTANCE
 from kvprune.channels.evidence.statistics import measure_attention
+from kvprune.channels.journal import Journal
 from kvprune.channels.plan import PruningPlan
 from kvprune.channels.settings import DECIDED_BY_A_PLAN
 from kvprune.errors import BadOption, PlanMismatch, UnreachableRatio
@@ -172,3 +173,26 @@ def test_tensors_that_checkpoints_have_for_shared_layers_are_left_out(texts, tmp
     ids = torch.randint(3, VOCABULARY, (1, 9))
     assert torch.equal(kvprune.load(source)(ids).logits, AutoModelForCausalLM.from_pretrained(source)(ids).logits)
     kvprune.prune(source, tmp_path / "out", ratio=0.5, **COARSE)
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_an_interrupted_run_finds_layers_that_share_keys_together(after, texts, tmp_path, monkeypatch):
+    source, keep, kept = saved("gemma4_text:shared", tmp_path / "dense"), Journal.keep_layer, []
+
+    def interrupted(journal, *layer):
+        if len(kept) == after:
+            raise KeyboardInterrupt
+        kept.append(layer[0])
+        return keep(journal, *layer)
+
+    options = COARSE | {"ratio": 0.5}
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "keep_layer", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            kvprune.prune(source, tmp_path / "out", **options)
+    assert kept == [0, 2, 1][:after]
+    resumed = kvprune.prune(source, tmp_path / "out", resume=True, **options)
+    whole = kvprune.prune(source, tmp_path / "whole", **options)
+    assert resumed.plan.layers == whole.plan.layers
+    tensors = whole.model.state_dict()
+    assert all(torch.equal(value, tensors[name]) for name, value in resumed.model.state_dict().items())
