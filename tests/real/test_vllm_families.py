@@ -5,6 +5,7 @@ Runs in an environment that has no kvprune; tiny_folders.py has made the folders
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,10 @@ def test_vllms_own_llama_serves_a_portable_folder_with_yarn(tmp_path):
     difference, gap = gaps(folder, ask(folder, tmp_path, "vllm"))
     assert difference < 1e-4
     assert gap < 1e-4
+
+
+def test_sinks_are_refused_as_doctor_says(tmp_path, capfd):
+    """Not left out without a word. Where this fails, vLLM finds them by now, and doctor is wrong."""
+    with pytest.raises(subprocess.CalledProcessError):
+        ask(FOLDERS / "gpt_oss", tmp_path)
+    assert "PrunedAttention applies attention sinks" in "".join(capfd.readouterr())

@@ -56,6 +56,7 @@ FOLDERS = {  # name -> model_type, what its config says beside the sizes, how it
         {"head_dim": 64, "rope_parameters": WARM | {"original_max_position_embeddings": 8}},
         UNIFORM,
     ),
+    "gpt_oss": ("gpt_oss", {"head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2}, UNIFORM),  # sinks
     # For several ranks: biases and mixed widths; merged heads, and a norm over each head or over all of them
     "qwen2-alone": ("qwen2", {**EIGHT, "num_key_value_heads": 2}, MIXED),
     "qwen3-merged": ("qwen3", EIGHT, {"merge": 4, **UNIFORM}),

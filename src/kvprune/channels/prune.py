@@ -24,7 +24,7 @@ from kvprune.channels.record import memory_of, record_of
 from kvprune.channels.repair.refit import Refitted, refit, split
 from kvprune.channels.room import find_room
 from kvprune.channels.settings import Settings, with_preset
-from kvprune.engines.targets import with_target
+from kvprune.engines.targets import check_sinks, with_target
 from kvprune.errors import BadOption, NotFinite, PlanMismatch, UnreachableRatio
 from kvprune.measure import memory
 from kvprune.measure.fit import fit
@@ -34,7 +34,7 @@ from kvprune.models.in_memory import InMemory, copied, from_memory
 from kvprune.models.origin import origin
 from kvprune.models.source import Source, find_device, load_config, load_model, resolve, skeleton
 from kvprune.models.tokenizer import load_tokenizer
-from kvprune.models.view import ModelView
+from kvprune.models.view import ModelView, has_sinks
 from kvprune.options import given_of
 from kvprune.progress import Progress
 from kvprune.runtime.checkpoint import save
@@ -151,7 +151,7 @@ def prune(
             "a model in memory comes without its tokenizer: add tokenizer=..., or calibrate on token ids alone"
         )
     place = None if out is None else Path(out)
-    run = _Run(settings, text, judged, place, memory, resume, progress or Progress(), asked)
+    run = _Run(settings, text, judged, place, memory, resume, progress or Progress(), asked, target)
     return run.run(found or resolve(settings.source, revision, trust_remote_code), tokenizer)
 
 
@@ -198,9 +198,10 @@ class _Run:
         resume: bool,
         progress: Progress,
         fit: dict[str, Any] | None,
+        target: str | None,
     ):
         self.settings, self.text, self.judged, self.out = settings, text, judged, out
-        self.memory, self.resume, self.progress, self.fit = memory, resume, progress, fit
+        self.memory, self.resume, self.progress, self.fit, self.target = memory, resume, progress, fit, target
 
     def run(self, source: Source, tokenizer: PreTrainedTokenizerBase | None) -> Pruned:
         s = self.settings
@@ -236,6 +237,7 @@ class _Run:
             if tokenizer is None and not isinstance(source, InMemory):
                 tokenizer = load_tokenizer(source)
             view = ModelView(skeleton(source, s.device, s.dtype))
+            check_sinks(self.target, s.layout, has_sinks(view.lm))
         if source.is_wrapper:
             wrapper = source.settings["model_type"]
             self.progress.say(f"the text model of {wrapper} alone; what it has for images is left out")

@@ -14,7 +14,8 @@ from kvprune.engines import gguf
 from kvprune.engines.targets import OWN, TARGETS, Target, degrees, find_target, kernels
 from kvprune.errors import KVPruneError
 from kvprune.measure.memory import cache_bytes
-from kvprune.models.source import load_config, load_model, resolve
+from kvprune.models.source import load_config, load_model, resolve, skeleton
+from kvprune.models.view import has_sinks
 from kvprune.runtime.files import changed_files, check_there, note_changed, read_shown
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.refresh import CODE, FAULTS, version_of
@@ -35,6 +36,7 @@ class _Folder:
     record: dict[str, Any]
     config: Any
     code: int | None  # version of the modeling.py that it carries
+    has_sinks: bool
 
     @property
     def layout(self) -> str:
@@ -66,12 +68,13 @@ def doctor(
     targets = {name: find_target(name) for name in names}
     check_there(folder)
     record = read_shown(folder, ("source", "widths", "kv_bytes_per_token"))
-    copy = folder / CODE
+    copy, source = folder / CODE, resolve(folder, needs_weights=False)
     about = _Folder(
         folder,
         record,
-        load_config(resolve(folder, needs_weights=False)),
+        load_config(source),
         version_of(copy.read_bytes()) if copy.is_file() else None,
+        has_sinks(skeleton(source, "cpu")),
     )
     return {
         "folder": str(folder),
@@ -114,6 +117,8 @@ def _refusals(name: str, target: Target, about: _Folder, widths: list[int]) -> l
         except KVPruneError as error:
             return [str(error)]
         return []
+    if about.has_sinks and about.layout in OWN and not target.sinks:
+        return [f"{name} does not find the sinks in a pruned model's attention; serve the folder with transformers"]
     no = [width for width in widths if target.refused(width)]
     if not no:
         return []

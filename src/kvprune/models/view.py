@@ -118,3 +118,8 @@ class ModelView:
     def head(self) -> Head:
         """(..., hidden) behind the final norm -> logits (..., vocabulary)."""
         return Head.of(self.lm)
+
+
+def has_sinks(lm: PreTrainedModel) -> bool:
+    """Whether a model's attention, dense or pruned, has sinks: numbers beside the scores of each softmax."""
+    return any(getattr(module, "sinks", None) is not None for module in lm.modules())
