@@ -85,6 +85,15 @@ def test_the_quality_figure_has_every_folder(pruned):
         assert row["ratio"] == judged["pruned"] / judged["dense"]
 
 
+def test_each_record_is_read_once(pruned, monkeypatch):
+    """What is compared with the checksums is what is shown, also while someone writes the folder anew."""
+    shutil.copytree(pruned, pruned.with_name("other"))
+    read, seen = files.read_json, []
+    monkeypatch.setattr(files, "read_json", lambda path: seen.append(path.parent.name) or read(path))
+    kvprune.report(pruned, others=[pruned.with_name("other"), pruned])
+    assert sorted(seen) == ["half", "other"]
+
+
 @pytest.mark.parametrize(("merge", "whole"), [(None, 32), (1, 32), (2, 64)])
 def test_bars_of_widths_stand_before_those_of_the_dense_heads(pruned, merge, whole):
     """None: a record of an older version."""

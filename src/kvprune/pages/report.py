@@ -16,7 +16,6 @@ from kvprune.runtime.files import (
     SHOWN,
     note_changed,
     read_json,
-    read_record,
     read_shown,
     write_whole,
     writing_to,
@@ -50,13 +49,14 @@ def report(
     if not target.parent.is_dir():
         raise BadOption(f"--out {target}: {target.parent} is no folder; make it first")
     here, *beside = dict.fromkeys(Path(one).resolve() for one in (folder, *others))
-    records = [(here.name, record), *((one.name, read_shown(one, _NEEDED)) for one in beside)]
+    read = {here: record} | {one: read_shown(one, _NEEDED) for one in beside}
+    records = [(one.name, other) for one, other in read.items()]
     for name, other in records:
         if Path(other["source"]).name != Path(record["source"]).name:
             raise BadOption(f"--with: {name} was made of {other['source']}, not of {record['source']}; leave it out")
     timed = None if bench is None else _read_bench(Path(bench))
     drawings = _drawings(record, quality_rows(records), timed)
-    changed = [f"{one.name}: {CHANGED}." for one in (here, *beside) if note_changed(one, read_record(one))]
+    changed = [f"{one.name}: {CHANGED}." for one, other in read.items() if note_changed(one, other)]
     environment = jinja2.Environment(loader=jinja2.PackageLoader("kvprune.pages", "."), autoescape=True)
     page = environment.get_template("report.html.j2").render(
         name=here.name,
