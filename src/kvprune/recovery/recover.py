@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvprune.errors import BadOption, KVPruneError, UnknownSource
+from kvprune.errors import BadOption, KVPruneError
 from kvprune.measure import memory
-from kvprune.models.family import family_of, mlp_width
-from kvprune.models.held import held
-from kvprune.models.in_memory import InMemory, copied, from_memory
-from kvprune.models.source import Source, find_device, load_model, resolve, skeleton
+from kvprune.models.in_memory import InMemory, from_memory
+from kvprune.models.source import Source, find_device, load_model, resolve
 from kvprune.models.tokenizer import check_ids, load_tokenizer
 from kvprune.options import given_of, size_in_bytes
 from kvprune.progress import Progress
@@ -26,8 +24,9 @@ from kvprune.recovery.checkpoints import Checkpoints
 from kvprune.recovery.data import Data, read_data
 from kvprune.recovery.losses import LOSSES
 from kvprune.recovery.settings import SAMPLED, Settings, from_options
-from kvprune.recovery.train import MICRO_TOKENS, Training
-from kvprune.recovery.trainee import ADAPTER, Trainee, add_adapters, blocks, checkpoint_activations
+from kvprune.recovery.teacher import Room, activations, fingerprint, load_teacher
+from kvprune.recovery.train import Training
+from kvprune.recovery.trainee import ADAPTER, Trainee, add_adapters, checkpoint_activations
 from kvprune.runtime.checkpoint import save
 from kvprune.runtime.dtype import name_of, round_as_stored, stored_dtype
 from kvprune.runtime.files import PLAN, alone, read_shown, weight_checksums
@@ -172,7 +171,7 @@ class _Run:
             self.computes = name_of(lm.dtype)
             self.weight_bytes = memory.weight_bytes(lm)
             limit = lm.config.max_position_embeddings
-            dense = self._dense(lm, old)
+            dense = self._dense(lm, old) if s.needs_dense else None
         data = self._data(tokenizer, limit, dense)
         if data[0].empty:
             self.progress.say(f"{data[0].empty} examples are left out: they have no instruction or no output")
@@ -244,58 +243,12 @@ class _Run:
             sampled=sampled,
         )
 
-    def _dense(self, lm: PreTrainedModel, old: dict[str, Any]) -> PreTrainedModel | None:
-        """The dense model, frozen, where the loss or the text wants one. Raises UnknownSource or BadOption."""
+    def _dense(self, lm: PreTrainedModel, old: dict[str, Any]) -> PreTrainedModel:
+        """The dense model, frozen."""
         s = self.settings
-        if not s.needs_dense:
-            return None
-        name = s.teacher or old["source"]
-        if s.teacher is None and old.get("from_memory"):
-            raise UnknownSource(
-                f"{s.folder} was made of a model in memory ({name}), which may be saved anywhere by now: give it, or "
-                "its folder, with --teacher"
-            )
-        try:
-            if self.teacher is not None:
-                teacher = copied(self.teacher, str(self.device), name_of(lm.dtype))
-            else:
-                source = resolve(name, None if s.teacher else old.get("revision"))
-                offload = None if self._holds_both(lm, source) else self.aside
-                teacher = load_model(source, str(self.device), s.dtype, offload)
-                if teacher.dtype != lm.dtype:  # loaded so, since `to` would round the rotary table as well
-                    teacher = load_model(source, str(self.device), name_of(lm.dtype), offload)
-        except KVPruneError as error:
-            raise UnknownSource(f"the teacher {name}: {error}; name the dense model with --teacher") from error
-        for what in ("vocab_size", "hidden_size", "num_hidden_layers"):
-            mine, theirs = (getattr(model.config, what) for model in (lm, teacher))
-            if mine != theirs:
-                raise BadOption(f"the teacher {name} has {what} {theirs}, the pruned model {mine}; name another")
-        return teacher.requires_grad_(False)
-
-    def _holds_both(self, lm: PreTrainedModel, source: Source) -> bool:
-        """Whether the teacher has room beside the pruned model; a .gguf file's must."""
-        theirs = memory.weight_bytes(skeleton(source, str(self.device), name_of(lm.dtype)))
-        activations = self._activations(lm, self.text.row or self.settings.window)
-        free = memory.free(self.device)
-        if self.limit is not None:
-            holds = self.weight_bytes + theirs + activations <= self.limit
-        else:
-            holds = free is None or theirs + activations <= free
-        if not holds and source.gguf_file is None:
-            self.progress.say(f"the teacher's blocks stay on disk: there is no room for its {theirs / 2**30:.3g} GiB")
-            return False
-        return True
-
-    def _activations(self, lm: PreTrainedModel, window: int) -> int:
-        """Bytes of those of one piece of a batch."""
-        s, config = self.settings, lm.config
-        tokens = min(MICRO_TOKENS, max(s.batch // self.accelerator.num_processes, 1) * window)
-        h, m = config.hidden_size, mlp_width(config)
-        a_layer = (16 * h + 6 * m) * lm.dtype.itemsize
-        if lm.dtype.itemsize < 4:
-            a_layer += 4 * (6 * h + m)  # the adapters' inputs, in float32
-        layers = 1 + config.num_hidden_layers / 8 if s.gradient_checkpointing else config.num_hidden_layers
-        return int(tokens * a_layer * layers)
+        piece = activations(lm, s, self.text.row or s.window, self.accelerator.num_processes)
+        room = Room(self.device, self.limit, self.weight_bytes, piece, self.aside)
+        return load_teacher(s, self.teacher, old, lm, room, self.progress.say)
 
     def _identity(
         self, data: tuple[Data, Data], texts: evaluation.Texts, teacher: PreTrainedModel | None
@@ -305,7 +258,7 @@ class _Run:
             "recovery_text": digest(tensor for part in data for tensor in (part.ids, part.labels)),
             "weights": hashlib.sha256(repr(weight_checksums(Path(self.source.folder))).encode()).hexdigest(),
             "evaluation_texts": digest(ids for _, ids in texts),
-            "teacher_weights": None if teacher is None else _fingerprint(teacher),
+            "teacher_weights": None if teacher is None else fingerprint(teacher),
             "computed_on": f"{self.accelerator.num_processes} x {self.device.type} in {self.computes} "
             f"on {torch.get_num_threads()} threads",
             "versions": _versions(),
@@ -379,10 +332,11 @@ class _Run:
     def _formula(self, training: Training, lm: PreTrainedModel) -> dict[str, int]:
         """What a process may need at its peak, in bytes; docs/recovery.md says where it comes from."""
         adapter = sum(t.numel() * t.element_size() for t in training.best.values())
+        window, processes = training.train.ids.shape[1], self.accelerator.num_processes
         return {
             "weights": self.weight_bytes * (2 if self.settings.needs_dense else 1),
             "adapters, gradients, moments, best": 6 * adapter,
-            "activations of one piece": self._activations(lm, training.train.ids.shape[1]),
+            "activations of one piece": activations(lm, self.settings, window, processes),
             "one copy of the weights to save": self.weight_bytes,
         }
 
@@ -409,17 +363,6 @@ def _pruned_source(folder: str, out: Path | None) -> Source:
     if out is not None and out.resolve() == Path(folder).resolve():
         raise BadOption(f"--out {out} is the folder to recover; choose another --out")
     return source
-
-
-def _fingerprint(lm: PreTrainedModel) -> str:
-    """Of all layers' attention weights."""
-    digest = hashlib.sha256()
-    name = family_of(lm.config.model_type).attention
-    for block in blocks(lm)[1]:
-        with held(block):
-            for parameter in getattr(block, name).parameters():
-                digest.update(parameter.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:
