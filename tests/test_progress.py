@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
 import kvprune
+from ggufs import write_gguf
 from kvprune.progress import Bars, Lines, on_stderr, without_bars
-from tiny import COARSE, Counted, tiny_model, write_gguf
+from tiny import COARSE, Counted, tiny_model
 
 
 class Log(io.StringIO):

@@ -6,8 +6,6 @@ The references are written from the exactness rules with plain loops and share n
 import copy
 from contextlib import contextmanager
 
-import gguf
-import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -103,49 +101,6 @@ def tiny_model(
         if "norm" not in name:
             torch.nn.init.normal_(parameter, std=scale)
     return model
-
-
-def write_gguf(model, path) -> None:
-    """A tiny llama of one layer, kv_heads=2, groups=2, head_dim=32, as a float32 GGUF."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_key_length(32)
-    writer.add_value_length(32)
-    writer.add_rope_dimension_count(32)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    names = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-        "self_attn.q_proj.weight": "attn_q.weight",
-        "self_attn.k_proj.weight": "attn_k.weight",
-        "self_attn.v_proj.weight": "attn_v.weight",
-        "self_attn.o_proj.weight": "attn_output.weight",
-        "mlp.gate_proj.weight": "ffn_gate.weight",
-        "mlp.up_proj.weight": "ffn_up.weight",
-        "mlp.down_proj.weight": "ffn_down.weight",
-        "input_layernorm.weight": "attn_norm.weight",
-        "post_attention_layernorm.weight": "ffn_norm.weight",
-    }
-    for name, tensor in model.state_dict().items():
-        array = tensor.numpy()
-        if "q_proj" in name or "k_proj" in name:  # llama.cpp interleaves the halves of a head
-            heads = 4 if "q_proj" in name else 2
-            array = array.reshape(heads, 2, 16, -1).swapaxes(1, 2).reshape(array.shape)
-        layer = "blk.0." if "layers.0." in name else ""
-        writer.add_tensor(layer + names[name.removeprefix("model.layers.0.")], np.ascontiguousarray(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def make_plan(model, layers, ratio=0.5, merge=1) -> PruningPlan:

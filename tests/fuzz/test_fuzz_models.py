@@ -9,6 +9,7 @@ from mutations import damaged_bytes, damaged_json, damaged_lines
 from test_fuzz_json import DEEP, but
 
 import kvprune
+from ggufs import write_gguf
 from kvprune.models import gguf as headers
 from kvprune.models.source import load_config, resolve, skeleton
 from kvprune.models.tokenizer import load_tokenizer
@@ -16,7 +17,7 @@ from kvprune.recovery.data import read_data
 from kvprune.text.corpus import read_file
 from kvprune.text.given import find_text
 from kvprune.text.windows import windows
-from tiny import tiny_model, write_gguf
+from tiny import tiny_model
 
 
 @pytest.mark.parametrize("kind", ["dense", "pruned"])

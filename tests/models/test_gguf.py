@@ -1,6 +1,5 @@
 """GGUF files that are written here, from models that are known: read exactly, or refused in words."""
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -8,70 +7,15 @@ from gguf import RopeScalingType
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import kvprune
+from ggufs import as_gguf, write_gguf
 from kvprune import errors
 from tiny import QUICK, tiny_model, tiny_tokenizer
-
-LLAMA_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
-
-def as_gguf(model):
-    """name -> array, as llama.cpp's converter writes them: Llama's Q and K with the halves of a head interleaved."""
-    tensors, config = {}, model.config
-    for name, tensor in model.state_dict().items():
-        array, (stem, _, leaf) = tensor.numpy(), name.rpartition(".")
-        if config.model_type == "llama" and stem.endswith(("q_proj", "k_proj")):
-            heads = config.num_attention_heads if "q_proj" in stem else config.num_key_value_heads
-            array = array.reshape(heads, 2, config.head_dim // 2, -1).swapaxes(1, 2).reshape(array.shape)
-        layer, found = "", stem
-        if stem.startswith("model.layers."):
-            _, _, number, found = stem.split(".", 3)
-            layer = f"blk.{number}."
-        tensors[f"{layer}{LLAMA_NAMES[found]}.{leaf}"] = np.ascontiguousarray(array)
-    return tensors
 
 
 @pytest.fixture
 def written(tmp_path):
     """Writes a model as a float32 .gguf file, with further tensors, and with `more(writer)` said of it."""
-
-    def write(model, tensors=None, more=lambda writer: None, name="tiny.gguf"):
-        config = model.config
-        writer = gguf.GGUFWriter(tmp_path / name, config.model_type)
-        writer.add_context_length(config.max_position_embeddings)
-        writer.add_embedding_length(config.hidden_size)
-        writer.add_block_count(config.num_hidden_layers)
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-        writer.add_vocab_size(config.vocab_size)
-        writer.add_rope_dimension_count(config.head_dim)
-        more(writer)
-        for tensor, array in (as_gguf(model) if tensors is None else tensors).items():
-            writer.add_tensor(tensor, array)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return tmp_path / name
-
-    return write
+    return lambda model, *given, name="tiny.gguf", **said: write_gguf(model, tmp_path / name, *given, **said)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -168,7 +112,7 @@ def test_the_frequency_factors_of_llama_3_1_are_read_and_kept(written, texts, tm
     for layout in ("per-layer", "portable"):
         kvprune.prune(tmp_path / "dense", tmp_path / layout, ratio=0.0, layout=layout, **QUICK)
         torch.testing.assert_close(kvprune.load(tmp_path / layout)(ids).logits, expected, rtol=0, atol=1e-5)
-    half = written(model, tensors, linear, "half.gguf")  # both at once
+    half = written(model, tensors, linear, name="half.gguf")  # both at once
     rotary = kvprune.load(half, dtype="float32").model.rotary_emb
     torch.testing.assert_close(rotary.inv_freq, own / 4, rtol=1e-5, atol=0)
 

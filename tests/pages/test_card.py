@@ -13,11 +13,12 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 import kvprune
+from ggufs import write_gguf
 from kvprune import errors
 from kvprune.models.origin import origin
 from kvprune.models.source import resolve
 from kvprune.pages.card import card
-from tiny import COARSE, tiny_model, write_gguf
+from tiny import COARSE, tiny_model
 
 RECORD = {
     "source": "/home/jane/secret/base-7b",
