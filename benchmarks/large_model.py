@@ -2,6 +2,7 @@
 
     python benchmarks/large_model.py make FOLDER --tokenizer SOURCE [--layers 32]  # LLaMA-7B's shape, random weights
     python benchmarks/large_model.py run FOLDER --work DIR [--memory 6GiB] [--tokens 2048] [--out OUT]
+    python benchmarks/large_model.py prune MODEL --work DIR [--memory 6GiB] [--tokens 2048]  # a folder or .gguf file
 
 `run` times a dense pass over the text, streamed, and then prunes half of the KV bytes in a process of its own. Written
 down for each phase: seconds, and as multiples of that dense pass for the same number of tokens; the peak of the memory

@@ -2,9 +2,9 @@
 
     python benchmarks/streamed.py MODEL --work DIR [--runs 2] [--out benchmarks/results/streamed]
 
-MODEL is a folder of safetensors. The three ways take turns, each in a process of its own. Written down: seconds of each
-run and their ratio to the first way, the peak of the process's memory, whether plan and weights are equal to the last
-bit, and, for two processes, the largest relative difference of a weight matrix.
+MODEL is a folder of safetensors or a .gguf file. The three ways take turns, each in a process of its own. Written down:
+seconds of each run and their ratio to the first way, the peak of the process's memory, whether plan and weights are
+equal to the last bit, and, for two processes, the largest relative difference of a weight matrix.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def enough(model: Path) -> int:
     """Bytes: what the whole model takes by the formula."""
     s, view = Settings(source=str(model)), ModelView(skeleton(resolve(model)))
     merge = choose_merge(s, view.shape, print)
-    return sum(find_room(s, view, merge, torch.device("cpu"), 2**60, None, True).needs.values())
+    return sum(find_room(s, view, merge, torch.device("cpu"), 2**60, None, resolve(str(model))).needs.values())
 
 
 def prune(model: Path, out: Path, memory: int) -> None:

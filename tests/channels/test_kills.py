@@ -10,21 +10,23 @@ import torch
 from safetensors.torch import load_file
 
 import kvprune
+from ggufs import write_gguf
 from killing import disturb, kills, seconds
 from kvprune import errors
 from kvprune.channels import room
-from tiny import COARSE
+from tiny import COARSE, tiny_model
 
 OPTIONS = COARSE | {"ratio": 0.5, "allocation": "budget"}
 
 
 def work(source, out, streamed):
-    """In a process of its own."""
+    """In a process of its own; a .gguf file has its tokenizer's folder beside it."""
     torch.set_num_threads(1)
     if streamed:
         needs = room._needs
         room._needs = lambda *a, streamed: needs(*a, streamed=True) if streamed else {"weights": 2**62}
-    kvprune.prune(source, out, resume=os.path.exists(out), **OPTIONS)
+    given = {"tokenizer": kvprune.load_tokenizer(source.with_suffix(""))} if source.suffix == ".gguf" else {}
+    kvprune.prune(source, out, resume=os.path.exists(out), **given, **OPTIONS)
 
 
 def is_whole(out):
@@ -37,11 +39,15 @@ def is_whole(out):
     return False
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_any_number_of_kills_end_in_the_same_folder(streamed, checkpoint, texts, tmp_path):
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    takes = seconds(work, checkpoint, whole, streamed)
-    for ended in disturb(f"prune, streamed={streamed}", kills(12), takes, work, checkpoint, out, streamed):
+@pytest.mark.parametrize("kind", ["whole", "streamed", "a streamed .gguf file"])
+def test_any_number_of_kills_end_in_the_same_folder(kind, checkpoint, texts, tmp_path):
+    whole, out, source, streamed = tmp_path / "whole", tmp_path / "out", checkpoint, kind != "whole"
+    if "gguf" in kind:
+        model = tiny_model("llama", groups=2, head_dim=32, layers=4, hidden=64)
+        source = write_gguf(model, tmp_path / "tiny.gguf", kind="Q8_0")
+        shutil.copytree(checkpoint, tmp_path / "tiny")
+    takes = seconds(work, source, whole, streamed)
+    for ended in disturb(f"prune, {kind}", kills(12), takes, work, source, out, streamed):
         assert is_whole(out) or not ended
         if is_whole(out):
             assert_same(whole, out)

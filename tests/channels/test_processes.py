@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import kvprune
+from ggufs import write_gguf
 from kvprune import processes
 from kvprune.channels.room import find_room
 from kvprune.channels.settings import Settings
@@ -22,6 +23,8 @@ import json, sys
 import kvprune
 from kvprune import processes
 options = json.loads(sys.argv[1])
+if "tokenizer" in options:
+    options["tokenizer"] = kvprune.load_tokenizer(options["tokenizer"])
 try:
     result = kvprune.prune(options.pop("source"), options.pop("out"), **options)
 except kvprune.errors.KVPruneError as error:
@@ -53,8 +56,9 @@ def source(tmp_path):
 
 def too_little(source, options):
     """Bytes: one too few for the whole model."""
-    view, s = ModelView(skeleton(resolve(source))), Settings(source=str(source), **options)
-    return sum(find_room(s, view, 2, torch.device("cpu"), 2**60, None, True).needs.values()) - 1
+    found, s = resolve(source), Settings(source=str(source), **options)
+    room = find_room(s, ModelView(skeleton(found)), 2, torch.device("cpu"), 2**60, None, found)
+    return sum(room.needs.values()) - 1
 
 
 @pytest.mark.parametrize(
@@ -85,6 +89,19 @@ def test_two_processes_make_the_plan_of_one(options, streamed, source, texts, tm
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=2e-3, atol=2e-4, msg=name)
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
+
+
+def test_two_processes_and_a_gguf_file(source, texts, tmp_path):
+    """It is unpacked once, by the main one."""
+    path = write_gguf(tiny_model("qwen2", kv_heads=4, groups=2, layers=3), tmp_path / "tiny.gguf")
+    options = COARSE | {"ratio": 0.5, "merge": 2, "dtype": "float32"}
+    one = kvprune.prune(path, tmp_path / "one", tokenizer=kvprune.load_tokenizer(source), **options)
+    memory = too_little(path, options)
+    result = launched(2, tmp_path, path, tmp_path / "two", tokenizer=str(source), memory=memory, **options)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["streamed"]
+    assert kvprune.PruningPlan.read(tmp_path / "two").layers == one.plan.layers
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
 
 

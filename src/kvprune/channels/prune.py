@@ -34,6 +34,7 @@ from kvprune.models.in_memory import InMemory, copied, from_memory
 from kvprune.models.origin import origin
 from kvprune.models.source import Source, find_device, load_config, load_model, resolve, skeleton
 from kvprune.models.tokenizer import load_tokenizer
+from kvprune.models.unpacked import unpack
 from kvprune.models.view import ModelView, has_sinks
 from kvprune.options import given_of
 from kvprune.progress import Progress
@@ -213,9 +214,10 @@ class _Run:
         with ExitStack() as stack:
             if self.out is not None:
                 processes.after_main(partial(self._claim, self.out, stack))
+                stack.callback(_tidy, self.out)
             torch.manual_seed(s.seed)
             peak = memory.PeakMemory(find_device(s.device))
-            return self._pruned(source, tokenizer, given, peak, stack)
+            return self._pruned(source, tokenizer, given, peak)
 
     def _claim(self, out: Path, stack: ExitStack) -> None:
         """Nobody else writes there from now on, and nothing there is overwritten."""
@@ -229,7 +231,6 @@ class _Run:
         tokenizer: PreTrainedTokenizerBase | None,
         given: PruningPlan | None,
         peak: memory.PeakMemory,
-        stack: ExitStack,
     ) -> Pruned:
         s = self.settings
         with self.phase("load"):
@@ -248,17 +249,14 @@ class _Run:
         else:
             given.check(view.family.model_type, view.shape)
         portable.check(view, s.layout if given is None else given.layout)
-        can_stream = source.gguf_file is None and not isinstance(source, InMemory)
-        room = find_room(s, view, merge, find_device(s.device), self.memory, self.out, can_stream)
-        offload = None
+        room = find_room(s, view, merge, find_device(s.device), self.memory, self.out, source)
         if room.streamed:
             self.progress.say(room.line(view))
-            offload = stack.enter_context(_aside(cast(Path, self.out)))
-        with self.phase("load"):
-            if isinstance(source, InMemory):
-                lm = copied(source, s.device, s.dtype)
-            else:
-                lm = load_model(source, s.device, s.dtype, offload)
+            lm = self._left_on_disk(source, view, cast(Path, self.out))
+        else:
+            with self.phase("load"):
+                loaded: Callable[..., PreTrainedModel] = copied if isinstance(source, InMemory) else load_model
+                lm = loaded(source, s.device, s.dtype)
         view = ModelView(lm)
         calibrate = s.ratio > 0 if given is None else given.is_rotated or _refits(given)
         texts = prepare(s, self.text, self.judged, lm, tokenizer, calibrate, room.batch_tokens, self.progress)
@@ -307,6 +305,19 @@ class _Run:
         remember(pruned, tokenizer, plan.to_json(), saved)
         return Pruned(None if room.streamed else pruned, tokenizer, plan, saved)
 
+    def _left_on_disk(self, source: Source, view: ModelView, out: Path) -> PreTrainedModel:
+        """The source's model, of which the blocks stay on disk; view: of that model without weights."""
+        s, own = self.settings, out / DENSE / str(processes.number())
+        if source.gguf_file:
+            with self.phase("unpack", view.shape.layers) as advance:
+                unpacked = partial(unpack, source, view.lm, s.dtype, out / DENSE / "gguf", advance)
+                source = processes.after_main(unpacked)
+        with self.phase("load"):
+            with writing_to(out):
+                shutil.rmtree(own, ignore_errors=True)
+                own.mkdir(parents=True)
+            return load_model(source, s.device, s.dtype, own, view.lm)
+
     def _identity(self, view: ModelView, texts: Texts) -> dict[str, Any]:
         """What must be the same for an unfinished run to go on: the settings, and what they led to."""
         weights = hashlib.sha256()
@@ -339,18 +350,12 @@ class _Run:
             return [(name, perplexity(model, ids, advance, shared=True)) for name, ids in texts]
 
 
-@contextmanager
-def _aside(out: Path) -> Iterator[Path]:
-    """A folder in `out` for weights that the source's files do not hold as the model wants them."""
-    folder = out / DENSE / str(processes.number())
-    with writing_to(out):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        for place in (folder.parent, out):
+def _tidy(out: Path) -> None:
+    """Take away what stood in `out` for the source's files, from this run or one that was killed."""
+    aside = out / DENSE
+    if aside.exists():
+        shutil.rmtree(aside if processes.is_main() else aside / str(processes.number()), ignore_errors=True)
+        for place in (aside, out):
             with suppress(OSError):  # something is in it, or another process was faster
                 place.rmdir()
 

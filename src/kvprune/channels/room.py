@@ -17,11 +17,15 @@ from kvprune.channels.repair.refit import RIDGES
 from kvprune.channels.settings import ESTIMATED_ON, Settings
 from kvprune.errors import BadOption, NoSpace, TooLittleMemory
 from kvprune.measure import memory
+from kvprune.models.in_memory import InMemory
+from kvprune.models.source import Source
+from kvprune.models.unpacked import unpacking_bytes
 from kvprune.models.view import ModelView
 from kvprune.options import size_in_bytes
 
 BATCH_TOKENS = 4096  # that go through a block at once, where the memory allows it
 SHARE = 0.9  # of what is free: what may be taken unasked
+UNPACKED = 1e8  # weights a second that come of a .gguf file on one core [measured: Q4_K 1.6e8, Q8_0 0.6e8]
 
 
 @dataclass(frozen=True)
@@ -52,31 +56,41 @@ def find_room(
     device: torch.device,
     asked: str | int | None,
     out: Path | None,
-    can_stream: bool,
+    source: Source,
 ) -> Room:
     """How to work within `asked` ("20GiB"; None: most of what is free on the device).
 
-    view: of a model without weights. can_stream: whether the source's blocks can stay on disk. Raises TooLittleMemory
-    where not even one block has room, NoSpace, BadOption.
+    view: of the source's model without weights. Raises TooLittleMemory where not even one block has room, NoSpace,
+    BadOption.
     """
     limit = size_in_bytes(asked) if asked is not None else _free(device)
-    whole = _needs(s, view, merge, BATCH_TOKENS, streamed=False)
-    if limit is None or sum(whole.values()) <= limit or (asked is None and not (can_stream and out is not None)):
+    can_stream = out is not None and not isinstance(source, InMemory)
+
+    def needs(tokens: int, streamed: bool) -> dict[str, int]:
+        found = (_needs(s, view, merge, tokens, streamed=streamed), _unpacking(source, view, device, streamed))
+        return max(found, key=lambda one: sum(one.values()))
+
+    whole = needs(BATCH_TOKENS, streamed=False)
+    if limit is None or sum(whole.values()) <= limit or (asked is None and not can_stream):
         return Room(False, BATCH_TOKENS, whole, 0, 0.0)
     if out is None:
         raise BadOption(f"--memory {asked} is too little for the whole model, and block by block needs --out")
     tokens = BATCH_TOKENS
-    needs = _needs(s, view, merge, tokens, streamed=True)
-    while sum(needs.values()) > limit and tokens > s.calibration_window:
+    parts = needs(tokens, streamed=True)
+    while sum(parts.values()) > limit and tokens > s.calibration_window:
         tokens //= 2
-        needs = _needs(s, view, merge, tokens, streamed=True)
-    if sum(needs.values()) > limit:
-        largest = max(needs, key=lambda name: needs[name])
+        parts = needs(tokens, streamed=True)
+    if sum(parts.values()) > limit:
+        largest = max(parts, key=lambda name: parts[name])
         raise TooLittleMemory(
-            f"one block at a time still takes {_gib(sum(needs.values()))}, and there are {_gib(limit)}: give more "
-            f"--memory, or less to hold (most is: {largest}, {_gib(needs[largest])})"
+            f"one block at a time still takes {_gib(sum(parts.values()))}, and there are {_gib(limit)}: give more "
+            f"--memory, or less to hold (most is: {largest}, {_gib(parts[largest])})"
         )
-    room = Room(True, tokens, needs, _disk(s, view, merge), _seconds(s, view, device))
+    disk, seconds = _disk(s, view, merge), _seconds(s, view, device)
+    if source.gguf_file:
+        disk += memory.weight_bytes(view.lm)
+        seconds += memory.parameters(view.lm) / UNPACKED
+    room = Room(True, tokens, parts, disk, seconds)
     _check_disk(room, out)
     return room
 
@@ -166,6 +180,15 @@ def _shared(view: ModelView) -> int:
     shape, size = view.shape, view.lm.dtype.itemsize
     shared = [shape.of(layer) for layer in shape.stores if len(shape.sharing(layer)) > 1]
     return sum(2 * own.kv_heads * own.head_dim * size for own in shared)
+
+
+def _unpacking(source: Source, view: ModelView, device: torch.device, streamed: bool) -> dict[str, int]:
+    """Bytes while a .gguf file is unpacked, which happens in host memory; transformers unpacks all of it, with the
+    tensors of the blocks that are done."""
+    if not source.gguf_file or device.type != "cpu":
+        return {}
+    held = {"a block": _largest(view)} if streamed else {"weights": memory.weight_bytes(view.lm)}
+    return held | {"the largest tensor of the .gguf file, unpacked": unpacking_bytes(view.lm)}
 
 
 def _disk(s: Settings, view: ModelView, merge: int) -> int:

@@ -118,19 +118,25 @@ def _check_beside(path: Path) -> None:
 
 
 def load_model(
-    source: Source, device: str = "auto", dtype: str = "auto", offload: Path | None = None
+    source: Source,
+    device: str = "auto",
+    dtype: str = "auto",
+    offload: Path | None = None,
+    outline: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """The model in eval mode on `device`, which is stored (see dtype.py) in the checkpoint's own dtype, bfloat16 for
     GGUF, and computes in that or in what the CPU has instructions for; or both in the `dtype` that is named.
 
     offload: leave the weights of the blocks on disk, from where they come one block at a time (see held.py); what the
-    checkpoint's files do not hold as the model wants it is written to that folder."""
+    checkpoint's files do not hold as the model wants it is written to that folder. A .gguf file must be unpacked before
+    (see unpacked.py). outline: `skeleton` of it, where there is one already."""
     register()
     target = find_device(device)
     config = load_config(source)
     arguments = source.arguments() | {"config": config}
     if offload is not None:
-        arguments |= _left_on_disk(source, target, offload)
+        assert not source.gguf_file
+        arguments |= _left_on_disk(outline or skeleton(source), target, offload)
     if source.gguf_file:
         arguments["dtype"] = torch.bfloat16 if dtype == "auto" else find_dtype(dtype)
         if hasattr(transformers, "GgufConfig"):  # newer transformers would keep the packed weights
@@ -186,16 +192,10 @@ def _path_of_blocks(model: PreTrainedModel) -> str:
     return f"{model.base_model_prefix}.{family_of(model.config.model_type).layers}"
 
 
-def _left_on_disk(source: Source, device: torch.device, folder: Path) -> dict[str, Any]:
-    """What tells from_pretrained to leave the blocks on disk. Raises BadOption for a .gguf file."""
-    if source.gguf_file:
-        raise BadOption(
-            f"{source.name} cannot be read block by block, since transformers unpacks a .gguf file whole: give more "
-            "--memory, or the checkpoint that it was made from"
-        )
+def _left_on_disk(model: PreTrainedModel, device: torch.device, folder: Path) -> dict[str, Any]:
+    """What tells from_pretrained to leave the blocks on disk; model: without weights."""
     from kvprune.models.shelf import around
 
-    model = skeleton(source)
     path = _path_of_blocks(model)
     blocks = {f"{path}.{number}": "disk" for number in range(len(model.get_submodule(path)))}  # type: ignore[arg-type]
     there = str(device) if device.type != "cuda" else device
