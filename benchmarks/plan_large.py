@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvprune.channels.choice.merging import merge_of
-from kvprune.channels.room import BATCH_TOKENS, _disk, _largest, _needs, _outside, work
+from kvprune.channels.room import BATCH_TOKENS, disk_of, largest_block, needs_of, outside_of, work
 from kvprune.channels.settings import Settings
 from kvprune.measure.memory import weight_bytes
 from kvprune.measure.shapes import SHAPES
@@ -50,13 +50,13 @@ def main() -> None:
     print(
         f"{given.shape}, {merge} KV heads in one, half of the bytes; {weight_bytes(view.lm) / gib:.0f} GiB of weights, "
     )
-    print(f"a block {_largest(view) / gib:.2f} GiB, outside of the blocks {_outside(view) / gib:.1f} GiB\n")
+    print(f"a block {largest_block(view) / gib:.2f} GiB, outside of the blocks {outside_of(view) / gib:.1f} GiB\n")
     print("| working memory, block by block | GiB |\n| --- | ---: |")
-    needs = _needs(s, view, merge, BATCH_TOKENS, streamed=True)
+    needs = needs_of(s, view, merge, BATCH_TOKENS, streamed=True)
     for name, size in needs.items():
         print(f"| {name} | {size / gib:.1f} |")
     print(f"| together | {sum(needs.values()) / gib:.1f} |\n")
-    print(f"Disk, result and what is kept on the way: {_disk(s, view, merge) / gib:.0f} GiB\n")
+    print(f"Disk, result and what is kept on the way: {disk_of(s, view, merge) / gib:.0f} GiB\n")
     print("| phase | tokens through all blocks | blocks read | hours |\n| --- | ---: | ---: | ---: |")
     blocks = sum(p.numel() for block in view.blocks for p in block.parameters())
     total = 0.0

@@ -23,8 +23,8 @@ def work(source, out, streamed):
     """In a process of its own; a .gguf file has its tokenizer's folder beside it."""
     torch.set_num_threads(1)
     if streamed:
-        needs = room._needs
-        room._needs = lambda *a, streamed: needs(*a, streamed=True) if streamed else {"weights": 2**62}
+        needs = room.needs_of
+        room.needs_of = lambda *a, streamed: needs(*a, streamed=True) if streamed else {"weights": 2**62}
     given = {"tokenizer": kvprune.load_tokenizer(source.with_suffix(""))} if source.suffix == ".gguf" else {}
     kvprune.prune(source, out, resume=os.path.exists(out), **given, **OPTIONS)
 

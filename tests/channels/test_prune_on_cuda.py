@@ -26,12 +26,12 @@ def tensors_of(folder):
 def test_whole_streamed_and_on_the_cpu(options, checkpoint, texts, tmp_path, monkeypatch):
     for device in ("cpu", "cuda"):
         kvprune.prune(checkpoint, tmp_path / device, **PRUNE | options | {"device": device})
-    needs = room._needs
+    needs = room.needs_of
 
     def told(s, view, merge, batch, streamed):
         return needs(s, view, merge, batch, streamed) if streamed else {"weights": 2**62}
 
-    monkeypatch.setattr(room, "_needs", told)
+    monkeypatch.setattr(room, "needs_of", told)
     kvprune.prune(checkpoint, tmp_path / "streamed", **PRUNE | options | {"device": "cuda"})
     for host, other in zip(perplexity_of(tmp_path / "cpu"), perplexity_of(tmp_path / "cuda"), strict=True):
         assert host["dense"] == pytest.approx(other["dense"], rel=1e-4)

@@ -26,12 +26,12 @@ FAMILIES += ("gemma4_text", "gemma4_text:experts", "gemma4_text:shared")
 @pytest.fixture
 def little(monkeypatch):
     """Memory that is too little for the whole model, whatever it is, and enough for its blocks."""
-    needs = room._needs
+    needs = room.needs_of
 
     def told(s, view, merge, batch, streamed):
         return needs(s, view, merge, batch, streamed) if streamed else {"weights": 2**62}
 
-    monkeypatch.setattr(room, "_needs", told)
+    monkeypatch.setattr(room, "needs_of", told)
 
 
 def tensors_of(folder):
@@ -181,7 +181,7 @@ def test_too_little_memory_or_disk(checkpoint, texts, tmp_path, monkeypatch, com
         kvprune.prune(checkpoint, tmp_path / "out", memory="much", **COARSE)
     with pytest.raises(errors.BadOption, match="needs --out"):
         kvprune.prune(checkpoint, memory="1KiB", **COARSE)
-    monkeypatch.setattr(room, "_needs", lambda *a, streamed: {"weights": 2**10 if streamed else 2**62})
+    monkeypatch.setattr(room, "needs_of", lambda *a, streamed: {"weights": 2**10 if streamed else 2**62})
     monkeypatch.setattr(room.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(2**30, 2**30, 2**10))
     with pytest.raises(errors.NoSpace, match=r"free some space or choose another --out"):
         kvprune.prune(checkpoint, tmp_path / "out", memory="1GiB", **COARSE)
@@ -191,8 +191,8 @@ def test_too_little_memory_or_disk(checkpoint, texts, tmp_path, monkeypatch, com
 def test_what_it_needs_is_counted_by_the_model(checkpoint):
     source = resolve(checkpoint)
     view, whole = ModelView(skeleton(source)), load_model(source)
-    assert room._outside(view) == sum(p.nbytes for n, p in whole.named_parameters() if ".layers." not in n)
-    assert room._largest(view) == sum(p.nbytes for p in whole.model.layers[0].parameters())
+    assert room.outside_of(view) == sum(p.nbytes for n, p in whole.named_parameters() if ".layers." not in n)
+    assert room.largest_block(view) == sum(p.nbytes for p in whole.model.layers[0].parameters())
     assert room._refitted(view) == [
         whole.model.layers[0].self_attn.o_proj.in_features,
         whole.model.layers[0].mlp.down_proj.in_features,

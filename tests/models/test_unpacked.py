@@ -60,12 +60,12 @@ def test_every_number_is_what_transformers_loads(family, kind, dtype, tmp_path):
 @pytest.fixture
 def little(monkeypatch):
     """Memory that is too little for the whole model, and enough for its blocks."""
-    needs = room._needs
+    needs = room.needs_of
 
     def told(s, view, merge, batch, streamed):
         return needs(s, view, merge, batch, streamed) if streamed else {"weights": 2**62}
 
-    return lambda: monkeypatch.setattr(room, "_needs", told)
+    return lambda: monkeypatch.setattr(room, "needs_of", told)
 
 
 def pruned(path, out, **options):
@@ -182,7 +182,7 @@ def test_the_memory_and_the_disk_of_unpacking_are_counted(packed, tmp_path, text
     def found(asked, device="cpu"):
         return room.find_room(s, view, 1, torch.device(device), asked, tmp_path / "out", source)
 
-    monkeypatch.setattr(room, "_needs", lambda s, view, merge, batch, streamed: {"weights": 2 if streamed else 2**62})
+    monkeypatch.setattr(room, "needs_of", lambda s, view, merge, batch, streamed: {"weights": 2 if streamed else 2**62})
     monkeypatch.setattr(room, "_rate", lambda *a: 1e9)
     needed = sum(found(2**40).needs.values())
     assert needed == 10 * largest + max(sum(p.nbytes for p in block.parameters()) for block in view.blocks)
@@ -190,7 +190,7 @@ def test_the_memory_and_the_disk_of_unpacking_are_counted(packed, tmp_path, text
     with pytest.raises(errors.TooLittleMemory, match=r"most is: the largest tensor of the \.gguf file, unpacked"):
         found(needed - 1)
     assert found(2, "cuda").needs == {"weights": 2}  # host memory is not the GPU's
-    monkeypatch.setattr(room, "_needs", lambda *a, streamed: {"weights": 2})  # whole, by transformers
+    monkeypatch.setattr(room, "needs_of", lambda *a, streamed: {"weights": 2})  # whole, by transformers
     assert sum(found(2**40).needs.values()) == 10 * largest + whole
     disk = shutil._ntuple_diskusage(2**40, 0, found(needed).disk - 1)
     monkeypatch.setattr(room.shutil, "disk_usage", lambda place: disk)

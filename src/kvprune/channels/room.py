@@ -41,7 +41,7 @@ class Room:
 
     def line(self, view: ModelView) -> str:
         """What is held where, and about how long it takes."""
-        of, outside, block = (_gib(x) for x in (memory.weight_bytes(view.lm), _outside(view), _largest(view)))
+        of, outside, block = (_gib(x) for x in (memory.weight_bytes(view.lm), outside_of(view), largest_block(view)))
         return (
             f"block by block: of {of} of weights {outside} are held, and a block of {block} at a time; "
             f"{_gib(sum(self.needs.values()))} of memory and {_gib(self.disk)} of disk at most, about "
@@ -67,7 +67,7 @@ def find_room(
     can_stream = out is not None and not isinstance(source, InMemory)
 
     def needs(tokens: int, streamed: bool) -> dict[str, int]:
-        found = (_needs(s, view, merge, tokens, streamed=streamed), _unpacking(source, view, device, streamed))
+        found = (needs_of(s, view, merge, tokens, streamed=streamed), _unpacking(source, view, device, streamed))
         return max(found, key=lambda one: sum(one.values()))
 
     whole = needs(BATCH_TOKENS, streamed=False)
@@ -86,7 +86,7 @@ def find_room(
             f"one block at a time still takes {_gib(sum(parts.values()))}, and there are {_gib(limit)}: give more "
             f"--memory, or less to hold (most is: {largest}, {_gib(parts[largest])})"
         )
-    disk, seconds = _disk(s, view, merge), _seconds(s, view, device)
+    disk, seconds = disk_of(s, view, merge), _seconds(s, view, device)
     if source.gguf_file:
         disk += memory.weight_bytes(view.lm)
         seconds += memory.parameters(view.lm) / UNPACKED
@@ -108,11 +108,13 @@ def _blocks(view: ModelView) -> list[int]:
     return [memory.weight_bytes(block) for block in view.blocks]
 
 
-def _largest(view: ModelView) -> int:
+def largest_block(view: ModelView) -> int:
+    """Bytes of its weights."""
     return max(_blocks(view))
 
 
-def _outside(view: ModelView) -> int:
+def outside_of(view: ModelView) -> int:
+    """Bytes of the weights beside the blocks."""
     return memory.weight_bytes(view.lm) - sum(_blocks(view))
 
 
@@ -128,11 +130,17 @@ def _refitted(view: ModelView) -> list[int]:
     return found
 
 
-def _needs(s: Settings, view: ModelView, merge: int, batch: int, streamed: bool) -> dict[str, int]:
-    """Bytes by what takes them; of the phases those of the one that takes most."""
+def needs_of(s: Settings, view: ModelView, merge: int, batch: int, streamed: bool) -> dict[str, int]:
+    """Bytes by what takes them; of the phases those of the one that takes most.
+
+    merge: dense KV heads in one; batch: tokens that go through a block at once; streamed: whether blocks come and go.
+    """
     hidden, size, weights = view.shape.hidden, view.lm.dtype.itemsize, memory.weight_bytes(view.lm)
     if streamed:
-        found = {"weights outside of the blocks": _outside(view), "a block, dense and cut": 2 * _largest(view)}
+        found = {
+            "weights outside of the blocks": outside_of(view),
+            "a block, dense and cut": 2 * largest_block(view),
+        }
     else:
         found = {"weights": weights, "the cut model's own, and copies on the way": int(1.5 * weights)}
     found["what a batch makes in a block"] = 4 * batch * (8 * hidden + 3 * max(_refitted(view)))
@@ -187,11 +195,11 @@ def _unpacking(source: Source, view: ModelView, device: torch.device, streamed: 
     tensors of the blocks that are done."""
     if not source.gguf_file or device.type != "cpu":
         return {}
-    held = {"a block": _largest(view)} if streamed else {"weights": memory.weight_bytes(view.lm)}
+    held = {"a block": largest_block(view)} if streamed else {"weights": memory.weight_bytes(view.lm)}
     return held | {"the largest tensor of the .gguf file, unpacked": unpacking_bytes(view.lm)}
 
 
-def _disk(s: Settings, view: ModelView, merge: int) -> int:
+def disk_of(s: Settings, view: ModelView, merge: int) -> int:
     """Bytes of the result, and of what is kept until it is written."""
     shape, size = view.shape.largest, view.lm.dtype.itemsize
     slow = max(len(slow_channels(a)) for a in view.attention)
