@@ -25,6 +25,7 @@ from transformers.modeling_gguf_pytorch_utils import (
     load_gguf_checkpoint,
 )
 
+from kvprune import processes
 from kvprune.errors import BrokenCheckpoint, UnknownSource
 from kvprune.models.gguf import ORIGINAL, read_header
 from kvprune.models.source import Source, load_config
@@ -41,38 +42,39 @@ def unpacking_bytes(model: PreTrainedModel) -> int:
     return _BYTES * max(p.numel() for p in model.parameters())
 
 
-def unpack(
-    source: Source,
-    model: PreTrainedModel,
-    dtype: str,
-    folder: Path,
-    advance: Callable[[int], None],
-) -> Source:
-    """The checkpoint in `folder` of what `load_model` would load of a .gguf file. What a run that was killed has
-    unpacked of the same file is kept.
+def unpack(source: Source, model: PreTrainedModel, dtype: str, folder: Path, advance: Callable[[int], None]) -> Source:
+    """The checkpoint in `folder` of what `load_model` would load of a .gguf file, which the main process writes. What a
+    run that was killed has unpacked of the same file is kept.
 
     model: of that file, without weights. dtype: in which to store, "auto" for bfloat16. advance is told of each block.
     Raises BrokenCheckpoint, UnknownSource or NoSpace.
     """
-    stored = torch.bfloat16 if dtype == "auto" else find_dtype(dtype)
+    if processes.is_main():
+        _write(source, model, torch.bfloat16 if dtype == "auto" else find_dtype(dtype), folder, advance)
+    return Source(source.name, str(folder), None, None, source.trust_remote_code)
+
+
+def _write(
+    source: Source, model: PreTrainedModel, stored: torch.dtype, folder: Path, advance: Callable[[int], None]
+) -> None:
     told = _told(source, stored)
     if _read(folder / _SOURCE) != told:
         with writing_to(folder):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             write_whole(folder / _SOURCE, json.dumps(told))
-    if not (folder / _INDEX).exists():
-        weights = _write_all(source, model, stored, folder, advance)
-        if _told(source, stored) != told:
-            raise BrokenCheckpoint(f"{source.name} has changed while it was read; start again, once it is whole")
-        config: Any = load_config(source)
-        config.dtype = stored
-        generation: Any = model.generation_config
-        with writing_to(folder):
-            config.save_pretrained(folder)
-            generation.save_pretrained(folder)
-            write_whole(folder / _INDEX, json.dumps({"metadata": {}, "weight_map": weights}))
-    return Source(source.name, str(folder), None, None, source.trust_remote_code)
+    if (folder / _INDEX).exists():
+        return
+    weights = _write_parts(source, model, stored, folder, advance)
+    if _told(source, stored) != told:
+        raise BrokenCheckpoint(f"{source.name} has changed while it was read; start again, once it is whole")
+    config: Any = load_config(source)
+    config.dtype = stored
+    generation: Any = model.generation_config
+    with writing_to(folder):
+        config.save_pretrained(folder)
+        generation.save_pretrained(folder)
+        write_whole(folder / _INDEX, json.dumps({"metadata": {}, "weight_map": weights}))
 
 
 def _told(source: Source, stored: torch.dtype) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def _read(path: Path) -> Any:
         return None
 
 
-def _write_all(
+def _write_parts(
     source: Source, model: PreTrainedModel, stored: torch.dtype, folder: Path, advance: Callable[[int], None]
 ) -> dict[str, str]:
     """A file for each block, and for each tensor outside of them; returns which tensor is in which file."""
