@@ -3,11 +3,13 @@
 import copy
 import hashlib
 import json
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from every_family import family_model
 from test_every_family import KNOWN
+from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM, GPT2Model, LlamaForSequenceClassification
 
 import kvprune
@@ -201,6 +203,25 @@ def on_meta():
     return model
 
 
+def left_on_disk():
+    model, places = tiny_model("llama"), {"model.layers.1": "disk"}
+    others = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, device_map=places | dict.fromkeys(others, "cpu"), offload_folder=folder
+        )
+
+
+def on_two_devices():
+    """As device_map="auto" leaves it, but for the numbers, which no GPU holds here."""
+    model = tiny_model("llama")
+    with FakeTensorMode():
+        elsewhere = torch.empty(model.model.layers[1].mlp.up_proj.weight.shape, device="cuda:1")
+    model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(elsewhere, requires_grad=False)
+    return model
+
+
 def packed():
     model = tiny_model("llama")
     model.lm_head = PackedLinear(model.lm_head)
@@ -219,6 +240,8 @@ MISTAKES = {
     "quantised": (quantised, {}, errors.BadOption, "quantised weights"),
     "packed": (packed, {}, errors.BadOption, "cannot be read back"),
     "on meta": (on_meta, {}, errors.BadOption, "not in memory"),
+    "left on disk": (left_on_disk, {}, errors.BadOption, r"not in memory \(device_map.*give the folder"),
+    "on two devices": (on_two_devices, {}, errors.BadOption, "spread over cpu, cuda:1; move it.*or give the folder"),
     "compiled": (lambda: torch.compile(tiny_model("llama")), {}, errors.UnknownSource, "the model inside"),
     "a module": (lambda: torch.nn.Linear(2, 2), {}, errors.UnknownSource, "Linear is no source"),
     "nothing": (lambda: None, {}, errors.UnknownSource, "NoneType is no source"),
@@ -234,6 +257,7 @@ MISTAKES = {
     "memory": (lambda: tiny_model("llama"), {"memory": "1GiB"}, errors.BadOption, "--memory 1GiB"),
     "fit": (lambda: tiny_model("llama"), {"fit": "1GiB", "context": 100}, errors.BadOption, "--fit"),
     "device": (lambda: tiny_model("llama"), {"device": "nosuch"}, errors.BadOption, "nosuch"),
+    "two devices": (lambda: tiny_model("llama"), {"device": "cuda:0,cuda:1"}, errors.BadOption, "takes one.*torchrun"),
     "dtype": (lambda: tiny_model("llama"), {"dtype": "int3"}, errors.BadOption, "int3"),
     "tokenizer": (lambda: tiny_model("llama"), {"tokenizer": "gpt2"}, errors.BadOption, "tokenizer is a str"),
 }

@@ -260,6 +260,11 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         own = processes.device()
         return own or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "," in name:
+        raise BadOption(
+            f"--device takes one, not {name!r}; several GPUs share a prune's text, each with a process of its own: "
+            "torchrun --standalone --nproc-per-node 2 -m kvprune.cli prune ..."
+        )
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
