@@ -157,21 +157,24 @@ def test_what_a_kill_left_goes_when_the_model_fits_now(packed, texts, tmp_path):
 
 def test_one_tensor_at_a_time(packed, tmp_path, monkeypatch):
     """When one is unpacked, nothing is left of those before it but what will be written of this block."""
-    unpack_one, arrays = gguf.dequantize, []
+    unpack_one, save, arrays, written, files = gguf.dequantize, unpacked._save, [], [], []
 
     def watched(data, kind):
-        assert not [one for one in arrays if one() is not None]
+        assert not [one for one in arrays + written if one() is not None]
         found = unpack_one(data, kind)
         arrays.append(weakref.ref(found))
         return found
 
+    def saved(tensors, path):
+        save(tensors, path)
+        written.extend(map(weakref.ref, tensors.values()))
+        files.append(len(tensors))
+
     monkeypatch.setattr(gguf, "dequantize", watched)
-    held = []
-    save = unpacked._save
-    monkeypatch.setattr(unpacked, "_save", lambda tensors, path: (held.append(len(tensors)), save(tensors, path)))
+    monkeypatch.setattr(unpacked, "_save", saved)
     unpacked_of(packed, tmp_path / "folder")
-    assert len(arrays) == len(gguf.GGUFReader(packed).tensors)
-    assert sorted(held) == [1, 1, 1, 9, 9, 9, 9]
+    assert len(arrays) == len(written) == len(gguf.GGUFReader(packed).tensors)
+    assert sorted(files) == [1, 1, 1, 9, 9, 9, 9]
 
 
 def test_the_memory_and_the_disk_of_unpacking_are_counted(packed, tmp_path, texts, monkeypatch):

@@ -113,12 +113,9 @@ def _write_parts(
     weights: dict[str, str] = {}
     for part, packed in parts.items():
         path = folder / f"{part}.safetensors"
-        names = _names(path)
-        if names is None:
-            tensors = unpacked.of(packed)
-            names = list(tensors)
-            _save(tensors, path)
-        weights |= dict.fromkeys(names, path.name)
+        if _names(path) is None:
+            _save(unpacked.of(packed), path)
+        weights |= dict.fromkeys(_names(path) or (), path.name)
         if part.startswith("blk."):
             advance(1)
     return weights
