@@ -52,7 +52,10 @@ def refit(
     Two streams walk through the layers, the dense model's and the pruned one's, whose earlier layers are repaired
     already. O is fitted so that the residual stream behind the attention becomes the dense model's, then the MLP's
     last matrix so that the one behind the block does. A token's error counts relative to the size of its residual
-    stream, which is what the next norm divides by: else the few tokens with huge ones would decide.
+    stream, which is what the next norm divides by: else the few tokens with huge ones would decide. Where a norm stands
+    between a matrix and the stream, the matrix is fitted to what the dense one puts out, and a token counts relative to
+    that or to what comes out now, whichever is larger: that norm divides by the latter, and else the few tokens whose
+    small output has become a large one would decide.
 
     Batches (B, T). Every eighth window is held out: it chooses the ridge, and where no ridge lowers its error the
     matrix stays. Memory: of the text before one block the hidden states, four times, or three times and the inputs of
@@ -194,10 +197,12 @@ class _Layer:
         puts out the targets themselves."""
         moments = self._sums(self.o)
         for number, (state, z, target) in enumerate(zip(states, attended, targets, strict=True)):
-            missing = target.float()
-            if not self.behind_attention:
+            missing, sizes = target.float(), [target]
+            if self.behind_attention:
+                sizes.append(self.o(z.to(self.device)).to(target.device))
+            else:
                 missing = (missing - state.float()) / self.times
-            self._add(moments[number >= self.fitted], _with_one(z, self.o), missing, _inverse_size(target))
+            self._add(moments[number >= self.fitted], _with_one(z, self.o), missing, _inverse_size(*sizes))
         return self._fit("o", self.o, *moments)
 
     def _fit_down(
@@ -219,14 +224,13 @@ class _Layer:
             for number, (state, z, behind) in enumerate(zip(states, attended, targets.behind, strict=True)):
                 with _giving(self.attention, (self.o(z.to(self.device)), None)):
                     output = self._run(state, number)
+                put_out = added.pop()
                 if targets.down:
-                    missing = target = targets.down[number]
-                    added.clear()
+                    missing, sizes = targets.down[number], [targets.down[number], put_out]
                 else:  # What the MLP should have added is what it added and what is still missing behind the block.
-                    target = behind
-                    missing = (behind.float() - output.float()) / self.times + added.pop().float()
+                    missing, sizes = (behind.float() - output.float()) / self.times + put_out.float(), [behind]
                 x = _with_one(inner[-1], self.down)
-                self._add(moments[number >= self.fitted], x, missing, _inverse_size(target))
+                self._add(moments[number >= self.fitted], x, missing, _inverse_size(*sizes))
         finally:
             hook.remove()
         return self._fit("down", self.down, *moments)
@@ -304,9 +308,10 @@ def split(batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[tor
     return list(windows[~out].split(size)), list(windows[out].split(size))
 
 
-def _inverse_size(stream: torch.Tensor) -> torch.Tensor:
-    """(..., hidden) -> (..., 1): one over the root mean square."""
-    return stream.float().square().mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+def _inverse_size(*streams: torch.Tensor) -> torch.Tensor:
+    """(..., hidden) -> (..., 1): one over the root mean square, of the largest of several."""
+    squares = [stream.float().square().mean(-1, keepdim=True) for stream in streams]
+    return torch.stack(squares).amax(0).clamp_min(1e-12).rsqrt()
 
 
 def _with_one(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
