@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvprune.channels.choice.merging import AUTO
 from kvprune.errors import BadOption, NoSpace
 from kvprune.measure import memory, plot
-from kvprune.measure.context import held_tokens
+from kvprune.measure.context import held_tokens, windows_of
 from kvprune.measure.evaluate import bytes_per_token
 from kvprune.measure.shapes import dense_config, pruned_config, random_model
 from kvprune.measure.speed import Side, alternate
@@ -285,8 +285,8 @@ def _refuse_what_cannot_fit(sides: tuple[Side, Side], batch: int, context: int, 
         return
     config, item = sides[0].model.config, sides[0].model.dtype.itemsize
     a_token = sum((2 if side.copies else 1) * bytes_per_token(side.model) for side in sides)
-    a_token *= 1.125 / config.num_hidden_layers  # of one layer
-    caches = batch * held_tokens(config, context + new) * a_token
+    a_layer = 1.125 * a_token / len(windows_of(config))
+    caches = batch * held_tokens(config, context + new) * a_layer
     queries = max(side.model.config.num_attention_heads * _widest(side.model.config) for side in sides)
     numbers = 2 * mlp_width(config) + 2 * config.hidden_size + 4 * max(queries, config.hidden_size)
     layer = batch * context * numbers * item

@@ -89,7 +89,7 @@ def test_greedy_as_the_plain_way_does_it(family, has_constants):
         found = choose_blocks(ModelView(model), list(IDS.split(2)), 3, has_constants, Journal(), advance)
     assert counted.phases == [["blocks", 15, 15]]
     gone, rises = slowly(model, 3, has_constants)
-    assert list(found.blocks) == gone
+    assert list(found.layers) == gone
     assert found.losses == pytest.approx(rises, abs=2e-6)
     assert len(found.alone) == LAYERS
     assert min(found.alone) == found.losses[0]
@@ -112,9 +112,9 @@ def test_an_interrupted_choice_goes_on(tmp_path, monkeypatch):
     assert len(measured) == 1 + LAYERS - 1  # the first round is there
     known = choose_blocks(ModelView(model), [IDS], 2, True, again, lambda n: None)
     assert len(measured) == LAYERS
-    assert known.blocks == found.blocks
+    assert known.layers == found.layers
     assert all(map(torch.equal, known.constants, found.constants))
-    assert list(found.blocks) == slowly(model, 2, True)[0]
+    assert list(found.layers) == slowly(model, 2, True)[0]
 
 
 @torch.no_grad()

@@ -49,6 +49,17 @@ KEYS_AS_VALUES = {"num_key_value_heads": 4, "num_global_key_value_heads": 2, "at
 SHARED = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
 SHARED |= {"use_double_wide_mlp": True}
 
+HYBRID = {"layer_types": ["conv", "full_attention"] * LAYERS, "num_hidden_layers": 2 * LAYERS}
+GATED = {
+    "layer_types": ["linear_attention", "full_attention", "full_attention"] * (LAYERS // 2),
+    "num_hidden_layers": LAYERS * 3 // 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+
 OPTIONS = {  # model_type, or model_type:variant -> what its config says beside the sizes
     "llama": {},
     "mistral": {"sliding_window": 6},
@@ -101,6 +112,10 @@ OPTIONS = {  # model_type, or model_type:variant -> what its config says beside 
     "helium": {},
     "gpt_oss": {"layer_types": SLIDING, "sliding_window": 6, "num_local_experts": 4, "num_experts_per_tok": 2},
     "apertus": {},
+    "lfm2": HYBRID,
+    "qwen3_next": GATED | EXPERTS | {"shared_expert_intermediate_size": 24},
+    "qwen3_5_text": GATED,
+    "qwen3_5_moe_text": GATED | EXPERTS | {"shared_expert_intermediate_size": 24},
     "hunyuan_v1_dense": {"attention_bias": True},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "gpt2": {"n_inner": 40},
@@ -127,14 +142,21 @@ def family_model(name, attention="eager", seed=0):
     model = AutoModelForCausalLM.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name or "ln_" in name:
-            plus_one = model_type in ("gemma", "gemma2", "gemma3_text")
-            torch.nn.init.normal_(parameter, mean=0.0 if plus_one or "bias" in name else 1.0, std=0.2)
+            about_zero = _is_about_zero(model_type, name)
+            torch.nn.init.normal_(parameter, mean=0.0 if about_zero else 1.0, std=0.2)
         else:
             torch.nn.init.normal_(parameter, std=0.4 if name.endswith(("bias", "sinks")) else 0.1)
     for name, buffer in model.named_buffers():
         if name.endswith("layer_scalar"):
             buffer.fill_(0.8)
     return model
+
+
+def _is_about_zero(model_type, name):
+    """Whether a norm's parameter is what it adds to one, or to nothing."""
+    if model_type.startswith(("qwen3_5", "qwen3_next")):
+        return "linear_attn" not in name
+    return model_type in ("gemma", "gemma2", "gemma3_text") or "bias" in name
 
 
 @contextmanager

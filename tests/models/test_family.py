@@ -33,7 +33,7 @@ def test_dense_head_dim_is_that_of_the_weights():
     ("deepseek_v3", "it caches one latent for all heads"),
     ("mamba2", "it has no KV cache"),
     ("gemma3n_text", "its last layers attend to keys and values of others"),
-    ("lfm2", "not all of its layers have attention"),
+    ("jamba", "not all of its layers have attention"),
     ("mllama", "keys and values of an image"),
     ("falcon", "its attention has no interface"),
     ("xyz", "supported are: apertus"),

@@ -25,6 +25,11 @@ MLP = {  # what has an adapter beside attention; None: nothing
     "gpt_neox": {"dense_h_to_4h", "dense_4h_to_h"},
     "opt": {"fc1", "fc2"},
     "qwen3": {"gate_proj", "up_proj", "down_proj"},
+    "lfm2": {"in_proj", "out_proj", "w1", "w2", "w3"},  # of convolutions too
+    "qwen3_5_text": {
+        *("gate_proj", "up_proj", "down_proj"),
+        *("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"),  # of linear attention too
+    },
     "qwen3_moe": set(),
     "qwen2_moe": {"gate_proj", "up_proj", "down_proj"},  # of the shared expert
     "phimoe": set(),
@@ -71,7 +76,7 @@ def test_a_layer_without_attention_has_adapters_in_its_mlp_only():
     assert len([1 for number, *_ in holders if number == "0"]) == 6
 
 
-@pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_neox", "qwen3_moe", "gemma4_text:shared"])
+@pytest.mark.parametrize("name", ["gpt2", "phi3", "gpt_neox", "qwen3_moe", "gemma4_text:shared", "lfm2"])
 def test_recover_from_folder_to_folder(name, texts, tmp_path):
     source, pruned, out = tmp_path / "dense", tmp_path / "pruned", tmp_path / "out"
     family_model(name).save_pretrained(source)

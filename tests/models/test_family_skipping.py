@@ -21,6 +21,7 @@ from kvprune.runtime.modeling import CACHE
 from kvprune.tokens import cache
 
 REFUSED = {
+    **dict.fromkeys(("lfm2", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), "some have none; use keep"),
     **dict.fromkeys(("gemma2", "gpt_oss"), "has a cap or sinks"),
     "gemma4_text:shared": "share keys and values",
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral3"), "does more behind it; use keep"),

@@ -1,8 +1,10 @@
 """GGUF files that are written here, from models that are known: read exactly, or refused in words."""
 
+import gguf
 import numpy as np
 import pytest
 import torch
+from every_family import family_model
 from gguf import RopeScalingType
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -29,6 +31,39 @@ def test_it_is_the_model_it_was_written_from(written, tmp_path, family):
     loaded.save_pretrained(tmp_path / "again")  # as a plain dense checkpoint
     assert torch.equal(kvprune.load(tmp_path / "again")(ids).logits, loaded(ids).logits)
     assert kvprune.load(path).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_a_hybrid(tmp_path):
+    """Which of its blocks have attention is said by their numbers of KV heads."""
+    model = family_model("lfm2")
+    config, writer = model.config, gguf.GGUFWriter(tmp_path / "lfm2.gguf", "lfm2")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(model.model.layers[0].feed_forward.w1.out_features)
+    writer.add_head_count(config.num_attention_heads)
+    heads = {"full_attention": config.num_key_value_heads, "conv": 0}
+    writer.add_head_count_kv([heads[kind] for kind in config.layer_types])
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_shortconv_l_cache(config.conv_L_cache)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{number}" for number in range(config.vocab_size)])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LFM2, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        stem, _, leaf = name.rpartition(".")
+        if stem != "lm_head":  # tied
+            writer.add_tensor(f"{names.get_name(stem)}.{leaf}", np.ascontiguousarray(tensor.squeeze().numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ids = torch.randint(3, 300, (1, 7))
+    loaded = kvprune.load(tmp_path / "lfm2.gguf", dtype="float32")
+    assert loaded.config.layer_types == config.layer_types
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
 
 
 def linear(writer):

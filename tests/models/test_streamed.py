@@ -21,6 +21,7 @@ from tiny import COARSE, tiny_tokenizer
 
 FAMILIES = ("llama", "qwen2", "gemma3_text", "gpt2", "opt", "gpt_neox", "phi3", "olmo2", "mixtral", "gpt_oss")
 FAMILIES += ("gemma4_text", "gemma4_text:experts", "gemma4_text:shared")
+FAMILIES += ("lfm2", "qwen3_5_text")
 
 
 @pytest.fixture

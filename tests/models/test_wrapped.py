@@ -3,6 +3,7 @@
 import json
 import re
 
+import every_family
 import pytest
 import torch
 from every_family import HEADS, KV, LAYERS, OPTIONS, VOCABULARY, D, type_of
@@ -22,6 +23,11 @@ SIGLIP = {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 1
 PIXTRAL = {"model_type": "pixtral", "image_size": 28, "patch_size": 14, "head_dim": 16}
 GEMMA4 = {"model_type": "gemma4_vision", "num_key_value_heads": 2, "head_dim": 16}
 QWEN = {"depth": 1, "num_heads": 2, "embed_dim": 32, "hidden_size": 64, "out_hidden_size": 64}
+HYBRID = {name: value for name, value in OPTIONS["qwen3_5_text"].items() if name != "num_hidden_layers"} | {
+    "layer_types": ["linear_attention", "full_attention"],
+    "rope_parameters": OPTIONS["qwen3_5_text"]["rope_parameters"] | {"mrope_section": [1, 1, 0]},
+}
+EXPERTS = {**every_family.EXPERTS, "shared_expert_intermediate_size": 24}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]}}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
 WRAPPED = {  # wrapper -> (family of the text model, its model_type in the wrapper, what is said of it, vision tower)
@@ -35,6 +41,8 @@ WRAPPED = {  # wrapper -> (family of the text model, its model_type in the wrapp
     "mistral3": ("mistral", "mistral", {}, PIXTRAL),
     "qwen2_5_vl": ("qwen2", "qwen2_5_vl_text", MROPE, QWEN),
     "qwen2_vl": ("qwen2", "qwen2_vl_text", MROPE, QWEN),
+    "qwen3_5": ("qwen3_5_text", "qwen3_5_text", HYBRID, QWEN),
+    "qwen3_5_moe": ("qwen3_5_moe_text", "qwen3_5_moe_text", HYBRID | EXPERTS, QWEN),
     "qwen3_vl": ("qwen3", "qwen3_vl_text", MROPE, QWEN | {"deepstack_visual_indexes": [0]}),
     "smolvlm": ("llama", "llama", {}, {"image_size": 28, "patch_size": 14}),
 }

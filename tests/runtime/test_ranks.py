@@ -19,7 +19,13 @@ from kvprune.runtime.twin import twin_config
 from tiny import make_plan, merged_plan, random_bases, random_layers, tiny_model, tiny_tokenizer
 
 HEADS, HEAD_DIM, HIDDEN = 8, 16, 24
-NORMS = {"llama": "", "qwen3": "head", "olmo2": "all"}
+WORDS = {"llama": {}, "qwen3": {"norm_of": "head"}, "olmo2": {"norm_of": "all"}}
+WORDS["qwen3_5_text"] = {"norm_of": "head", "gated": True}
+GATED = {
+    "attention_bias": False,
+    "layer_types": ["full_attention"],
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+}
 
 
 class Share(nn.Module):
@@ -48,13 +54,11 @@ def made(family, kv_heads, merge, width, factored):
         num_hidden_layers=1,
         intermediate_size=8,
         vocab_size=16,
-        attention_bias=True,
         pad_token_id=0,
+        **GATED if family == "qwen3_5_text" else {"attention_bias": True},
     )
     dense._attn_implementation = "sdpa"
-    config = twin_config(
-        dense, HEAD_DIM, [width], merge, [factored], kv_heads=kv_heads, words={"norm_of": NORMS[family]}
-    )
+    config = twin_config(dense, HEAD_DIM, [width], merge, [factored], kv_heads=kv_heads, words=WORDS[family])
     torch.manual_seed(0)
     model = AutoModel.from_config(config).eval()
     attention = model.layers[0].self_attn
@@ -75,7 +79,8 @@ def split(attention, rank, ranks, monkeypatch):
     config._attn_implementation = "vllm"
     plan = split_plan(config, attention.words)
     own = deepcopy(attention)
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+    gate = ("gate_proj",) if own.gate_proj is not None else ()
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj", *gate):
         setattr(own, name, Share(getattr(own, name), plan.get(name), rank, ranks))
     own.num_key_value_groups = HEADS // ranks // max(config.num_key_value_heads // ranks, 1)  # as engines count
     return own
@@ -84,7 +89,7 @@ def split(attention, rank, ranks, monkeypatch):
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize(("kv_heads", "merge"), [(2, 1), (4, 1), (8, 2), (4, 4)])
-@pytest.mark.parametrize("family", NORMS)
+@pytest.mark.parametrize("family", WORDS)
 @torch.no_grad()
 def test_the_ranks_give_what_the_whole_layer_gives(family, kv_heads, merge, factored, ranks, monkeypatch):
     model = made(family, kv_heads, merge, 24, factored)

@@ -60,6 +60,7 @@ class Model(BaseModel):
     head_dim: int
     per_layer: tuple[tuple[int, int], ...] = ()
     sources: tuple[int, ...] = ()
+    attention_layers: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> AttentionShape:
@@ -103,8 +104,9 @@ class PruningPlan(BaseModel):
 
     @property
     def dropped_blocks(self) -> list[int]:
-        """The layers whose whole block is gone, ascending."""
-        return [number for number, layer in enumerate(self.layers) if not layer.block]
+        """The numbers of the blocks that are gone whole, ascending."""
+        numbers = self.model.attention_layers or range(len(self.layers))
+        return [number for number, layer in zip(numbers, self.layers, strict=True) if not layer.block]
 
     @property
     def is_rotated(self) -> bool:
@@ -130,6 +132,7 @@ class PruningPlan(BaseModel):
             "head_dim": shape.head_dim,
             "per_layer": shape.per_layer,
             "sources": shape.sources,
+            "attention_layers": shape.attention_layers,
         }
         for name, value in expected.items():
             if getattr(self.model, name) != value:
@@ -159,8 +162,9 @@ class PruningPlan(BaseModel):
 
     def to_json(self) -> str:
         """One layer a line, so that two plans can be compared with diff."""
-        # per_layer, sources and `block` stand only where they say something: an older kvprune then reads the plan too
-        silent = {name for name in ("per_layer", "sources") if not getattr(self.model, name)}
+        # per_layer, sources, attention_layers and `block` stand only where they say something: an older kvprune then
+        # reads the plan too
+        silent = {name for name in ("per_layer", "sources", "attention_layers") if not getattr(self.model, name)}
         head = self.model_dump_json(indent=2, exclude={"layers": True, "model": silent})
         rows = ",\n".join("    " + x.model_dump_json(exclude={"block"} if x.block else None) for x in self.layers)
         return head[:-2] + ',\n  "layers": [\n' + rows + "\n  ]\n}\n"

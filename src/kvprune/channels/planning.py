@@ -138,7 +138,7 @@ class Planner:
             sensitivity=None if sensitivity is None else tuple(sensitivity),
             seed=s.seed,
             versions=versions(),
-            layers=tuple(_layer(k, bases[i] if bases else None, i not in dropped.blocks) for i, k in enumerate(kept)),
+            layers=tuple(_layer(k, bases[i] if bases else None, i not in dropped.layers) for i, k in enumerate(kept)),
         )
         return plan, bases
 
@@ -218,8 +218,8 @@ class Planner:
             return self._one_width(), None
         if s.depth:
             return self._depth(scores, bases, dropped)
-        if dropped.blocks:
-            return widths_without(dropped.blocks, s.ratio, grid), list(dropped.alone)
+        if dropped.layers:
+            return widths_without(dropped.layers, s.ratio, grid), list(dropped.alone)
         if s.allocation == "uniform":
             return allocation.round_widths(allocation.uniform(grid.layers, s.ratio), s.ratio, grid), None
         unit = self.view.units.shape[1]
@@ -247,7 +247,8 @@ class Planner:
         batches = first_windows(self.batches, ESTIMATED_ON)
         with self.phase("blocks", number * self.view.shape.layers) as advance:
             found = choose_blocks(self.view, batches, number, self.settings.refits, self.journal, advance)
-        told = (f"{block} (+{loss:.3f})" for block, loss in zip(found.blocks, found.losses, strict=True))
+        blocks = [self.view.attention_layers[layer] for layer in found.layers]
+        told = (f"{block} (+{loss:.3f})" for block, loss in zip(blocks, found.losses, strict=True))
         self.say(f"blocks dropped, and the loss without them, nats: {', '.join(told)}")
         return found
 
@@ -256,16 +257,16 @@ class Planner:
     ) -> tuple[list[int], list[float]]:
         """Widths, some of them 0, and what each layer's attention is estimated to be worth in the dense model."""
         batches, probes = first_windows(self.batches, ESTIMATED_ON), self._probes(scores, bases, [0] * self.grid.layers)
-        gone = dropped.blocks
+        gone, numbers = dropped.layers, self.view.attention_layers
         changes = self._estimated("depth", batches, probes)
 
         def loss_of(widths: list[int]) -> float:
             kept = [self._kept(score, width) for score, width in zip(scores, widths, strict=True)]
-            with skipping([self.view.blocks[block] for block in gone], dropped.constants):
+            with skipping(self.view, dropped):
                 return masked_loss(self.view, batches, kept, [probe.basis for probe in probes])
 
         widths = choose_depth(self.settings.depth, changes, self.settings.ratio, self.grid, loss_of, gone)
-        without = [layer for layer, width in enumerate(widths) if not width and layer not in gone]
+        without = [numbers[layer] for layer, width in enumerate(widths) if not width and layer not in gone]
         self.say(f"layers without attention: {', '.join(map(str, without)) or 'none'}")
         return widths, changes
 

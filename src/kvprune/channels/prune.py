@@ -24,7 +24,7 @@ from kvprune.channels.record import memory_of, record_of
 from kvprune.channels.repair.refit import Refitted, refit, split
 from kvprune.channels.room import find_room
 from kvprune.channels.settings import Settings, with_preset
-from kvprune.engines.targets import check_sinks, with_target
+from kvprune.engines.targets import check_mixed, check_sinks, with_target
 from kvprune.errors import BadOption, NotFinite, PlanMismatch, UnreachableRatio
 from kvprune.measure import memory
 from kvprune.measure.fit import fit
@@ -239,6 +239,7 @@ class _Run:
                 tokenizer = load_tokenizer(source)
             view = ModelView(skeleton(source, s.device, s.dtype))
             check_sinks(self.target, s.layout, has_sinks(view.lm))
+            check_mixed(self.target, view.shape.attention_layers is not None)
         if source.is_wrapper:
             wrapper = source.settings["model_type"]
             self.progress.say(f"the text model of {wrapper} alone; what it has for images is left out")
@@ -309,7 +310,7 @@ class _Run:
         """The source's model, of which the blocks stay on disk; view: of that model without weights."""
         s, own = self.settings, out / DENSE / str(processes.number())
         if source.gguf_file:
-            with self.phase("unpack", view.shape.layers) as advance:
+            with self.phase("unpack", len(view.blocks)) as advance:
                 unpacked = partial(unpack, source, view.lm, s.dtype, out / DENSE / "gguf", advance)
                 source = processes.after_main(unpacked)
         with self.phase("load"):

@@ -48,6 +48,7 @@ def record_of(
         "merge": plan.merge,
         "kv_heads": {"dense": max(heads), "pruned": max(heads) // plan.merge},
         "widths": plan.widths,
+        "attention_layers": None if shape.attention_layers is None else list(shape.attention_layers),
         "dropped_blocks": plan.dropped_blocks,
         "head_dim": max(full),
         **({"per_layer": [list(own) for own in shape.per_layer]} if shape.per_layer else {}),
@@ -81,11 +82,11 @@ def memory_of(
     tokens = max((b.numel() for b in batches), default=0)
     formula = {
         "2.5 x weights": int(2.5 * memory.weight_bytes(view.lm)),
-        "hidden states of one batch, all layers": tokens * shape.hidden * shape.layers * size,
+        "hidden states of one batch, all layers": tokens * shape.hidden * len(view.blocks) * size,
         "logits of one batch": tokens * view.lm.config.vocab_size * size,
     }
     if s.probes == "estimated" and batches:
-        h, layers = shape.hidden, shape.layers
+        h, layers = shape.hidden, len(view.blocks)
         activations = (16 * h + 6 * mlp_width(view.lm.config)) * layers * size
         formula["a window's activations"] = min(s.calibration_window, tokens) * activations
         formula["inputs and gradients of all attentions on a batch"] = 2 * tokens * h * layers * size

@@ -165,7 +165,7 @@ def _phases(s: Settings, view: ModelView, merge: int, row: int) -> list[dict[str
     phases = [scores]
     if s.probes == "estimated" or s.depth or s.drop_blocks:
         tokens = s.probe_tokens or ESTIMATED_ON
-        phases.append({"the probed text before every block": tokens * row * (shape.layers + 2)})
+        phases.append({"the probed text before every block": tokens * row * (len(view.blocks) + 2)})
     if s.refits:
         widest, hidden, rows = max(_refitted(view)), shape.hidden, s.repair_tokens
         sums = 5 * widest**2 if rows >= widest else 2 * rows * (widest + hidden)

@@ -117,6 +117,8 @@ def _refusals(name: str, target: Target, about: _Folder, widths: list[int]) -> l
         except KVPruneError as error:
             return [str(error)]
         return []
+    if about.record.get("attention_layers") is not None and not target.skips:
+        return [f"{name} runs no pruned model whose other layers have no attention; serve the folder with transformers"]
     if about.has_sinks and about.layout in OWN and not target.sinks:
         return [f"{name} does not find the sinks in a pruned model's attention; serve the folder with transformers"]
     no = [width for width in widths if target.refused(width)]

@@ -62,6 +62,14 @@ def check_sinks(name: str | None, layout: str, has_sinks: bool) -> None:
         raise BadOption(f"--target {name} does not find the sinks in a pruned model's attention; take transformers")
 
 
+def check_mixed(name: str | None, is_hybrid: bool) -> None:
+    """Raise BadOption for an engine that wants attention in every layer, which a hybrid model has not."""
+    if name is not None and is_hybrid and not find_target(name).skips:
+        raise BadOption(
+            f"--target {name} wants attention in every layer, and some of this model have none; leave it out"
+        )
+
+
 def with_target(name: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """The options of `prune`, and what the engine of that name adds to them: layout, alignment, least width.
 

@@ -20,6 +20,11 @@ def slides(config: PreTrainedConfig) -> bool:
     return any(most is not None for most in windows_of(config))
 
 
+def is_hybrid(config: PreTrainedConfig) -> bool:
+    """Whether some layer holds a state in place of keys and values."""
+    return len(windows_of(config)) < config.num_hidden_layers
+
+
 def held_tokens(config: PreTrainedConfig, context: int) -> int:
     """Tokens in the cache of one sequence, summed over layers."""
     return sum(held_each(config, context))

@@ -166,6 +166,7 @@ class _Weights:
     is_portable: bool
     is_normed: bool
     has_normed_values: bool
+    is_gated: bool
     with_values: frozenset[int]
     dropped: tuple[int, int]
     ranks: int
@@ -179,10 +180,10 @@ class _Weights:
         biases = frozenset(name for name in "qkvo" if view.attention[0].has_bias(name))
         unread = sum(table.numel() for table in unread_embeddings(view.lm))
         ratio_left(1.0, view.shape.layers, drop_blocks)  # refuses too many
-        smallest = sorted(parameters(block) for block in view.blocks)[:drop_blocks]
+        smallest = sorted(parameters(view.blocks[number]) for number in view.attention_layers)[:drop_blocks]
         dropped = drop_blocks, sum(smallest) - drop_blocks * view.shape.hidden  # a constant stays
         first = view.attention[0]
-        norms = first.is_normed, first.has_normed_values
+        norms = first.is_normed, first.has_normed_values, first.is_gated
         values = frozenset(
             i
             for i, a in enumerate(view.attention)
@@ -230,18 +231,19 @@ class _Weights:
         has: dict[str, bool],
         times: int,
     ) -> float:
-        """Numbers of one layer's Q, K, V and O, without O's bias and norms, which no cut changes; factored None: as it
-        was; has: whether there is a K, a V; times: how often each KV head is held. Behind a norm Q, K and V are as wide
-        as they were, with matrices of their own."""
+        """Numbers of one layer's Q, K, V and O, without O's bias, norms and gate, which no cut changes; factored None:
+        as it was; has: whether there is a K, a V; times: how often each KV head is held. Behind a norm Q, K and V are
+        as wide as they were, with matrices of their own; so is O behind a gate."""
         columns = {name: shape.hidden + (name in self.biases) for name in "qkv"}
         query_heads, channels = shape.kv_heads * shape.groups, shape.kv_heads * shape.head_dim
         behind_norms = self.is_normed and factored is not None
+        behind_gate = self.is_gated and factored is not None
         normed_values = self.has_normed_values and factored is not None
         q = query_heads * (shape.head_dim if factored or behind_norms else width) * columns["q"]
         k = (channels if behind_norms else kv_heads * width) * columns["k"]
-        o = query_heads * (shape.head_dim if factored else width) * shape.hidden
+        o = query_heads * (shape.head_dim if factored or behind_gate else width) * shape.hidden
         v = (channels if normed_values else kv_heads * width) * columns["v"]
-        mixes = (behind_norms or bool(factored)) + bool(factored)  # of Q and of O
+        mixes = (behind_norms or bool(factored)) + (behind_gate or bool(factored))  # of Q and of O
         mixes += has["k"] * behind_norms + has["v"] * normed_values
         return q + o + times * (has["k"] * k + has["v"] * v + mixes * channels * width)
 

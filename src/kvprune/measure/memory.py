@@ -19,12 +19,14 @@ from kvprune.runtime.quantized import quantized_bytes, stores_of
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values in a cache, without room that is kept free."""
     layers: list[Any] = list(cache.layers)
-    return sum(kv_bytes(layer) for layer in layers if layer.keys is not None)
+    return sum(kv_bytes(layer) for layer in layers if getattr(layer, "keys", None) is not None)
 
 
 def kv_bytes(layer: Any) -> int:
     """Bytes of the keys and values of the tokens in a layer of a cache, without room that is kept free; of a quantised
-    one with its scales."""
+    one with its scales. 0 of one that holds a state in place of keys and values, as in a hybrid model."""
+    if not hasattr(layer, "keys"):
+        return 0
     if hasattr(layer, "kv_nbytes"):  # of late admission
         return int(layer.kv_nbytes())
     stores = stores_of(layer)
@@ -39,7 +41,9 @@ def kv_bytes(layer: Any) -> int:
 
 
 def held_bytes(layer: Any) -> int:
-    """Bytes of the tensors of a layer of a cache, room included."""
+    """Bytes of the keys and values of a layer of a cache, room included."""
+    if not hasattr(layer, "keys"):
+        return 0
     if hasattr(layer, "held_nbytes"):
         return int(layer.held_nbytes())
     if stores_of(layer):

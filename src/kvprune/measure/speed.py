@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvprune.measure import memory
-from kvprune.measure.context import slides
+from kvprune.measure.context import is_hybrid, slides
 from kvprune.models.family import family_of
 from kvprune.runtime.cache import GrowingCache, GrowingLayer
 from kvprune.runtime.modeling import CACHE
@@ -60,7 +60,7 @@ class Side:
         return self.model(ids, logits_to_keep=1, **{CACHE: self.cache}).logits[:, -1:].argmax(-1)
 
     def rewind(self, context: int) -> None:
-        """Back to the cache with `context` tokens of prompt in it; windows and filters forget and bits
+        """Back to the cache with `context` tokens of prompt in it; windows, filters and states forget and bits
         round, so theirs is copied; what is quantised is replaced, never written to."""
         if all(type(layer) is GrowingLayer for layer in self.cache.layers):
             surplus = self.cache.get_seq_length() - context
@@ -74,7 +74,8 @@ class Side:
     @property
     def copies(self) -> bool:
         """Whether `rewind` copies what it goes back to."""
-        return self.token_filter is not None or slides(self.model.config)
+        config = self.model.config
+        return self.token_filter is not None or slides(config) or is_hybrid(config)
 
     def forget(self) -> None:
         self.cache = self.filled = None

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 
-from kvprune.runtime.shown import whole_widths
+from kvprune.runtime.shown import layer_numbers, whole_widths
 
 
 def pruned_table(record: dict[str, Any]) -> RenderableType:
@@ -183,8 +183,8 @@ def _widths(record: dict[str, Any]) -> RenderableType:
     of = " or ".join(map(str, sorted(set(wholes))))
     table = Table(title=f"channels kept per KV head, of {of}", show_header=False, box=None)
     dropped = record.get("dropped_blocks", ())
-    for layer, width in enumerate(record["widths"]):
-        full = round(32 * width / wholes[layer])
+    for layer, whole, width in zip(layer_numbers(record), wholes, record["widths"], strict=True):
+        full = round(32 * width / whole)
         bar = "block dropped" if layer in dropped else "█" * full + "░" * (32 - full)
         table.add_row(f"layer {layer}", f"{width}", bar)
     return table

@@ -22,6 +22,7 @@ from kvprune.models.family import Family
 class AttentionShape:
     """Sizes of a model's attention. `groups` is the number of query heads per KV head.
 
+    layers: those with attention; attention_layers: their numbers among the blocks, None where that is all of them.
     per_layer: (kv_heads, head_dim) of each layer, where layers differ; kv_heads, groups and head_dim are then the first
     layer's. Empty where all are alike. sources: whose keys and values each layer attends to, its own or another's.
     Empty where all have their own.
@@ -34,6 +35,7 @@ class AttentionShape:
     head_dim: int
     per_layer: tuple[tuple[int, int], ...] = ()
     sources: tuple[int, ...] = ()
+    attention_layers: tuple[int, ...] | None = None
 
     def of(self, layer: int) -> "AttentionShape":
         """That of a model with all layers like this one."""
@@ -151,6 +153,11 @@ class Attention:
         return bool(self.family.v_norm)
 
     @property
+    def is_gated(self) -> bool:
+        """Whether what a head puts out is multiplied, channel by channel, before O, which then stays as it is."""
+        return self.family.gated
+
+    @property
     def has_own_columns(self) -> bool:
         """Whether each channel has a column of its own in the table, in the family's order."""
         return self.is_in_order and bool((self.columns == torch.arange(len(self.columns))).all())
@@ -166,12 +173,12 @@ class Attention:
         return self.has_sinks or getattr(self.module, "attn_logit_softcapping", None) is not None
 
     def projection(self, name: str) -> nn.Module:
-        """The module that holds projection "q", "k", "v" or "o". Where a layer has no V, that is K's; where it has
-        neither they are its source's."""
+        """The module that holds projection "q", "k", "v" or "o", or the "gate". Where a layer has no V, that is K's;
+        where it has neither they are its source's."""
         if self.source is not None and name in "kv":
             return self.source.projection(name)
         fused = self.family.qkv if name != "o" else ""
-        found = getattr(self.module, fused or getattr(self.family, name))
+        found = getattr(self.module, fused or getattr(self.family, "q" if name == "gate" else name))
         return self.projection("k") if found is None and name == "v" else found
 
     def parameters(self) -> list[nn.Parameter]:
@@ -197,10 +204,10 @@ class Attention:
         return cast(torch.Tensor, self.projection("o").weight).dtype
 
     def rows(self, name: str, of: Callable[[torch.Tensor], torch.Tensor] = _itself) -> tuple[torch.Tensor, ...]:
-        """The matrix of "q", "k" or "v" in the family's order of channels, (heads, D, hidden), and its bias (heads, D)
-        if it has one."""
+        """The matrix of "q", "k", "v" or "gate" in the family's order of channels, (heads, D, hidden), and its bias
+        (heads, D) if it has one."""
         s, module = self.shape, self.projection(name)
-        heads = {"q": s.kv_heads * s.groups, "k": s.kv_heads, "v": s.kv_heads}
+        heads = {"q": s.kv_heads * s.groups, "gate": s.kv_heads * s.groups, "k": s.kv_heads, "v": s.kv_heads}
         weight = of(module.weight)  # type: ignore[arg-type]
         found = [weight.T if isinstance(module, Conv1D) else weight]
         found += [of(module.bias)] if self.has_bias(name) else []  # type: ignore[arg-type]
@@ -209,6 +216,8 @@ class Attention:
             found = [x.split(sizes)["qkv".index(name)] for x in found]
         elif self.family.qkv:  # of each head Q, K and V
             found = [x.unflatten(0, (heads["q"], 3, s.head_dim))[:, "qkv".index(name)].flatten(0, 1) for x in found]
+        elif self.is_gated and name in ("q", "gate"):  # of each head the query and the gate
+            found = [x.unflatten(0, (heads["q"], 2, s.head_dim))[:, int(name == "gate")].flatten(0, 1) for x in found]
         return tuple(x.unflatten(0, (heads[name], s.head_dim)) for x in found)
 
     def weights(self, of: Callable[[torch.Tensor], torch.Tensor] = _itself) -> AttentionWeights:

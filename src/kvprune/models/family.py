@@ -22,8 +22,10 @@ class Family:
     """Paths below the base model, and the shape of the projections.
 
     layers, norm: the decoder blocks and the norm behind them, from the base model.
-    attention: the attention module, from a block; q, k, v, o: its projections; qkv: the one that holds Q, K and V, if
+    attention: the attention module, from a block that has one; others: what a hybrid's other blocks have in its place,
+    in words: they stay as they are. q, k, v, o: the attention's projections; qkv: the one that holds Q, K and V, if
     they are not apart, and split how: "rows" (all of Q, all of K, all of V) or "heads" (of each head Q, K and V).
+    gated: q holds of each head Q and a gate, whose sigmoid multiplies what the head puts out, before O.
     mlp, down: the MLP, from a block, and its last matrix, whose output is the MLP's and joins the residual stream; mlp
     "": down is the block's own; down "": there is no one such matrix (a mixture of experts).
     routers: linear layers of the MLP that choose among experts or weigh them, by name.
@@ -50,12 +52,14 @@ class Family:
     layers: str = "layers"
     norm: str = "norm"
     attention: str = "self_attn"
+    others: str = ""
     q: str = "q_proj"
     k: str = "k_proj"
     v: str = "v_proj"
     o: str = "o_proj"
     qkv: str = ""
     split: str = "rows"
+    gated: bool = False
     mlp: str = "mlp"
     down: str = "down_proj"
     routers: tuple[str, ...] = ()
@@ -80,6 +84,10 @@ class Family:
         """The decoder blocks of a model, dense or pruned."""
         return cast(nn.ModuleList, lm.base_model.get_submodule(self.layers))
 
+    def attention_of(self, block: nn.Module) -> nn.Module | None:
+        """The attention of a block, dense or pruned; None where it has a mixer of another kind."""
+        return getattr(block, self.attention, None)
+
     def stack(self, lm: PreTrainedModel) -> nn.Module:
         """The module whose forward runs the blocks; a causal LM may call it past its base model."""
         return lm.base_model.get_submodule(self.layers.rpartition(".")[0])
@@ -95,7 +103,7 @@ class Family:
     def is_plain(self) -> bool:
         """Whether the attention is Llama's, by names, RoPE and arithmetic."""
         own = (self.qkv, self.rope, self.table, self.rotates, self.norm_of, self.v_norm, self.temperature)
-        return own == ("", "half", "half", "", "", "", "")
+        return own == ("", "half", "half", "", "", "", "") and not self.gated
 
     def words(self) -> dict[str, Any]:
         """By which the pruned twin finds its way in the dense modules; see runtime/modeling.py."""
@@ -117,6 +125,12 @@ BEHIND_ROPE: dict[str, Any] = {
     "q_norm": "query_layernorm",
     "k_norm": "key_layernorm",
     "norm_behind_rope": True,
+}
+GATED: dict[str, Any] = {
+    "others": "gated delta rule",
+    "norm_of": "head",
+    "gated": True,
+    "unless": ("attention_bias",),
 }
 ONCE: dict[str, Any] = {"rope": "interleaved", "table": "once"}
 
@@ -178,6 +192,20 @@ FAMILIES = {
         Family("helium", **ONCE),
         Family("gpt_oss", table="narrow", **EXPERTS),
         Family("apertus", norm_of="head"),
+        Family("qwen3_next", routers=("shared_expert_gate",), **GATED, **EXPERTS),
+        Family("qwen3_5_text", **GATED),
+        Family("qwen3_5_moe_text", routers=("shared_expert_gate",), **GATED, **EXPERTS),
+        Family(
+            "lfm2",
+            others="short convolutions",
+            norm="embedding_norm",
+            o="out_proj",
+            mlp="feed_forward",
+            down="w2",
+            norm_of="head",
+            q_norm="q_layernorm",
+            k_norm="k_layernorm",
+        ),
         Family("hunyuan_v1_dense", **BEHIND_ROPE),
         Family("hunyuan_v1_moe", routers=("wg",), **BEHIND_ROPE, **EXPERTS),
         Family("gpt2", layers="h", norm="ln_f", attention="attn", qkv="c_attn", o="c_proj", down="c_proj", rope="none"),
@@ -211,7 +239,7 @@ WHY_NOT = {  # model_type -> why it is out of scope
     **dict.fromkeys(("bloom", "mpt", "falcon", "gptj", "codegen", "gpt_neo"), "its attention has no interface"),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"), "it has no KV cache"),
     **dict.fromkeys(
-        ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "jamba", "bamba", "lfm2", "granitemoehybrid"),
+        ("jamba", "bamba", "granitemoehybrid"),
         "not all of its layers have attention",
     ),
     **dict.fromkeys(("gemma3n", "gemma3n_text"), "its last layers attend to keys and values of others"),
@@ -228,7 +256,7 @@ WHY_NOT = {  # model_type -> why it is out of scope
 # fmt: off
 WRAPPERS = (
     "gemma3", "gemma4", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3", "qwen2_5_vl",
-    "qwen2_vl", "qwen3_vl", "smolvlm",
+    "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "smolvlm",
 )
 # fmt: on
 WHY_NOT_ALL = "of such a model only the text model: give kvprune the checkpoint, not the loaded model"

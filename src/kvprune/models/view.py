@@ -14,22 +14,34 @@ from kvprune.runtime import PREFIX
 from kvprune.runtime.modeling import window_of
 
 
+def attention_of(lm: PreTrainedModel, family: Family) -> dict[int, nn.Module]:
+    """The attention modules of a dense or a pruned model, by the number of their block."""
+    found = {number: family.attention_of(block) for number, block in enumerate(family.blocks(lm))}
+    return {number: module for number, module in found.items() if module is not None}
+
+
 def sources_of(lm: PreTrainedModel, family: Family) -> tuple[int, ...]:
     """See AttentionShape: a layer without keys and values of its own attends to those of the last one before it that
     has some and is of its type. Of a dense or a pruned model."""
     found: list[int] = []
     types = getattr(lm.config, "layer_types", None) or [""] * lm.config.num_hidden_layers
-    for number, block in enumerate(family.blocks(lm)):
-        shares = getattr(getattr(block, family.attention), "is_kv_shared_layer", False)
-        alike = [n for n, source in enumerate(found) if source == n and types[n] == types[number]]
+    modules = attention_of(lm, family)
+    numbers = list(modules)
+    for layer, (number, module) in enumerate(modules.items()):
+        shares = getattr(module, "is_kv_shared_layer", False)
+        alike = [n for n, source in enumerate(found) if source == n and types[numbers[n]] == types[number]]
         if shares and not alike:
             raise UnsupportedArchitecture(f"layer {number} attends to keys and values that no layer has")
-        found.append(alike[-1] if shares else number)
+        found.append(alike[-1] if shares else layer)
     return () if found == list(range(len(found))) else tuple(found)
 
 
 class ModelView:
-    """A dense model of a supported family. Raises UnsupportedArchitecture for any other."""
+    """A dense model of a supported family. Raises UnsupportedArchitecture for any other.
+
+    attention: the view of each layer that has one, and a KV cache; attention_layers: its number among the blocks. In a
+    hybrid the other blocks have a mixer of another kind, whose state does not grow: they are run, and stay as they are.
+    """
 
     def __init__(self, lm: PreTrainedModel):
         self.lm = lm
@@ -38,34 +50,43 @@ class ModelView:
         self.family = family_of(lm.config.model_type)
         check_config(lm.config)
         config = lm.config
-        shapes = dense_shapes(config)
+        self.blocks = self.family.blocks(lm)
+        found = attention_of(lm, self.family)
+        if not found:
+            raise UnsupportedArchitecture(f"this {config.model_type} has no layer with attention, so no KV cache")
+        self.attention_layers = list(found)
+        every = dense_shapes(config)
+        shapes = [every[number] for number in found]
         kv_heads, head_dim = shapes[0]
         self.shape = AttentionShape(
-            layers=config.num_hidden_layers,
+            layers=len(found),
             hidden=config.hidden_size,
             kv_heads=kv_heads,
             groups=config.num_attention_heads // kv_heads,
             head_dim=head_dim,
             per_layer=tuple(shapes) if len(set(shapes)) > 1 else (),
             sources=sources_of(lm, self.family),
+            attention_layers=None if len(found) == len(self.blocks) else tuple(found),
         )
-        self.blocks = self.family.blocks(lm)
         self.norm = lm.base_model.get_submodule(self.family.norm)
         self.attention: list[Attention] = []
-        for number, block in enumerate(self.blocks):
-            self.attention.append(self._attention(number, block))
+        for layer, module in enumerate(found.values()):
+            self.attention.append(self._attention(layer, module))
         if self.shape.per_layer and not all(attention.has_own_columns for attention in self.attention):
             raise UnsupportedArchitecture("partial rotary embeddings of layers that differ are not supported")
 
-    def _attention(self, number: int, block: nn.Module) -> Attention:
+    def layer_at(self, block: int) -> int | None:
+        """Which one of `attention` is in block number `block`; None for none."""
+        return self.attention_layers.index(block) if block in self.attention_layers else None
+
+    def _attention(self, layer: int, module: nn.Module) -> Attention:
         config: Any = self.lm.config
-        module = cast(nn.Module, getattr(block, self.family.attention))
-        inv_freq, stretch = self._rope(number)
+        inv_freq, stretch = self._rope(self.attention_layers[layer])
         context = config.max_position_embeddings
         window = window_of(module, config) or context
-        source = self.shape.source(number)
-        of_source = None if source == number else self.attention[source]
-        return Attention(module, self.family, self.shape.of(number), inv_freq, stretch, min(window, context), of_source)
+        source = self.shape.source(layer)
+        of_source = None if source == layer else self.attention[source]
+        return Attention(module, self.family, self.shape.of(layer), inv_freq, stretch, min(window, context), of_source)
 
     def _rope(self, number: int) -> tuple[torch.Tensor | None, float]:
         """The frequencies of block `number`, (pairs,), and what RoPE multiplies by; some models have one table for each
@@ -86,6 +107,7 @@ class ModelView:
     def twin(self) -> dict[str, Any]:
         """What the config of a pruned twin says beside its widths: arguments of `twin_config`."""
         return {
+            "attention_layers": self.shape.attention_layers,
             "kv_heads": self.shape.kv_heads,
             "columns": int(self.attention[0].columns[-1]),
             "per_layer": self.shape.per_layer,

@@ -50,8 +50,8 @@ def text_config(wrapper: PreTrainedConfig) -> PreTrainedConfig:
     settings = inner.to_dict() | {"tie_word_embeddings": wrapper.tie_word_embeddings}  # transformers asks the wrapper
     for name in ("model_type", "architectures", "transformers_version"):
         settings.pop(name, None)
-    if model_type != inner.model_type:
-        rope = settings["rope_parameters"] or {}
+    rope = settings.get("rope_parameters") or {}
+    if model_type != inner.model_type or "mrope_section" in rope:
         kept = {k: v for k, v in rope.items() if k not in ("mrope_section", "mrope_interleaved", "type")}
         settings["rope_parameters"] = kept | ({"rope_type": "default"} if kept.get("rope_type") == "mrope" else {})
     if settings.get("dtype") is None:

@@ -16,7 +16,11 @@ every attention function that the family has; and the model is the same when it 
 BELOW = """
 What a cell means:
 
-- **projections**: *apart*, or the matrix that holds Q, K and V. Pruned, all have four plain matrices.
+- **others**: only some blocks have attention and a KV cache. Only these are cut and count as layers here; what the
+  others have, with its state in the cache, stays as it is.
+- **projections**: *apart*, or the matrix that holds Q, K and V. Pruned, all have four plain matrices. *Q with a gate*:
+  what a head puts out is multiplied channel by channel. Pruned, the gate and O stay as wide as they are, with a matrix
+  before them.
 - **RoPE**: *half* pairs channel c with c + half, *interleaved* 2c with 2c + 1. Channels that no RoPE turns (partial,
   layers or families without it) are mixed freely, across heads too.
 - **norm on q, k**: over each head, or over all at once. Q and K then keep all their rows, and what is kept is chosen
@@ -44,8 +48,8 @@ def row(family: Family) -> str:
     joins = "behind norms" if family.behind_attention else "times " + family.times if family.times else "plainly"
     logits = " ".join(family.logits) if family.logits else "plain"
     cells = (
-        f"`{family.model_type}`",
-        f"`{family.qkv}`, by {family.split}" if family.qkv else "apart",
+        f"`{family.model_type}`" + (f" (others: {family.others})" if family.others else ""),
+        f"`{family.qkv}`, by {family.split}" if family.qkv else "Q with a gate" if family.gated else "apart",
         rope,
         norm + (", behind RoPE" if family.norm_behind_rope else "") + (", and of v" if family.v_norm else ""),
         joins,

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from kvprune.runtime import PREFIX
-from kvprune.runtime.shown import whole_widths
+from kvprune.runtime.shown import layer_numbers, whole_widths
 from kvprune.text.corpus import HUB
 
 _TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -76,12 +76,16 @@ def _facts(record: dict[str, Any]) -> Iterator[str]:
         yield f"KV heads of a layer: {heads['pruned']}, merged from {heads['dense']}."
     widths = record.get("widths")
     if widths:
+        numbers, only = layer_numbers(record), record.get("attention_layers")
         kept = f"{widths[0]} in each of {len(widths)} layers" if len(set(widths)) == 1 else ", ".join(map(str, widths))
         sizes = " or ".join(map(str, sorted(set(whole_widths(record)))))
         dense = f" (of {sizes})" if sizes else ""
         yield f"Channels that a KV head keeps{dense}: {kept}."
+        if only is not None:
+            yield f"These are the layers with attention, {', '.join(map(str, only))}; the others are as they were."
         if 0 in widths:
-            yield f"Layers without attention: {', '.join(str(i) for i, width in enumerate(widths) if not width)}."
+            gone = [str(number) for number, width in zip(numbers, widths, strict=True) if not width]
+            yield f"Layers without attention: {', '.join(gone)}."
     if record.get("dropped_blocks"):
         yield f"Layers whose whole block is gone: {', '.join(map(str, record['dropped_blocks']))}."
 

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from kvprune.runtime.shown import whole_widths
+from kvprune.runtime.shown import layer_numbers, whole_widths
 
 KEPT, SENSITIVE, SECOND = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito, readable on light and on dark
 THEMES = {"light": "#1b1b1b", "dark": "#e6e6e6"}
@@ -27,7 +27,7 @@ def theme(name: str) -> Iterator[None]:
 def plan(record: dict[str, Any]) -> Figure:
     """Per layer: how much worse the model got when the layer alone was cut, and what width it kept."""
     widths, dense = record["widths"], whole_widths(record)
-    layers = range(len(widths))
+    layers = layer_numbers(record)
     sensitivity = record.get("sensitivity")
     measured = sensitivity is not None and len(sensitivity) == len(widths)  # budget has several per layer
     figure = Figure(figsize=(7, 4.2 if measured else 2.4), layout="constrained")

@@ -100,9 +100,10 @@ def activations(lm: PreTrainedModel, s: Settings, window: int, processes: int) -
 def fingerprint(lm: PreTrainedModel) -> str:
     """SHA-256 of all layers' attention weights."""
     digest = hashlib.sha256()
-    name = family_of(lm.config.model_type).attention
+    family = family_of(lm.config.model_type)
     for block in blocks(lm)[1]:
+        attention = family.attention_of(block)
         with held(block):
-            for parameter in getattr(block, name).parameters():
+            for parameter in () if attention is None else attention.parameters():
                 digest.update(parameter.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -127,8 +127,9 @@ def attention_outputs(lm: PreTrainedModel, wanted: bool = True) -> Iterator[list
     def keep(_module: nn.Module, _args: tuple, output: Any) -> None:
         collected.append(output[0] if isinstance(output, tuple) else output)
 
-    name = family_of(lm.config.model_type).attention
-    hooks = [getattr(block, name).register_forward_hook(keep) for block in blocks(lm)[1]] if wanted else []
+    family = family_of(lm.config.model_type)
+    modules = [family.attention_of(block) for block in blocks(lm)[1]] if wanted else []
+    hooks = [module.register_forward_hook(keep) for module in modules if module is not None]
     try:
         yield collected
     finally:

@@ -24,6 +24,8 @@ model in which each layer's attention has been replaced by `PrunedAttention`. No
   dense layers differ, so do `num_key_value_heads`, `dense_kv_heads` and `dense_head_dim`, which stand there too.
 - A layer may have no attention, or no block at all. It stays where it was, with a constant, so that the numbers of the
   layers are the dense model's, and tells the cache of its tokens.
+- In a hybrid not every dense block has attention (`attention_layers` in the config says which). The others stay the
+  family's own, with their place in the cache, whatever state they keep there.
 - Folders live for years, and transformers renames what a block hands its attention. The KV cache is taken under any
   name; where none comes although one is wanted, that is an error and never a model without a memory.
 """
@@ -56,10 +58,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 FAMILIES = (
     "apertus", "arcee", "cohere", "cohere2", "cwm", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "gemma", "gemma2",
     "gemma3_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_neox", "gpt_oss", "granite", "granitemoe",
-    "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax", "internlm3", "jais2", "llama", "minimax_m2",
+    "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax", "internlm3", "jais2", "lfm2", "llama", "minimax_m2",
     "ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi",
-    "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "stablelm",
-    "starcoder2",
+    "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next",
+    "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
 )
 # fmt: on
 PREFIX = "kvprune_"  # model_type of the twin: kvprune_llama, ...
@@ -81,10 +83,11 @@ HEADS = (AutoModelForSequenceClassification, AutoModelForTokenClassification, Au
 # config leave out. norm_of: what the norms on queries and keys take together, "head", "all" heads, or "" for none;
 # norm_behind_rope: RoPE comes first, at the dense width. v_norm: the norm on each head of values, if there is one.
 # temperature: the name among rope_parameters of how much queries grow with the logarithm of their position.
+# gated: the matrix of Q has of each head a query and a gate.
 WORDS: dict[str, Any] = {
     **{"layers": "layers", "attention": "self_attn", "q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
     **{"qkv": "", "norm_of": "", "q_norm": "q_norm", "k_norm": "k_norm", "norm_behind_rope": False, "v_norm": ""},
-    **{"temperature": ""},
+    **{"temperature": "", "gated": False},
 }
 
 
@@ -156,6 +159,7 @@ def split_plan(config: Any, words: dict[str, str]) -> dict[str, str]:
         share_of(heads, 0, ranks)
     normed = "colwise_gather_output" if words["norm_of"] == "all" else "colwise"
     split = {"q_proj": normed, "o_proj": "rowwise"}
+    split |= {"gate_proj": "colwise"} if words["gated"] else {}
     return split | {"k_proj": normed, "v_proj": "colwise"} if ranks <= min(kv_heads) else split
 
 
@@ -211,9 +215,10 @@ class PrunedAttention(nn.Module):
     Q, K, V: hidden -> heads * width; O: heads * width -> hidden; the cache holds width numbers per
     KV head for K and for V. factored: Q and O have the dense head_dim per head, and `q_mix` and `o_mix` lead to the
     width and back. Where the family has a norm on queries and keys, Q and K have it too, since the norm is taken over
-    all of a head, and `q_mix` and `k_mix` stand behind it; likewise V and `v_mix`. O has a bias where V had one: a
-    removed V channel's bias is a constant at the output, and that is where it is kept. own: this layer's config, where
-    layers differ.
+    all of a head, and `q_mix` and `k_mix` stand behind it; likewise V and `v_mix`. Where a gate multiplies what a head
+    puts out, channel by channel, it and O have the dense head_dim, with `o_mix` before them. O has a bias where V had
+    one: a removed V channel's bias is a constant at the output, and that is where it is kept. own: this layer's config,
+    where layers differ.
     """
 
     def __init__(self, dense: nn.Module, config, width: int, factored: bool = False, own: Any = None):
@@ -239,8 +244,9 @@ class PrunedAttention(nn.Module):
         self.num_key_value_groups = heads // kv_heads
         dense_kv_heads, channels = own_config.dense_kv_heads or kv_heads, own_config.dense_head_dim
         self.dense_head_dim = channels
-        is_normed, v_normed = bool(words["norm_of"]), bool(words["v_norm"])
+        is_normed, v_normed, is_gated = bool(words["norm_of"]), bool(words["v_norm"]), words["gated"]
         own = channels if factored else width
+        o_own = channels if is_gated else own
         q_own, k_all = (channels, dense_kv_heads * channels) if is_normed else (own, kv_heads * width)
         names = {name: words["qkv"] or words[name] for name in "qkv"} | {"o": words["o"]}
         if getattr(dense, names["v"], None) is None:  # K's projection is V's too
@@ -252,7 +258,8 @@ class PrunedAttention(nn.Module):
             self.k_proj = nn.Linear(hidden, k_all, bias=has_bias["k"])
             self.v_proj = nn.Linear(hidden, v_all, bias=has_bias["v"])
         constant = has_bias["v"] and self.sinks is None and not v_normed  # attention weights sum to one
-        self.o_proj = nn.Linear(heads * own, hidden, bias=has_bias["o"] or constant)
+        self.o_proj = nn.Linear(heads * o_own, hidden, bias=has_bias["o"] or constant)
+        self.gate_proj = nn.Linear(hidden, heads * channels, bias=False) if is_gated else None
         if is_normed:
             self.q_norm: Any = getattr(dense, words["q_norm"])
             self.k_norm: Any = getattr(dense, words["k_norm"], None)
@@ -261,8 +268,8 @@ class PrunedAttention(nn.Module):
         self.k_mix = HeadMix(kv_heads, k_all // kv_heads, width) if is_normed and own_keys else None
         self.v_norm = getattr(dense, words["v_norm"], None) if v_normed else None
         self.v_mix = HeadMix(kv_heads, v_all // kv_heads, width) if v_normed and own_keys else None
-        self.o_mix = HeadMix(dense_kv_heads, width, own) if factored else None
-        rebuilt = config.rebuilds and factored and width > own
+        self.o_mix = HeadMix(dense_kv_heads, width, o_own) if factored or is_gated else None
+        rebuilt = config.rebuilds and factored and width > own and not is_gated
         self.dense_heads = DenseHeads(self, dense_kv_heads) if rebuilt else None
         self.columns = channels if own_config.rope_columns is None else own_config.rope_columns  # of cos and sin
         self.rope_index: torch.Tensor
@@ -366,9 +373,10 @@ class PrunedAttention(nn.Module):
         warmth = 1 + rope[self.words["temperature"]] * torch.log(1 + steps)
         return query * warmth[:, None, :, None].to(query.dtype)
 
-    def outputs(self, attended: torch.Tensor) -> torch.Tensor:
-        """Mixed values (..., heads * width) -> (..., hidden)."""
-        return self.o_proj(attended if self.o_mix is None else self.o_mix(attended, place_of(self.q_proj)))
+    def outputs(self, attended: torch.Tensor, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """Mixed values (..., heads * width) -> (..., hidden). hidden: what came in, for the gate."""
+        mixed = attended if self.o_mix is None else self.o_mix(attended, place_of(self.q_proj))
+        return self.o_proj(mixed if self.gate_proj is None else mixed * torch.sigmoid(self.gate_proj(hidden)))
 
     def _rebuild(self, key, value):
         """Keys (with RoPE) and values (B, kv_heads, tokens, width) -> those of the dense heads and width, (B, dense KV
@@ -467,7 +475,7 @@ class PrunedAttention(nn.Module):
             **kwargs,
         )
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
-        return (self.o_proj if is_rebuilt else self.outputs)(attn_output), attn_weights
+        return self.o_proj(attn_output) if is_rebuilt else self.outputs(attn_output, hidden_states), attn_weights
 
 
 class Countless(DynamicLayer):
@@ -581,12 +589,19 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
         rope_columns: int | None = None  # of the table of cos and sin; None: dense_head_dim
         block: bool = True  # of one layer: False where the whole block has gone
         words: dict[str, Any] | None = None
+        attention_layers: list[int] | None = None  # the numbers of the layers that have attention; None: all
 
         def __getattribute__(self, key):
             if key == "head_dim" and self.is_heterogeneous:  # where transformers itself would raise
-                widths = {layer.head_dim for layer in self.per_layer_config}
+                widths = set(self.widths())
                 return widths.pop() if len(widths) == 1 else self.dense_head_dim
             return super().__getattribute__(key)
+
+        def widths(self) -> list[int]:
+            """Of the layers with attention, kept channels per KV head."""
+            layers = self.per_layer_config
+            numbers = range(len(layers)) if self.attention_layers is None else self.attention_layers
+            return [layers[number].head_dim for number in numbers]
 
         @classmethod
         def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -597,6 +612,11 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
         def from_dict(cls, config_dict, **kwargs):  # what AutoConfig calls
             _look_at_copy(kwargs.get("name_or_path"))
             return super().from_dict(config_dict, **kwargs)
+
+        @classmethod
+        def is_custom_code(cls) -> bool:
+            """The family's own layer types, which older transformers would rename where this is true (5.16)."""
+            return False
 
         def _validate_longrope_rope_parameters(self, *args, **kwargs):
             """As transformers does it, by the width that the factors belong to: they are one for each dense pair."""
@@ -633,6 +653,8 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
             words = WORDS | (config.words or {})
             layers: Any = self.get_submodule(words["layers"])
             for index, layer_config in enumerate(config.per_layer_config):
+                if config.attention_layers is not None and index not in config.attention_layers:
+                    continue
                 layer, own = layers[index], (layer_config.head_dim, layer_config.factored)
                 if not layer_config.block:
                     layers[index] = skipped(layer, config, words["attention"], layer_config)
@@ -664,7 +686,7 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
 
         def init_continuous_batching(self, *args, **kwargs):
             """As the family does it, which has one cache for all layers. Raises ValueError for mixed widths."""
-            widths = {layer.head_dim for layer in self.config.per_layer_config}
+            widths = set(self.config.widths())
             if len(widths) > 1:
                 raise ValueError(
                     f"transformers' continuous batching has one head_dim for all layers, and these have "

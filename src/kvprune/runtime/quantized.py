@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, cache_utils
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from kvprune.errors import BadOption
@@ -61,10 +62,11 @@ def quantized_cache(config: PreTrainedConfig, bits: int) -> DynamicCache:
     """
     name = quantizer(bits)
     plain: list[Any] = list(DynamicCache(config=config).layers)
-    if any(layer.is_sliding for layer in plain):
+    plain = plain or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+    if any(getattr(layer, "is_sliding", False) for layer in plain):
         raise BadOption("--kv-bits: a quantised cache keeps no sliding window, and this model has some")
     cache = DynamicCache(config=config)  # a TokenFilter takes no other
-    cache.layers = [_layer(name, bits) for _ in range(config.num_hidden_layers)]
+    cache.layers = [_layer(name, bits) if isinstance(layer, DynamicLayer) else layer for layer in plain]
     return cache
 
 

@@ -86,6 +86,7 @@ class _Recorded(TypedDict, total=False):
     kv_heads: Pair
     merge: Annotated[int, Field(ge=1, le=2**20)]
     widths: list[Count]
+    attention_layers: list[Count] | None
     dropped_blocks: list[Count]
     head_dim: Annotated[int, Field(ge=1, le=2**20)]
     per_layer: list[Heads]
@@ -108,11 +109,20 @@ def _fitting(record: _Recorded) -> _Recorded:
     merge = record.get("merge", 1)
     if "head_dim" in record and max(record.get("widths", ()), default=0) > record["head_dim"] * merge:
         raise ValueError("a layer is wider than its heads")
+    layers = record.get("attention_layers")
+    if layers is not None and len(layers) != len(record.get("widths", ())):
+        raise ValueError("attention_layers and widths are not of as many layers")
     if merge > 1 and "kv_heads" not in record:
         raise ValueError("heads were merged, and kv_heads is missing")
     if "per_layer" in record and len(record["per_layer"]) != len(record.get("widths", ())):
         raise ValueError("per_layer and widths are not of the same layers")
     return record
+
+
+def layer_numbers(record: dict[str, Any]) -> list[int]:
+    """Which layer of the model each of `widths` is of: in a hybrid only some have attention."""
+    found = record.get("attention_layers")
+    return list(range(len(record["widths"]))) if found is None else found
 
 
 def whole_widths(record: dict[str, Any]) -> list[int]:

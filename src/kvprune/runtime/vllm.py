@@ -10,7 +10,7 @@ BACKEND = "vllm.model_executor.models.transformers"
 # calls them by, nor their activation: its one model with experts runs in the plain class, as transformers has it.
 EXPERTS = (
     *("dots1", "ernie4_5_moe", "glm4_moe", "gpt_oss", "granitemoe", "minimax_m2", "mixtral", "olmoe", "phimoe"),
-    *("hunyuan_v1_moe", "qwen2_moe", "qwen3_moe", "solar_open"),
+    *("hunyuan_v1_moe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "solar_open"),
 )
 
 

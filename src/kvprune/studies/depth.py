@@ -24,6 +24,7 @@ from kvprune.models.source import load_config, resolve
 from kvprune.options import given_of
 from kvprune.progress import Progress
 from kvprune.runtime.files import writing_to
+from kvprune.runtime.shown import layer_numbers
 from kvprune.studies.depth_picture import draw
 from kvprune.studies.depth_speed import Run, add_speeds
 from kvprune.studies.journal import PICTURE, StudyJournal
@@ -140,10 +141,11 @@ def _cell(key: Key, given: dict[str, Any], progress: Progress) -> dict[str, Any]
     del result, model
     memory.release()
     kept, gone = [width for width in record["widths"] if width], record["dropped_blocks"]
+    without = [n for n, width in zip(layer_numbers(record), record["widths"], strict=True) if not width]
     return {
         **cell,
         "blocks": gone,
-        "dropped": [layer for layer, width in enumerate(record["widths"]) if not width and layer not in gone],
+        "dropped": [number for number in without if number not in gone],
         "width": sum(kept) / len(kept),
         **{name: record[name] for name in _FIGURES},
         "seconds": round(time.perf_counter() - start, 3),

@@ -129,13 +129,17 @@ class LateAdmission:
         family, rule = family_of(config.model_type), self.settings
         check_config(config)
         check_attention(config)
-        modules = [getattr(block, family.attention) for block in family.blocks(model)]
-        if any(isinstance(getattr(vars(m).get(forward_of(m)), "__self__", None), FilteredAttention) for m in modules):
+        every = {i: family.attention_of(block) for i, block in enumerate(family.blocks(model))}
+        modules = {i: module for i, module in every.items() if module is not None}
+        if any(
+            isinstance(getattr(vars(m).get(forward_of(m)), "__self__", None), FilteredAttention)
+            for m in modules.values()
+        ):
             raise FilterMisuse("the model has a TokenFilter already; leave its context first")
-        check_apart(config, modules)
-        if any(map(is_capped, modules)):
+        check_apart(config, modules.values())
+        if any(map(is_capped, modules.values())):
             raise FilterMisuse(f"keep cannot work on {config.model_type}, whose attention has a cap or sinks")
-        self._modules = {i: m for i, m in enumerate(modules) if has_attention(m) and window_of(m, config) is None}
+        self._modules = {i: m for i, m in modules.items() if has_attention(m) and window_of(m, config) is None}
         if not self._modules:
             raise FilterMisuse("every layer of this model has a sliding window, which is short already; leave keep out")
         longest = config.max_position_embeddings

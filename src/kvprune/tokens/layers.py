@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from kvprune.errors import FilterMisuse
 from kvprune.models.family import family_of
 from kvprune.tokens.anchors import moving_average
 from kvprune.tokens.settings import Settings
@@ -17,7 +18,7 @@ def anchor_errors(model: PreTrainedModel, ids: torch.Tensor, settings: Settings 
 
     o: what attention adds to the residual stream x; A: the moving average of the outputs before the token. ids (B, T),
     without padding; the first settings.first tokens of each sequence are left out. A layer with a small error is one
-    whose tokens can skip. Nothing is trained or kept.
+    whose tokens can skip. Nothing is trained or kept. Raises FilterMisuse for a model with blocks of another kind.
     """
     s = settings or Settings()
     family = family_of(model.config.model_type)
@@ -35,8 +36,11 @@ def anchor_errors(model: PreTrainedModel, ids: torch.Tensor, settings: Settings 
 
     handles = []
     for block in family.blocks(model):
+        attention = family.attention_of(block)
+        if attention is None:
+            raise FilterMisuse("skipping needs attention in every layer, and some have none; use keep")
         handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(getattr(block, family.attention).register_forward_hook(after))
+        handles.append(attention.register_forward_hook(after))
     try:
         model(input_ids=ids.to(model.device), use_cache=False)
     finally:

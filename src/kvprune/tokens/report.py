@@ -53,12 +53,15 @@ def bytes_of(model: Any, cache: Any) -> dict[str, int]:
     room that is kept free), position_bytes (columns, or scores, of kept tokens) and anchor_bytes (what deciding goes
     by). Zeros where there was no cache, or none that every layer had begun: the first call failed."""
     filtered = [layer for layer in cache.layers if isinstance(layer, OWN)] if cache is not None else []
-    if not filtered or any(layer.keys is None for layer in cache.layers):
+    layers = [layer for layer in cache.layers if hasattr(layer, "keys")] if filtered else []  # others hold a state
+    if not filtered or any(layer.keys is None for layer in layers):
         return no_bytes()
     dense = [kv_heads * channels for kv_heads, channels in dense_shapes(model.config)]
     found = no_bytes()
     a_number = filtered[0].dtype.itemsize
     for index, layer in enumerate(cache.layers):
+        if layer not in layers:
+            continue
         tokens = filtered[0].real_tokens()
         window = layer.window if isinstance(layer, FilteredLayer) else getattr(layer, "sliding_window", None)
         if window is not None:

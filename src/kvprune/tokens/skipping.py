@@ -62,7 +62,8 @@ class Skipping:
         config = model.config
         family = family_of(config.model_type)
         check_config(config)
-        modules = [getattr(block, family.attention) for block in family.blocks(model)]
+        every = [family.attention_of(block) for block in family.blocks(model)]
+        modules = [module for module in every if module is not None and has_attention(module)]
         check_apart(config, modules)
         if any(map(is_capped, modules)):
             raise FilterMisuse(f"skipping cannot work on {config.model_type}, whose attention has a cap or sinks")
@@ -73,8 +74,8 @@ class Skipping:
         check_attention(config)
         if any(isinstance(getattr(vars(m).get(forward_of(m)), "__self__", None), FilteredAttention) for m in modules):
             raise FilterMisuse("the model has a TokenFilter already; leave its context first")
-        if not all(map(has_attention, modules)):
-            raise FilterMisuse("skipping needs attention in every layer, and some have lost theirs; use keep")
+        if len(modules) < len(every):
+            raise FilterMisuse("skipping needs attention in every layer, and some have none; use keep")
         s = self.settings
         skip = s.rates(s.ratio, len(modules))
         drop = skip if s.drop_ratio is None else s.rates(s.drop_ratio, len(modules))

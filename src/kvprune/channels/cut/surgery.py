@@ -66,13 +66,13 @@ def cut(
     shelf = None if there is None else there.shelf.copy()
     put_away = partial(_put_away, journal=journal or Journal(), stored=stored, computed=dense.dtype)
     for index, (attention, layer) in enumerate(zip(view.attention, plan.layers, strict=True)):
-        block = f"{path}.{index}."
+        block = f"{path}.{view.attention_layers[index]}."
         prefix = f"{block}{view.family.attention}."
         goes = prefix if layer.block else block
         state = {name: tensor for name, tensor in state.items() if not name.startswith(goes)}
 
         def narrow(index: int = index, attention: Attention = attention, layer: LayerPlan = layer):
-            with held(view.blocks[index]):
+            with held(view.blocks[view.attention_layers[index]]):
                 found = _attention(attention, bases[index], layer, factored[index], order, is_stock)
             if is_stock:
                 _make_stock(found, portable.query_scale(view, plan))
@@ -195,7 +195,9 @@ def _narrow(attention: Attention, basis: Basis, maps: Cut, factored: bool, is_st
     if attention.source is None:
         state |= _values(w, basis, maps, attention.has_normed_values)
     o = w.o[members].double()  # (H, query heads of each, D, hidden), in the order of the groups
-    if factored:
+    if attention.is_gated:
+        state["gate_proj.weight"] = _grouped(attention.rows("gate")[0], len(w.k), members).flatten(0, 1)
+    if factored or attention.is_gated:
         state["o_mix.weight"] = maps.outputs.mT
     else:
         o = maps.outputs.mT.unsqueeze(1) @ o

@@ -97,30 +97,31 @@ def attention_moments(
         states, calls = enter(view, mine(batches))
         tokens = sum(batch.numel() for batch in batches)
         for index, block in enumerate(view.blocks):
+            layer = view.layer_at(index)
             with held(block):
-                if index in known:
+                if layer is None or layer in known:
                     calls.take(block, index, states)
                 else:
-                    yield _moments(view, index, states, calls, slow[index], merge).means(tokens, index)
+                    yield _moments(view, layer, states, calls, slow[layer], merge).means(tokens, index)
             if not all(torch.isfinite(state).all() for state in states):
                 raise not_finite(f"layer {index}: its output on the calibration text", view.lm)
-            advance(1)
+            advance(layer is not None)
 
 
 def _moments(
-    view: ModelView, index: int, states: list[torch.Tensor], calls: Calls, slow: torch.Tensor, merge: int
+    view: ModelView, layer: int, states: list[torch.Tensor], calls: Calls, slow: torch.Tensor, merge: int
 ) -> "_Sums":
-    """Of one layer; takes `states` behind the block, in place."""
-    attention = view.attention[index]
+    """Of one layer; takes `states` behind its block, in place."""
+    attention, index = view.attention[layer], view.attention_layers[layer]
     waiting: list[Seen] = []
     every = torch.arange(attention.shape.kv_heads).view(-1, merge)
     chooses = 1 < merge < attention.shape.kv_heads
-    sums = None if chooses else _Sums(view, index, slow, every)
+    sums = None if chooses else _Sums(view, layer, slow, every)
     for place, state in enumerate(states):
         with watched(attention, waiting.append if sums is None else sums.add):
             states[place] = calls.run(view.blocks[index], index, state, place)
     if sums is None:
-        sums = _Sums(view, index, slow, group_heads(waiting, attention.units, merge))
+        sums = _Sums(view, layer, slow, group_heads(waiting, attention.units, merge))
         for seen in waiting:
             sums.add(seen)
     return sums
@@ -129,13 +130,13 @@ def _moments(
 class _Sums:
     """Sums over queries and the query heads of each KV head, of one layer."""
 
-    def __init__(self, view: ModelView, index: int, slow: torch.Tensor, heads: torch.Tensor):
-        self.lm, attention = view.lm, view.attention[index]
+    def __init__(self, view: ModelView, layer: int, slow: torch.Tensor, heads: torch.Tensor):
+        self.lm, attention = view.lm, view.attention[layer]
         s = attention.shape
         self.shape, self.heads, self.stretch = s, heads, attention.stretch
         weights = attention.weights()
         self.device, self.v_bias, self.o = attention.device, attention.constant, weights.o
-        self.index, self.window = index, number()
+        self.index, self.window = view.attention_layers[layer], number()
         self.units, self.slow = attention.units.to(self.device), slow.to(self.device)
         m, pairs, n = heads.shape[1], len(self.units), len(slow)
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)

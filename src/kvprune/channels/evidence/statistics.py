@@ -1,6 +1,7 @@
 """One pass over the calibration text, for what an importance score needs of it."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -47,7 +48,7 @@ def score_layers(
             attention = view.attention[index]
             score = importance.scores(attention.weights(), statistics, attention.units.to(view.device))
         if not all(torch.isfinite(s).all() for s in (score.qk, score.vo)):
-            raise not_finite(f"layer {index}: the importance scores", view.lm)
+            raise not_finite(f"layer {view.attention_layers[index]}: the importance scores", view.lm)
         found[index] = Scores(score.qk.float().cpu(), score.vo.float().cpu())
         journal.save_scores(index, found[index])
         advance(1)
@@ -63,10 +64,10 @@ def _statistics(
     elif importance.needs == "gradients":
         yield from _gradients(view, batches, known)
     else:
-        for index, block in enumerate(view.blocks):
-            with held(block):
-                if index not in known:
-                    yield index, Statistics()
+        for layer, index in enumerate(view.attention_layers):
+            with held(view.blocks[index]):
+                if layer not in known:
+                    yield layer, Statistics()
 
 
 @torch.no_grad()
@@ -128,10 +129,7 @@ def _energies(
     with torch.no_grad(), tapped(view):
         states, calls = enter(view, mine(batches))
         for index, block in enumerate(view.blocks):
-            sums: dict[str, torch.Tensor] = {}
-            s = view.attention[index].shape
-            keys = (s.kv_heads, s.head_dim)
-            shapes = {"q": (s.kv_heads, s.groups, s.head_dim), "k": keys, "v": keys}
+            layer, sums = view.layer_at(index), cast(dict[str, torch.Tensor], {})
 
             def add(seen: Seen, sums: dict[str, torch.Tensor] = sums) -> None:
                 q, k = (seen.before_rope(x.float()) for x in (seen.query, seen.key))
@@ -139,11 +137,14 @@ def _energies(
                     sums[name] = sums.get(name, 0) + x.square().sum((0, 2)).cpu().double()  # (heads, D)
 
             with held(block):
-                with watched(view.attention[index], add):
+                with nullcontext() if layer is None else watched(view.attention[layer], add):
                     calls.take(block, index, states)
-                if index not in known:
+                if layer is not None and layer not in known:
+                    s = view.attention[layer].shape
+                    keys = (s.kv_heads, s.head_dim)
+                    shapes = {"q": (s.kv_heads, s.groups, s.head_dim), "k": keys, "v": keys}
                     means = {name: (summed(sums[name]) / tokens).float().view(shape) for name, shape in shapes.items()}
-                    yield index, Statistics(energy=means)
+                    yield layer, Statistics(energy=means)
 
 
 def _gradients(
@@ -153,10 +154,11 @@ def _gradients(
     one on. A gradient is added to its sum and dropped as soon as it exists."""
     scored = scored_tokens(batches)
     for step in backward(view, batches):
-        if step.block in known:
+        layer = view.layer_at(step.block)
+        if layer is None or layer in known:
             step.run()
             continue
-        attention = view.attention[step.block]
+        attention = view.attention[layer]
         parameters = attention.parameters()
         sums: dict[Any, torch.Tensor] = {p: torch.zeros_like(p, dtype=torch.float32) for p in parameters}
 
@@ -173,4 +175,4 @@ def _gradients(
                 hook.remove()
                 parameter.requires_grad_(False)
         means = {parameter: summed(total) / scored for parameter, total in sums.items()}
-        yield step.block, Statistics(gradients=attention.weights(of=means.__getitem__))
+        yield layer, Statistics(gradients=attention.weights(of=means.__getitem__))

@@ -60,7 +60,7 @@ def refit(
     Batches (B, T). Every eighth window is held out: it chooses the ridge, and where no ridge lowers its error the
     matrix stays. Memory: of the text before one block the hidden states, four times, or three times and the inputs of
     the MLP's last matrix; and one layer's moments. A layer that the journal has is taken from there: the streams only
-    pass through it. Raises NotFinite.
+    pass through it, and through blocks that have no attention, which stay as they are. Raises NotFinite.
     """
     journal = journal or Journal()
     fitted, apart = split(batches)
@@ -72,6 +72,11 @@ def refit(
     own_calls = learn_calls(pruned, blocks, [*fitted, *apart])  # a stock model's rotary table is its own
     report: list[Refitted] = []
     for index, (dense_block, block) in enumerate(zip(view.blocks, blocks, strict=True)):
+        if view.layer_at(index) is None:
+            with held(dense_block, block):
+                calls.take(dense_block, index, dense)
+                own_calls.take(block, index, ours)
+            continue
         with held(dense_block, block):
             layer = _Layer(view, index, dense_block, block, (calls, own_calls), len(fitted), rows, stored_dtype(pruned))
             targets = layer.dense(dense)

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from kvprune.channels.journal import Journal
 from kvprune.channels.widths.sensitivity import DENSE
@@ -27,24 +26,26 @@ from kvprune.processes import mine, summed
 
 @dataclass(frozen=True)
 class Dropped:
-    """Blocks in the order in which they go; the rise of the mean loss (nats) once each has gone too; what each leaves
-    behind, (hidden,). alone: the rise for every block of the model, gone alone."""
+    """Layers whose blocks go, in that order; the rise of the mean loss (nats) once each has gone too; what each leaves
+    behind, (hidden,). alone: the rise for every layer of the model, its block gone alone. In a hybrid blocks without
+    attention are no layers here, and stay."""
 
-    blocks: tuple[int, ...] = ()
+    layers: tuple[int, ...] = ()
     losses: tuple[float, ...] = ()
     constants: tuple[torch.Tensor, ...] = ()
     alone: tuple[float, ...] = ()
 
 
 @contextmanager
-def skipping(blocks: Sequence[nn.Module], constants: Sequence[torch.Tensor]) -> Iterator[None]:
+def skipping(view: ModelView, dropped: Dropped) -> Iterator[None]:
     """These blocks pass on the hidden states that they are called with, each with its constant (hidden,) added."""
 
     def passed(constant: torch.Tensor, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return hidden_states + constant.to(hidden_states)
 
     with ExitStack() as stack:
-        for block, constant in zip(blocks, constants, strict=True):
+        for layer, constant in zip(dropped.layers, dropped.constants, strict=True):
+            block = view.blocks[view.attention_layers[layer]]
             stack.enter_context(answering(block, partial(passed, constant)))
         yield
 
@@ -62,23 +63,23 @@ def choose_blocks(
 
     A round a block, L (L + 1) / 2 block forwards: the text walks through the blocks once, and beside it, from each
     block on, the text without that block. Memory: its hidden states L times. The losses of a finished round go to the
-    journal and are not measured again. `advance` counts blocks that were walked through. Raises NotFinite.
+    journal and are not measured again. `advance` counts layers that were walked through. Raises NotFinite.
     """
     layers, scored = view.shape.layers, scored_tokens(batches)
     found = Dropped()
     for turn in range(number):
-        left = [block for block in range(layers) if block not in found.blocks]
-        keys = {block: turn * layers + block for block in left} | ({} if turn else {DENSE: DENSE})
+        left = [layer for layer in range(layers) if layer not in found.layers]
+        keys = {layer: turn * layers + layer for layer in left} | ({} if turn else {DENSE: DENSE})
         is_known = all((0, key) in journal.losses for key in keys.values())
-        with skipping([view.blocks[block] for block in found.blocks], found.constants):
+        with skipping(view, found):
             losses, added = _walk(view, batches, [] if is_known else left, has_constants, advance)
         if not is_known:
-            for block, key in keys.items():
-                journal.add(0, key, losses[block])
-        rises = {block: (journal.losses[0, keys[block]] - journal.losses[0, DENSE]) / scored for block in left}
-        best = min(left, key=lambda block: (rises[block], block))
+            for layer, key in keys.items():
+                journal.add(0, key, losses[layer])
+        rises = {layer: (journal.losses[0, keys[layer]] - journal.losses[0, DENSE]) / scored for layer in left}
+        best = min(left, key=lambda layer: (rises[layer], layer))
         found = Dropped(
-            (*found.blocks, best),
+            (*found.layers, best),
             (*found.losses, rises[best]),
             (*found.constants, added[best]),
             found.alone or tuple(rises.values()),
@@ -93,8 +94,8 @@ def _walk(
     has_constants: bool,
     advance: Callable[[int], None],
 ) -> tuple[dict[int, float], list[torch.Tensor]]:
-    """The summed loss without each of the candidates, and (as DENSE) with all of them; and of every block the mean of
-    what it adds, (hidden,), or zeros."""
+    """The summed loss without the block of each of the candidates, which are layers, and (as DENSE) with all of them;
+    and of every layer the mean of what its block adds, (hidden,), or zeros."""
     shares, tokens = mine(batches), sum(batch.numel() for batch in batches)
     states, calls = enter(view, shares)
     without: dict[int, list[torch.Tensor]] = {}
@@ -106,12 +107,15 @@ def _walk(
                 gone: [calls.run(block, index, state, number) for number, state in enumerate(streams)]
                 for gone, streams in without.items()
             }
+        layer = view.layer_at(index)
+        if layer is None:
+            continue
         differences = (b.double() - a.double() for a, b in zip(before, states, strict=True))
         none = torch.zeros(view.shape.hidden, dtype=torch.float64)
         total = summed(sum((x.sum((0, 1)).cpu() for x in differences), none))
         added.append((total / tokens * has_constants).to(view.lm.dtype))
-        if index in candidates:
-            without[index] = [state + added[-1].to(state) for state in before]
+        if layer in candidates:
+            without[layer] = [state + added[-1].to(state) for state in before]
         advance(1)
     if not candidates:
         return {}, added
@@ -119,7 +123,7 @@ def _walk(
     found = dict(zip((DENSE, *without), summed(torch.tensor(losses, dtype=torch.float64)).tolist(), strict=True))
     for gone, loss in found.items():
         if not math.isfinite(loss):
-            what = "the dense model" if gone == DENSE else f"the model without block {gone}"
+            what = "the dense model" if gone == DENSE else f"the model without block {view.attention_layers[gone]}"
             raise not_finite(f"{what}: the loss on the calibration text", view.lm)
     return found, added
 

@@ -5,6 +5,7 @@ least in truth, all cuts at once, on the probed text; more layers are tried unti
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -42,7 +43,9 @@ def masked_loss(
         shares = mine(batches)
         states, calls = enter(view, shares)
         for index, block in enumerate(view.blocks):
-            with held(block), masked(view.attention[index], kept[index], bases[index]):
+            layer = view.layer_at(index)
+            cut = nullcontext() if layer is None else masked(view.attention[layer], kept[layer], bases[layer])
+            with held(block), cut:
                 calls.take(block, index, states)
     total = summed(torch.tensor([loss_behind(view, shares, states)], dtype=torch.float64))
     return float(total) / scored_tokens(batches)

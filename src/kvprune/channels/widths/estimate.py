@@ -42,38 +42,39 @@ def estimate_sensitivity(
     advance: Callable[[int], None],
     journal: Journal | None = None,
 ) -> list[float]:
-    """Estimated change of the mean loss (nats) for each probe, which touches one block alone.
+    """Estimated change of the mean loss (nats) for each probe, which touches one layer alone.
 
     batches: token ids (B, T). Memory: the text's hidden states before every block, one block's activations of a
-    window, and the inputs and gradients of one attention. `advance` counts blocks; those that the journal has are not
+    window, and the inputs and gradients of one attention. `advance` counts layers; those that the journal has are not
     estimated again. Raises NotFinite.
     """
     journal = journal or Journal()
     scored = scored_tokens(batches)
-    of_block: dict[int, list[int]] = {block: [] for block in range(view.shape.layers)}
+    of_layer: dict[int, list[int]] = {layer: [] for layer in range(view.shape.layers)}
     for number, probe in enumerate(probes):
-        of_block[probe.block].append(number)
+        of_layer[probe.layer].append(number)
     known = journal.load_estimates()
     wait()
     if len(known) < view.shape.layers:
         with tapped(view):
             for step in backward(view, batches):
-                if step.block in known:
+                layer = view.layer_at(step.block)
+                if layer is None or layer in known:
                     step.run()
                 else:
-                    mine = [probes[number] for number in of_block[step.block]]
-                    changes = torch.tensor(list(_changes(view.attention[step.block], step, mine)), dtype=torch.float64)
-                    known[step.block] = (summed(changes) / scored).tolist()
-                    journal.save_estimates(step.block, known[step.block])
-                advance(1)
-    found = {n: change for block, numbers in of_block.items() for n, change in zip(numbers, known[block], strict=True)}
+                    mine = [probes[number] for number in of_layer[layer]]
+                    changes = torch.tensor(list(_changes(view.attention[layer], step, mine)), dtype=torch.float64)
+                    known[layer] = (summed(changes) / scored).tolist()
+                    journal.save_estimates(layer, known[layer])
+                advance(layer is not None)
+    found = {n: change for layer, numbers in of_layer.items() for n, change in zip(numbers, known[layer], strict=True)}
     if not all(map(math.isfinite, found.values())):
         raise not_finite("the gradients on the calibration text", view.lm)
     return [found[number] for number in range(len(probes))]
 
 
 def _changes(attention: Attention, step: Step, probes: list[Probe]) -> Iterator[float]:
-    """The estimated change of the summed loss for each probe of one block."""
+    """The estimated change of the summed loss for each probe of one layer."""
     calls = _seen(attention, step)
     with torch.no_grad():
         for probe in probes:

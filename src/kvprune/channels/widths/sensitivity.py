@@ -22,9 +22,9 @@ DENSE = -1  # the journal's probe number of a batch's dense loss
 
 @dataclass(frozen=True)
 class Probe:
-    """Block `block` with only `kept` of the coordinates of its basis."""
+    """A layer, by its number among those with attention, with only `kept` of the coordinates of its basis."""
 
-    block: int
+    layer: int
     kept: Kept
     basis: Basis
 
@@ -88,9 +88,10 @@ def _probe_batch(
         journal.add(number, DENSE, _finite(dense, what, view))
     for index in missing:
         probe = probes[index]
-        with held(view.blocks[probe.block]), masked(view.attention[probe.block], probe.kept, probe.basis):
-            changed = loss(runner.rerun(probe.block))
-        journal.add(number, index, _finite(changed, f"layer {probe.block}, probed", view))
+        block = view.attention_layers[probe.layer]
+        with held(view.blocks[block]), masked(view.attention[probe.layer], probe.kept, probe.basis):
+            changed = loss(runner.rerun(block))
+        journal.add(number, index, _finite(changed, f"layer {block}, probed", view))
         advance(1)
 
 
