@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from every_family import HEADS, OPTIONS, VOCABULARY, changed, family_model, type_of
 from safetensors.torch import load_file, save_file
-from test_every_family import merged
+from test_every_family import merged, without_channels
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import kvprune
@@ -22,6 +23,7 @@ from kvprune.measure.fit import _Cut, _Weights
 from kvprune.measure.memory import parameters
 from kvprune.measure.shapes import pruned_config, random_model
 from kvprune.models.view import ModelView
+from kvprune.runtime.checkpoint import save
 from tiny import COARSE, make_plan, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="this transformers does not know it")
@@ -29,6 +31,7 @@ VARIANTS = [name for name in OPTIONS if type_of(name) == "gemma4_text"]
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 ALONE = """
 import sys
+from pathlib import Path
 sys.modules["kvprune"] = None
 import torch
 from transformers import AutoModelForCausalLM
@@ -196,3 +199,12 @@ def test_an_interrupted_run_finds_layers_that_share_keys_together(after, texts, 
     assert resumed.plan.layers == whole.plan.layers
     tensors = whole.model.state_dict()
     assert all(torch.equal(value, tensors[name]) for name, value in resumed.model.state_dict().items())
+
+
+def test_two_ranks_by_transformers_plan(tmp_path):
+    pytest.importorskip("transformers.distributed.parallel_utils", reason="the DTensor plans of newer transformers")
+    _, pruned = without_channels(family_model("gemma4_text:shared", "sdpa"))
+    save(pruned, tiny_tokenizer(), "{}", dict, tmp_path / "pruned")
+    script = Path(__file__).parents[1] / "runtime" / "two_ranks.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    subprocess.run([*launch, tmp_path / "pruned"], check=True, timeout=240)
