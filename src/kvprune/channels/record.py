@@ -105,11 +105,12 @@ def _of_attention(view: ModelView, plan: PruningPlan, tokens: int) -> dict[str, 
     attends = importance is not None and importance.needs == "attention"
     if not (attends or plan.is_rotated):
         return {}
-    slow = max(len(slow_channels(a)) for a in view.attention) if attends and plan.is_rotated else 0
-    of_layer = moments_bytes(shape, plan.merge, slow)
-    found = {"moments of one layer's attention": of_layer}
+    mixes = attends and plan.is_rotated
+    moments = [moments_bytes(a.shape, plan.merge, len(slow_channels(a)) if mixes else 0) for a in view.attention]
+    found = {"moments of one layer's attention": max(moments)}
     if plan.is_rotated and view.device.type == "cpu":  # where they are kept
-        found["bases of all layers, with moments"] = shape.layers * (of_layer + basis_bytes(shape, plan.merge))
+        own = sum(basis_bytes(a.shape, plan.merge) for a in view.attention)
+        found["bases of all layers, with moments"] = sum(moments) + own
     if 1 < plan.merge < shape.kv_heads:  # all of it is seen before the heads are grouped
         channels = shape.kv_heads * (shape.groups + 2) * shape.head_dim
         found["one layer's Q, K and V of the calibration text"] = tokens * channels * view.lm.dtype.itemsize

@@ -150,8 +150,7 @@ def needs_of(s: Settings, view: ModelView, merge: int, batch: int, streamed: boo
 def _phases(s: Settings, view: ModelView, merge: int, row: int) -> list[dict[str, int]]:
     """What each phase holds beside that; row: bytes of a token's hidden state."""
     shape, size = view.shape.largest, view.lm.dtype.itemsize
-    slow = max(len(slow_channels(a)) for a in view.attention)
-    one = moments_bytes(shape, merge, slow) + basis_bytes(shape, merge)
+    one = max(_statistics(view, merge))
     scores = {
         "the calibration text before a block": s.calibration_tokens * row,
         "one layer's moments and basis": 3 * one,
@@ -183,6 +182,13 @@ def _phases(s: Settings, view: ModelView, merge: int, row: int) -> list[dict[str
     return [*phases, {"the evaluated text before a block": 2 * s.eval_tokens * row}]
 
 
+def _statistics(view: ModelView, merge: int) -> list[int]:
+    """Bytes of each layer's moments and basis."""
+    slow = [len(slow_channels(attention)) for attention in view.attention]
+    shapes = [attention.shape for attention in view.attention]
+    return [moments_bytes(s, merge, n) + basis_bytes(s, merge) for s, n in zip(shapes, slow, strict=True)]
+
+
 def _shared(view: ModelView) -> int:
     """Bytes of a token's keys and values that layers behind attend to, and that are kept for these."""
     shape, size = view.shape, view.lm.dtype.itemsize
@@ -202,8 +208,7 @@ def _unpacking(source: Source, view: ModelView, device: torch.device, streamed: 
 def disk_of(s: Settings, view: ModelView, merge: int) -> int:
     """Bytes of the result, and of what is kept until it is written."""
     shape, size = view.shape.largest, view.lm.dtype.itemsize
-    slow = max(len(slow_channels(a)) for a in view.attention)
-    bases = shape.layers * (moments_bytes(shape, merge, slow) + basis_bytes(shape, merge)) if s.rotates else 0
+    bases = sum(_statistics(view, merge)) if s.rotates else 0
     cut = shape.layers * size * sum(p.numel() for p in view.attention[0].parameters())
     fitted = shape.layers * size * shape.hidden * sum(_refitted(view)) if s.refits else 0
     return memory.weight_bytes(view.lm) + bases + cut + fitted
