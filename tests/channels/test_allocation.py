@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given
 
 from kvprune.channels.widths import allocation
-from kvprune.channels.widths.allocation import Grid
+from kvprune.channels.widths.allocation import Grid, LayerGrid
 from kvprune.errors import BadOption, UnreachableRatio
 
 changes_of = st.lists(st.floats(-0.1, 10), min_size=1, max_size=40)
@@ -149,3 +149,39 @@ def test_no_layer_is_wider_than_kernels_take(layers, spread, ratio):
 def test_min_width_above_what_kernels_take_is_refused():
     with pytest.raises(BadOption, match="lower it"):
         Grid(2, 512, 8, 264, 2, 256)
+
+
+# Of each layer its KV heads, their channels, and the most that one may have
+DIFFERING = st.lists(
+    st.sampled_from([LayerGrid(4, 16, None), LayerGrid(1, 24, None), LayerGrid(2, 32, 24)]),
+    min_size=2,
+    max_size=4,
+)
+
+
+@given(layers=DIFFERING, ratio=st.sampled_from([0.25, 0.5, 0.625]), seed=st.integers(0, 99))
+def test_budget_of_layers_that_differ_is_the_brute_force_optimum(layers, ratio, seed):
+    """What a width costs counts once, what it keeps as often as the layer has KV heads."""
+    grid = Grid(len(layers), layers[0].channels, 4, 4, 2, each=tuple(layers))
+    draws = np.random.default_rng(seed)
+    costs = []
+    for _, channels, _ in layers:
+        few, many = sorted(draws.uniform(size=2))
+        costs.append({4: many, channels // 2: few})
+
+    def kept(widths):
+        return sum(own.heads * width for own, width in zip(layers, widths, strict=True))
+
+    def cost(widths):
+        lines = zip(costs, layers, widths, strict=True)
+        return sum(np.interp(w, [*points, own.channels], [*points.values(), 0.0]) for points, own, w in lines)
+
+    try:
+        even = allocation.round_widths([ratio] * len(layers), ratio, grid)
+    except UnreachableRatio:
+        assume(False)
+    found = allocation.by_budget(costs, ratio, grid)
+    assert abs(kept(even) - sum(own.heads * own.channels for own in layers) * (1 - ratio)) <= 0.01 * grid.total
+    assert kept(found) == kept(even)
+    every = itertools.product(*[grid.widths_of(layer) for layer in range(len(layers))])
+    assert cost(found) == pytest.approx(min(cost(w) for w in every if kept(w) == kept(even)), abs=1e-9)
