@@ -10,14 +10,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import kvprune
-from kvprune.channels import journal
+from ggufs import write_gguf
+from kvprune.channels import journal, room
 from kvprune.errors import KVPruneError, NoSpace
+from kvprune.models import unpacked
+from kvprune.models.source import resolve, skeleton
+from kvprune.models.view import ModelView
 from kvprune.recovery import checkpoints
 from test_kills_of_others import GRID, OLD, TRAIN, figures
-from tiny import COARSE
+from tiny import COARSE, tiny_model
 
 PRUNE = COARSE | {"ratio": 0.5, "allocation": "budget", "windows": (64,)}
 
@@ -46,7 +51,7 @@ def full(monkeypatch):
     patched = [(Path, "mkdir", first), (builtins, "open", opened), (Path, "open", opened)]
     patched += [(os, "replace", lambda _, target: target), (Path, "write_bytes", first), (Path, "write_text", first)]
     patched += [(os, "fsync", lambda number: os.readlink(f"/proc/self/fd/{number}"))]
-    saved = [(module, "save_file", lambda _, path, *__: path) for module in (journal, checkpoints)]
+    saved = [(module, "save_file", lambda _, path, *__: path) for module in (journal, checkpoints, unpacked)]
     for where, name, path_of in (*patched, *saved):
         monkeypatch.setattr(where, name, counted(getattr(where, name), path_of))
 
@@ -65,6 +70,22 @@ def full(monkeypatch):
 def pruning(checkpoint, pruned_half, _stock):
     def run(out, **resume):
         kvprune.prune(checkpoint, out, **PRUNE, **resume)
+
+    return run
+
+
+def pruning_a_gguf_file(checkpoint, pruned_half, _stock):
+    """Block by block."""
+    path = checkpoint.parent / "tiny.gguf"
+    write_gguf(tiny_model("llama", groups=2, head_dim=32, layers=4, hidden=64), path, kind="Q8_0")
+    source, options = resolve(path), PRUNE | {"merge": 1}
+    s, view = room.Settings(source=str(path), **options), ModelView(skeleton(source))
+    whole = sum(room.find_room(s, view, 1, torch.device("cpu"), 2**60, None, source).needs.values())
+
+    def run(out, **resume):
+        tokenizer = kvprune.load_tokenizer(checkpoint)
+        found = kvprune.prune(path, out, tokenizer=tokenizer, memory=whole - 1, **options, **resume)
+        assert found.record["streamed"]
 
     return run
 
@@ -95,7 +116,7 @@ def result(out):
     return None
 
 
-@pytest.mark.parametrize("work", [pruning, recovering, studying])
+@pytest.mark.parametrize("work", [pruning, pruning_a_gguf_file, recovering, studying])
 def test_a_disk_that_is_full_at_the_nth_write(work, full, checkpoint, pruned_half, stock, texts, tmp_path):
     """At one step after another; what is there stays, and once there is room --resume ends as if nothing had been."""
     run, whole = work(checkpoint, pruned_half, stock), tmp_path / "whole"
