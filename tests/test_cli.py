@@ -116,6 +116,45 @@ def test_no_verb_shows_the_help(run):
     assert "--ratio" in run("prune", "--help").stdout
 
 
+def test_the_help_shows_defaults_and_the_verbs_in_order(run):
+    """What stands in brackets is no markup."""
+    words = " ".join(run("prune", "--help").stdout.replace("│", " ").split())
+    assert "fraction of the KV bytes to remove [default: 0.5]" in words
+    assert "variance, energy, taylor, l1 or l2 [default: variance]" in words
+    verbs = [line.split()[1] for line in run().stdout.splitlines() if line.startswith("│ ") and line[2] != " "]
+    assert verbs[2:] == [
+        *("prune", "recover", "generate", "show", "refresh", "report"),
+        *("eval", "bench", "fit", "doctor", "export", "push", "study"),
+    ]
+
+
+def test_the_version(run):
+    found = run("--version")
+    assert found.returncode == 0
+    assert found.stdout.startswith("kvprune ")
+    assert "transformers" in found.stdout
+
+
+PLAUSIBLE = {
+    "percents": (("prune", "dense", "--out", "out", "--ratio", "50"), "50 % is --ratio 0.5"),
+    "no number": (("prune", "dense", "--out", "out", "--ratio", "half"), "prune --help"),
+    "no unit": (("fit", "dense", "--memory", "8", "--context", "64"), "8 is so many bytes; say its unit, as 8GiB"),
+    "no folder": (("show", "nosuch"), "there is no folder nosuch"),
+    "no such verb": (("squeeze", "dense"), "No such command 'squeeze'. See:"),
+}
+
+
+@pytest.mark.parametrize("name", PLAUSIBLE)
+def test_plausible_mistakes_are_mended_in_the_message(run, checkpoint, texts, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dense").symlink_to(checkpoint)
+    words, message = PLAUSIBLE[name]
+    found = run(*words)
+    assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1)
+    assert message in found.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_importing_is_light():
     """No model code is loaded before it is needed; the time itself is measured in benchmarks."""
     code = "import sys, kvprune; print('kvprune.runtime.modeling' in sys.modules)"

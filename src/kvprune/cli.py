@@ -34,16 +34,29 @@ from kvprune.measure.memory import is_out_of_memory
 from kvprune.processes import is_main
 from kvprune.progress import on_stderr
 from kvprune.runtime.files import note_changed, read_shown
+from kvprune.versions import versions
 
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     help="Make the KV cache of a Hugging Face language model smaller, and say what that cost.",
 )
-app.add_typer(study, name="study")
-for verb in (bench, fit, export, push, doctor):
-    app.command()(verb)
-app.command(name="eval")(evaluate)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(", ".join(f"{name} {number}" for name, number in versions().items()))
+        raise typer.Exit
+
+
+@app.callback()
+def every_verb(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="print the versions that count")
+    ] = False,
+) -> None:
+    """What every verb shares."""
 
 
 @app.command()
@@ -262,6 +275,12 @@ def report(
     print(json.dumps({"report": str(page)}) if as_json else page)
 
 
+app.command(name="eval")(evaluate)  # the help lists them in this order
+for verb in (bench, fit, doctor, export, push):
+    app.command()(verb)
+app.add_typer(study, name="study")
+
+
 def _skipped(report: dict[str, Any]) -> str:
     if "keep_asked" in report:
         return (
@@ -312,7 +331,8 @@ def main() -> None:
             _refuse(f"out of memory; {_LESS.get(sys.argv[1], _LESS_OF_ANY)}")
         if not hasattr(error, "format_message"):  # what the parser raises for wrong words
             raise
-        _refuse(f"{error.format_message()} See: kvprune --help")
+        path = getattr(getattr(error, "ctx", None), "command_path", "kvprune")
+        _refuse(f"{error.format_message().rstrip('.')}. See: {path} --help")
     else:
         sys.exit(code if isinstance(code, int) else 0)  # the parser returns 130 after Ctrl-C
 

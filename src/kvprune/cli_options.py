@@ -16,7 +16,7 @@ Dtype = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="of a hub id: branch, tag or commit")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the source")]
-Out = Annotated[str, typer.Option(help="folder to write, missing or empty")]
+Out = Annotated[str, typer.Option(help="the folder to write; it must be missing or empty")]
 Resume = Annotated[bool, typer.Option("--resume", help="continue a run that was interrupted")]
 Eval = Annotated[
     list[str] | None,

@@ -8,6 +8,7 @@ from typing import Any
 from kvprune.errors import BadOption
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+LEAST_BYTES = 10**5  # fewer without a unit are meant in another
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -54,4 +55,6 @@ def size_in_bytes(given: str | int) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(given))
     if found is None or found[2].upper() not in UNITS:
         raise BadOption(f"--memory {given!r} is no amount of memory; give one as 24GiB or 80GB")
+    if isinstance(given, str) and not found[2] and float(found[1]) < LEAST_BYTES:
+        raise BadOption(f"--memory {given} is so many bytes; say its unit, as {given}GiB")
     return int(float(found[1]) * UNITS[found[2].upper()])

@@ -153,6 +153,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         Files.model_validate(record)
         return record
     except OSError:
+        if not folder.is_dir():
+            raise BrokenCheckpoint(f"there is no folder {folder}") from None
         raise BrokenCheckpoint(f"{folder} has no {RECORD}; it is not a folder that kvprune wrote") from None
     except ValueError:
         raise BrokenCheckpoint(f"{folder / RECORD} is damaged; prune the model again") from None

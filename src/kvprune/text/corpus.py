@@ -112,7 +112,7 @@ def _from_hub(name: str, split: Split) -> str:
     except ImportError:
         raise UnknownText(
             f"text {name!r}: put {name}-{split}.txt into the folder that $KVPRUNE_DATA names, "
-            "or pip install datasets to fetch it from the hub"
+            "or pip install datasets to fetch it from the hub, or give a file"
         ) from None
     try:
         part = "validation" if split == "valid" else "test"
@@ -120,6 +120,6 @@ def _from_hub(name: str, split: Split) -> str:
     except Exception as error:  # the hub's errors have no common class
         reason = first_line(error)
         raise UnknownText(
-            f"text {name!r} is not in $KVPRUNE_DATA and the hub did not give {repository}: {reason}"
+            f"text {name!r} is not in $KVPRUNE_DATA and the hub did not give {repository}: {reason}; give a file"
         ) from error
     return joiner.join(rows[column])

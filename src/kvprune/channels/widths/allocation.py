@@ -83,10 +83,11 @@ class Grid:
     def check(self, ratio: float) -> None:
         """Raise UnreachableRatio if no widths on this grid can remove that share."""
         if not 0 <= ratio <= self.max_ratio + 1e-9:  # also refuses NaN
+            share = f"; {ratio:g} % is --ratio {ratio / 100:g}" if 1 < ratio <= 100 else ""
             raise UnreachableRatio(
                 f"--ratio {ratio:g} is outside what can be reached: 0 to {self.max_ratio:.4g} with KV heads "
                 f"of {' and '.join(str(c) for c in sorted({own.channels for own in self.all}))} channels, "
-                f"--align {self.align} and --min-width {self.min_width}"
+                f"--align {self.align} and --min-width {self.min_width}{share}"
             )
 
 
