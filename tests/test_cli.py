@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tiny import tiny_model, tiny_tokenizer
+
 SMALL = ["--calibration-tokens", "512", "--repair-tokens", "4096", "--eval-tokens", "512"]
 QUICK = [*SMALL, "--window", "64", "--align", "2", "--min-width", "4"]
 
@@ -36,6 +38,7 @@ def test_prune_show_eval_generate(run, checkpoint, texts, tmp_path):
     shown = run("show", out, "--json")
     assert json.loads(shown.stdout) == record
     table = run("show", out).stdout
+    assert "is written" not in table
     for part in ("KV bytes per token", "parameters", "perplexity", "layer 3", "sensitivity", "peak memory"):
         assert part in table
 
@@ -126,6 +129,14 @@ def test_the_help_shows_defaults_and_the_verbs_in_order(run):
         *("prune", "recover", "generate", "show", "refresh", "report"),
         *("eval", "bench", "fit", "doctor", "export", "push", "study"),
     ]
+
+
+def test_a_text_too_short_for_keep_says_so(run, tmp_path):
+    tiny_model("llama", positions=300).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    found = run("generate", tmp_path, "the cat", "--keep", "0.5", "--max-new-tokens", "5")
+    assert found.returncode == 0
+    assert "(--keep left out none of so short a text: the first tokens are decided on behind 128)" in found.stderr
 
 
 def test_the_version(run):

@@ -34,6 +34,7 @@ from kvprune.measure.memory import is_out_of_memory
 from kvprune.processes import is_main
 from kvprune.progress import on_stderr
 from kvprune.runtime.files import note_changed, read_shown
+from kvprune.tokens.admission import Admission
 from kvprune.versions import versions
 
 app = typer.Typer(
@@ -134,7 +135,7 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Remove KV channels from a model and write it to a folder that loads again."""
-    _show(kvprune.prune(progress=on_stderr(), **given(locals())).record, as_json)
+    _show(kvprune.prune(progress=on_stderr(), **given(locals())).record, as_json, out)
 
 
 @app.command()
@@ -195,7 +196,7 @@ def recover(
     """Train a pruned model with LoRA and write it, merged, to a folder of the same kind."""
     result = kvprune.recover(progress=on_stderr(), **given(locals()))
     if result.record is not None:  # only the main process of several has one
-        _show(result.record, as_json)
+        _show(result.record, as_json, out)
 
 
 @app.command()
@@ -282,6 +283,9 @@ app.add_typer(study, name="study")
 
 
 def _skipped(report: dict[str, Any]) -> str:
+    if report.get("keep_achieved") == 1 > report["keep_asked"]:
+        enough = Admission.block + Admission.window
+        return f"(--keep left out none of so short a text: the first tokens are decided on behind {enough})"
     if "keep_asked" in report:
         return (
             f"(kept {report['keep_achieved']:.1%} of the tokens, those not decided yet with them, asked were "
@@ -293,7 +297,8 @@ def _skipped(report: dict[str, Any]) -> str:
     )
 
 
-def _show(record: dict[str, Any], as_json: bool) -> None:
+def _show(record: dict[str, Any], as_json: bool, out: str | None = None) -> None:
+    """out: where it was written just now."""
     if not is_main():
         return
     if as_json:
@@ -302,6 +307,8 @@ def _show(record: dict[str, Any], as_json: bool) -> None:
     from kvprune.measure.table import print_table, pruned_table
 
     print_table(pruned_table(record))
+    if out is not None:
+        print(f"{out} is written; kvprune generate, recover, eval and doctor take it")
 
 
 # What takes less memory, by command

@@ -40,6 +40,15 @@ def test_a_record_of_merged_heads(record):
         assert said in row
 
 
+def test_neighbours_of_one_width_share_a_line(record):
+    record |= {"widths": [64, 48, 48, 48, 0, 0], "dropped_blocks": [5]}
+    lines = [line.strip() for line in lines_of(pruned_table(record))]
+    found = [line for line in lines if line.startswith("layer")]
+    assert [line.split("  ")[0] for line in found] == ["layer 0", "layers 1 to 3", "layer 4", "layer 5"]
+    assert found[1].count("█") == 24
+    assert found[3].endswith("block dropped")
+
+
 def test_a_record_of_an_older_version(record):
     """It has none of the fields, and its heads were each cut for itself."""
     for name in ("merge", "kv_heads", "weights_read_bytes"):

@@ -1,5 +1,6 @@
 """The records as tables for a terminal."""
 
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -178,16 +179,26 @@ def _ratio(pair: dict[str, Any]) -> str:
 
 
 def _widths(record: dict[str, Any]) -> RenderableType:
-    """A bar a layer, so that the eye finds the layers that lost most."""
+    """A bar a layer, so that the eye finds the layers that lost most; layers that are alike, one after the other, share
+    one."""
     wholes = whole_widths(record)
     of = " or ".join(map(str, sorted(set(wholes))))
     table = Table(title=f"channels kept per KV head, of {of}", show_header=False, box=None)
     dropped = record.get("dropped_blocks", ())
-    for layer, whole, width in zip(layer_numbers(record), wholes, record["widths"], strict=True):
+    rows = list(zip(layer_numbers(record), wholes, record["widths"], strict=True))
+    for (whole, width, is_dropped), alike in groupby(rows, lambda row: (*row[1:], row[0] in dropped)):
         full = round(32 * width / whole)
-        bar = "block dropped" if layer in dropped else "█" * full + "░" * (32 - full)
-        table.add_row(f"layer {layer}", f"{width}", bar)
+        bar = "block dropped" if is_dropped else "█" * full + "░" * (32 - full)
+        table.add_row(_told([number for number, *_ in alike]), f"{width}", bar)
     return table
+
+
+def _told(layers: list[int]) -> str:
+    first, last = layers[0], layers[-1]
+    if first == last:
+        return f"layer {first}"
+    is_run = layers == list(range(first, last + 1))
+    return f"layers {first} to {last}" if is_run else f"layers {', '.join(map(str, layers))}"
 
 
 def _costs(record: dict[str, Any]) -> RenderableType:
