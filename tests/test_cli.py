@@ -150,6 +150,7 @@ PLAUSIBLE = {
     "percents": (("prune", "dense", "--out", "out", "--ratio", "50"), "50 % is --ratio 0.5"),
     "no number": (("prune", "dense", "--out", "out", "--ratio", "half"), "prune --help"),
     "no unit": (("fit", "dense", "--memory", "8", "--context", "64"), "8 is so many bytes; say its unit, as 8GiB"),
+    "no file": (("prune", "dense", "--out", "out", "--calibration", "own.txt"), "there is no file own.txt; give one"),
     "no folder": (("show", "nosuch"), "there is no folder nosuch"),
     "no such verb": (("squeeze", "dense"), "No such command 'squeeze'. See:"),
 }

@@ -207,6 +207,5 @@ def _costs(record: dict[str, Any]) -> RenderableType:
         table.add_row(name, f"{seconds:,.1f} s")
     table.add_row("peak memory above the imports", f"{record['peak_memory_bytes'] / 1e6:,.0f} MB")
     formula = record["memory_formula_bytes"]
-    parts = " + ".join(f"{name} {size / 1e6:,.0f}" for name, size in formula.items())
-    table.add_row("what it may need", f"{sum(formula.values()) / 1e6:,.0f} MB = {parts}")
+    table.add_row("what it may need", f"{sum(formula.values()) / 1e6:,.0f} MB (kvprune.json says for what)")
     return table

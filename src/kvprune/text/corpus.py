@@ -41,9 +41,17 @@ def read_text(name: str, split: Split) -> str:
         return _from_hub(name, split)
     if name == SELF:
         raise UnknownText(f"text {SELF!r} is sampled from the model and is none to judge on; name another")
-    if name in LOCAL_ONLY:
-        raise UnknownText(f"text {name!r} needs {name}-{split}.txt in the folder that $KVPRUNE_DATA names")
-    raise UnknownText(f"unknown text {name!r}; give a file or one of: {', '.join(NAMES)}")
+    check_known(name)
+    raise UnknownText(f"text {name!r} needs {name}-{split}.txt in the folder that $KVPRUNE_DATA names")
+
+
+def check_known(name: str) -> None:
+    """Raise UnknownText for what is neither a file nor a text's name, whether that can be read or not."""
+    known = name in NAMES or name == SELF or local_file(name, "valid") or local_file(name, "test")
+    if not known and (Path(name).suffix or os.sep in name):
+        raise UnknownText(f"there is no file {name}; give one, or a text's name: {', '.join(NAMES)}")
+    if not known:
+        raise UnknownText(f"unknown text {name!r}; give a file or one of: {', '.join(NAMES)}")
 
 
 def text_names(names: str | Path | Iterable[str | Path]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from kvprune.errors import BadOption, TextTooShort, UnknownText
 from kvprune.models.check import first_line
 from kvprune.text.conversations import Conversation, conversation_of, cut_conversations, read_conversations, stream
-from kvprune.text.corpus import SELF, Split, is_file, is_test_split, read_text
+from kvprune.text.corpus import SELF, Split, check_known, is_file, is_test_split, read_text
 from kvprune.text.windows import cut_windows, start_token, token_ids
 
 CHAT, HUB = "chat:", "hub:"
@@ -206,6 +206,8 @@ def _named(name: str, use: Use) -> Text:
         raise UnknownText(f"there is no file {path} with conversations")
     if use != "evaluation" and is_file(path) and is_test_split(path):
         raise UnknownText(f"{path} is a test split; calibrate and train on another text, keep this one for --eval")
+    if not chat:
+        check_known(name)
     return Conversations(name, read_conversations(path)) if chat else Text(name)
 
 

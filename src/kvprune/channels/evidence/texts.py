@@ -101,6 +101,6 @@ def _calibration_ids(
     if len(ids) < needed + text.at_end(s.eval_tokens):
         raise BadOption(
             f"{s.calibration} has {len(ids)} tokens, too few to calibrate on {needed} and to evaluate on "
-            f"{s.eval_tokens} others; name another text with --eval"
+            f"{s.eval_tokens} others; give a longer text, or name another one with --eval"
         )
     return ids
