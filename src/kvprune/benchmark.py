@@ -21,11 +21,12 @@ from kvprune.measure.context import held_tokens, windows_of
 from kvprune.measure.evaluate import bytes_per_token
 from kvprune.measure.shapes import dense_config, pruned_config, random_model
 from kvprune.measure.speed import Side, alternate
-from kvprune.models.family import dense_head_dim, dense_kv_heads, mlp_width
+from kvprune.models.family import dense_kv_heads, dense_shapes, mlp_width
 from kvprune.models.source import Source, find_device, load_config, load_model, resolve
 from kvprune.models.tokenizer import one_tokenizer
 from kvprune.options import size_in_bytes, whole_numbers
 from kvprune.progress import Progress
+from kvprune.runtime import PREFIX
 from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.dtype import asked_dtype, name_of
 from kvprune.runtime.files import write_whole, writing_to
@@ -296,8 +297,8 @@ def _refuse_what_cannot_fit(sides: tuple[Side, Side], batch: int, context: int, 
 
 def _widest(config: PreTrainedConfig) -> int:
     """Channels of a head in the widest layer; of merged heads more than in the dense model."""
-    widths = ((getattr(layer, "head_dim", None), layer) for layer in config.per_layer_config)
-    return max(dense_head_dim(layer) if width is None else width for width, layer in widths)
+    is_pruned = config.model_type.startswith(PREFIX)
+    return max(config.widths() if is_pruned else (channels for _, channels in dense_shapes(config)))
 
 
 def _memory(side: Side, ids: torch.Tensor) -> dict[str, int | None]:

@@ -21,8 +21,9 @@ KNOWN = [name for name in OPTIONS if type_of(name) in CONFIG_MAPPING]
 WIDTHS = (12, 14, 8, 6)
 # So much that no coordinate is without variance
 TEXT = list(torch.randint(3, VOCABULARY, (12, 40), generator=torch.Generator().manual_seed(2)).split(4))
-# Norms amplify rounding
+# Norms and linear attention amplify rounding: the dense model's own steps are up to 2e-5 from a prompt
 TOLERANCE = {"gemma2": 2e-5, "gemma3_text": 4e-5, "gemma4_text": 2e-5, "gemma4_text:shared": 4e-5}
+TOLERANCE |= dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), 2e-5)
 
 
 def tolerance_of(name):

@@ -22,7 +22,7 @@ def slides(config: PreTrainedConfig) -> bool:
 
 def is_hybrid(config: PreTrainedConfig) -> bool:
     """Whether some layer holds a state in place of keys and values."""
-    return len(windows_of(config)) < config.num_hidden_layers
+    return any(DynamicCache(config=config).is_linear)
 
 
 def held_tokens(config: PreTrainedConfig, context: int) -> int:

@@ -7,8 +7,9 @@ ABOVE = """# Architectures
 Made by `python -m kvprune.pages.architectures` from the descriptors in `models/family.py`; a test compares the two.
 Every family is tested alike (`tests/models/test_every_family.py`): with channels removed, and with all KV heads
 merged, the pruned model's logits are those of the dense model whose keys and values lose the same, within 1e-5 in
-float32 (2e-5 to 4e-5 where norms amplify rounding), for a prompt, for cached steps and for a left-padded batch, with
-every attention function that the family has; and the model is the same when it is saved and loaded.
+float32 (2e-5 to 4e-5 where norms or linear attention amplify rounding), for a prompt, for cached steps and for a
+left-padded batch, with every attention function that the family has; and the model is the same when it is saved and
+loaded.
 
 | model_type | projections | RoPE | norm on q, k | joins the stream | logits | refitted | layouts portable, stock |
 | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -68,7 +69,7 @@ def page() -> str:
     refused = "".join(f"- {', '.join(names)}: {why}\n" for why, names in reasons.items())
     options = [f"`{f.model_type}` with `{name}`" for f in FAMILIES.values() for name in f.unless]
     refused += f"- {', '.join(options)}: LayerNorm on q and k, projections that are clamped, "
-    refused += "attention that looks ahead\n"
+    refused += "attention that looks ahead, a bias of values in front of a gate\n"
     wrappers = ", ".join(f"`{name}`" for name in WRAPPERS)
     return (
         ABOVE
