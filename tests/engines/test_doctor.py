@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import kvprune
@@ -25,14 +26,17 @@ TEXTS = {name: COARSE[name] for name in ("calibration_tokens", "eval_tokens", "w
 ENGINES = ("transformers", "vllm", "vllm-cpu", "llama.cpp")
 
 
-def written(folder, widths, layout="per-layer"):
+def written(folder, widths, layout="per-layer", dtype=torch.float32):
     """A pruned folder of these widths: four KV heads, eight query heads of 128 channels."""
     dense = tiny_model("llama", kv_heads=4, groups=2, layers=2, head_dim=128, hidden=64)
     plan = make_plan(dense, random_layers(dense, widths)).model_copy(update={"layout": layout})
     pruned = dense if layout == "stock" else cut(ModelView(dense), plan)
+    pruned.to(dtype)
+    size = dtype.itemsize
     record = {
         **{"source": "tiny", "layout": layout, "widths": widths, "head_dim": 128, "perplexity": [], "seconds": {}},
-        **{"kv_bytes_per_token": {"dense": 2 * 4 * 256 * 4, "pruned": 2 * 4 * sum(widths) * 4}, "dtype": "float32"},
+        **{"kv_bytes_per_token": {"dense": 2 * 4 * 256 * size, "pruned": 2 * 4 * sum(widths) * size}},
+        "dtype": str(dtype).removeprefix("torch."),
         **{"kv_heads": {"dense": 4, "pruned": 4}, "ratio_achieved": 0.5},
     }
     save(pruned, tiny_tokenizer(), plan.to_json(), lambda: record, folder)
@@ -124,6 +128,20 @@ def test_a_model_that_forgets_is_found_out(tmp_path, monkeypatch, capsys):
     assert code == 2
     assert "self-check in float32: FAILED" in out
     assert "does not do what its record says" in err
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_float32_tells_rounding_from_a_fault(tmp_path, monkeypatch, forgets):
+    """A model may round more in 16 bits than is allowed for."""
+    folder = written(tmp_path / "pruned", [32, 64], dtype=torch.bfloat16)
+    monkeypatch.setitem(module.ROUNDING, torch.bfloat16, -1.0)
+    if forgets:
+        monkeypatch.setattr(module, "DynamicCache", Forgetful)
+    checks = kvprune.doctor(folder)["checks"]
+    assert checks["compute_dtype"] == "float32"
+    assert checks["passed"] != forgets
+    assert (checks["cached_divergence"] < 1e-9) != forgets
+    assert not kvprune.doctor(folder, dtype="bfloat16")["checks"]["passed"]  # as asked, and no other
 
 
 def test_bytes_that_are_not_the_records_are_found_out(tmp_path):

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from kvprune.engines import gguf
 from kvprune.engines.targets import OWN, TARGETS, Target, degrees, find_target, kernels
 from kvprune.errors import KVPruneError
-from kvprune.measure.memory import cache_bytes
+from kvprune.measure.memory import cache_bytes, release
 from kvprune.models.source import load_config, load_model, resolve, skeleton
 from kvprune.models.view import has_sinks
 from kvprune.runtime.files import changed_files, check_there, note_changed, read_shown
@@ -148,6 +148,11 @@ def _checks(about: _Folder, device: str, dtype: str) -> dict[str, Any]:
     """What the model does, against its record."""
     model = load_model(resolve(about.path), device, dtype)
     divergence, measured, tokens = _read_twice(model)
+    if dtype == "auto" and model.dtype.itemsize < 4 and divergence > ROUNDING.get(model.dtype, math.inf):
+        del model  # what much is cut from may round more than that: float32 tells rounding from a fault
+        release()
+        model = load_model(resolve(about.path), device, "float32")
+        divergence, measured, tokens = _read_twice(model)
     recorded = about.record["kv_bytes_per_token"]["pruned"]
     stored = torch.finfo(getattr(torch, about.record["dtype"])).bits // 8 if "dtype" in about.record else 0
     found = measured * (stored or model.dtype.itemsize) / model.dtype.itemsize / tokens
