@@ -384,7 +384,7 @@ def test_a_known_shape_needs_torch_and_transformers_only(tmp_path):
     code = """
 import sys
 import transformers
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma4ForCausalLM, LlamaForCausalLM
 for name in ("rich", "typer", "pydantic", "peft", "accelerate", "jinja2", "matplotlib", "datasets", "lm_eval", "gguf"):
     for loaded in [m for m in sys.modules if m.split(".")[0] == name]:
         del sys.modules[loaded]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvprune.errors import BadOption
 from kvprune.measure.loss import next_token_loss
 from kvprune.models.held import held
 from kvprune.models.stream import enter, frozen
@@ -30,8 +31,10 @@ def backward(view: ModelView, batches: Sequence[torch.Tensor]) -> Iterator[Step]
 
     batches: token ids (B, T), of which each process takes its share; windows go through autograd one at a time. Steps
     must be run in turn; their parameters want no gradient unless the caller says so. Memory: the windows' hidden states
-    before every block.
+    before every block. Raises BadOption where layers share keys and values, through which gradients pass by blocks.
     """
+    if view.shape.sources:
+        raise BadOption("gradients go back block by block, and some of this model's layers share keys and values")
     windows = [window for batch in mine(batches) for window in batch.split(1)]
     with frozen(view.lm):
         with torch.no_grad():
