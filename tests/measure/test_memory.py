@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from kvprune.measure import memory
 from kvprune.measure.evaluate import bytes_per_token
 from kvprune.measure.memory import (
     _left_to_container,
@@ -105,3 +106,12 @@ def test_kv_bytes_of_merged_heads():
     cache = GrowingCache(pruned.config)
     pruned(torch.zeros(3, 7, dtype=torch.long), **{CACHE: cache})
     assert cache_bytes(cache) == 3 * 7 * a_token
+
+
+def test_a_peak_that_lags_behind_is_none(monkeypatch):
+    """Linux counts what is held per thread, and the peak from time to time: a peak may be some pages below."""
+    peak = memory.PeakMemory(torch.device("cpu"))
+    monkeypatch.setattr(memory, "_peak_resident", lambda: peak.baseline - 4096)
+    assert peak.bytes() == 0
+    monkeypatch.setattr(memory, "_peak_resident", lambda: peak.baseline + 4096)
+    assert peak.bytes() == 4096

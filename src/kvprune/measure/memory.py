@@ -108,10 +108,11 @@ class PeakMemory:
             self.baseline = _resident()
 
     def bytes(self) -> int:
-        """Peak so far above the baseline."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) - self.baseline
-        return _peak_resident() - self.baseline
+        """Peak so far above the baseline; never below 0, though the system counts both in its own time, and the peak
+        may lag some pages behind what is held."""
+        is_cuda = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if is_cuda else _peak_resident()
+        return max(peak - self.baseline, 0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
