@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvprune.errors import BadOption, NotFinite
 from kvprune.measure import memory
+from kvprune.measure.context import slides
 from kvprune.measure.perplexity import perplexity
 from kvprune.measure.tasks import load_tasks, run_tasks
 from kvprune.models.source import Source, load_config, load_model, resolve
@@ -52,12 +53,12 @@ def evaluate(
     transformers' quantised cache in all perplexities; bytes per token then are those of the longest window but half of
     what stays unquantised, scales included. keep: under a TokenFilter(keep=keep) in all perplexities, read as decoding
     reads; bytes per token then are what is held at the end of the longest window, over its tokens.
-    Returns {"sources": [{"source", "kv_bytes_per_token", "parameters",
-    "weights_read_bytes" (by a step of decoding), "dtype", "kv_bits", "keep"}], "perplexity": [{"text", "window",
-    "tokens", "values"}], "tasks": [{"task", "metric", "samples", "values", "stderr"}]} with one value per source, and
-    "errors": a line for every perplexity and for all tasks of a source that are None, since the model's loss was not
-    finite or memory ran out. Raises BadOption, also when two sources tokenise differently: their figures could not be
-    compared.
+    Returns {"sources": [{"source", "kv_bytes_per_token", "parameters", "weights_read_bytes" (by a step of decoding),
+    "dtype", "kv_bits", "keep", "kv_share" (of the bytes without `keep`: more than that where layers have a sliding
+    window, which are left alone)}], "perplexity": [{"text", "window", "tokens", "values"}], "tasks": [{"task",
+    "metric", "samples", "values", "stderr"}]} with one value per source, and "errors": a line for every perplexity and
+    for all tasks of a source that are None, since the model's loss was not finite or memory ran out. Raises BadOption,
+    also when two sources tokenise differently: their figures could not be compared.
     """
     progress = progress or Progress()
     if tokens and tokens < 2:
@@ -107,15 +108,17 @@ def evaluate(
             phase = partial(progress.phase, f"tasks {index + 1}")
             with _noted(errors, f"{one.name}, {', '.join(names)}"):
                 scores[-1] = run_tasks(model, tokenizer, loaded, task_limit, phase)
+        per_token = bytes_per_token(model, kv_bits, max(lengths), token_filter)
         costs.append(
             {
                 "source": one.name,
-                "kv_bytes_per_token": bytes_per_token(model, kv_bits, max(lengths), token_filter),
+                "kv_bytes_per_token": per_token,
                 "parameters": memory.parameters(model),
                 "weights_read_bytes": memory.weights_read_bytes(model),
                 "dtype": name_of(model.dtype),
                 "kv_bits": kv_bits,
                 "keep": keep,
+                "kv_share": None if keep is None else _share(model, keep, per_token, max(lengths)),
             }
         )
         del model
@@ -161,6 +164,16 @@ def _side_by_side(scores: list[list[dict[str, Any]] | None]) -> list[dict[str, A
         shared = {key: one[key] for key in ("task", "metric", "samples")}
         found.append({**shared, "values": [s.get("value") for s in same], "stderr": [s.get("stderr") for s in same]})
     return found
+
+
+@torch.no_grad()
+def _share(model: PreTrainedModel, keep: float, per_token: int, window: int) -> float:
+    """Of the KV bytes of `window` tokens, what is left with `keep`."""
+    if not slides(model.config):
+        return keep
+    cache, ids = DynamicCache(config=model.config), torch.zeros(1, window, dtype=torch.long, device=model.device)
+    model(ids, logits_to_keep=1, **{CACHE: cache})
+    return per_token * window / memory.cache_bytes(cache)
 
 
 @torch.no_grad()

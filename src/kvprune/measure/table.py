@@ -149,7 +149,7 @@ def evaluation_table(result: dict[str, Any]) -> RenderableType:
     if result["sources"][0]["kv_bits"] is not None:
         table.add_row("bits of the cache", *(str(s["kv_bits"]) for s in result["sources"]))
     if result["sources"][0].get("keep") is not None:
-        table.add_row("KV bytes kept", *(f"{s['keep']:.0%}" for s in result["sources"]))
+        table.add_row("KV bytes kept", *(f"{s.get('kv_share', s['keep']):.0%}" for s in result["sources"]))
     for row in result["perplexity"]:
         name = f"perplexity, {row['text']}, window {row['window']}, {row['tokens']:,} tokens"
         table.add_row(name, *("-" if value is None else f"{value:.2f}" for value in row["values"]))
