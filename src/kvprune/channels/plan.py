@@ -1,6 +1,6 @@
 """The pruning plan: which channels stay, as plain JSON that can be read, edited, diffed and applied again."""
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -105,7 +105,7 @@ class PruningPlan(BaseModel):
     @property
     def dropped_blocks(self) -> list[int]:
         """The numbers of the blocks that are gone whole, ascending."""
-        numbers = self.model.attention_layers or range(len(self.layers))
+        numbers = self.model.shape.numbers
         return [number for number, layer in zip(numbers, self.layers, strict=True) if not layer.block]
 
     @property
@@ -123,18 +123,7 @@ class PruningPlan(BaseModel):
     def check(self, architecture: str, shape: AttentionShape) -> None:
         """Raise PlanMismatch unless this plan fits a model of that shape, in which channels c and c + half of a head
         (of a merged one: of its coordinates) leave Q and K together."""
-        expected = {
-            "architecture": architecture,
-            "layers": shape.layers,
-            "hidden": shape.hidden,
-            "kv_heads": shape.kv_heads,
-            "groups": shape.groups,
-            "head_dim": shape.head_dim,
-            "per_layer": shape.per_layer,
-            "sources": shape.sources,
-            "attention_layers": shape.attention_layers,
-        }
-        for name, value in expected.items():
+        for name, value in {"architecture": architecture, **asdict(shape)}.items():
             if getattr(self.model, name) != value:
                 raise PlanMismatch(
                     f"the plan is for another model: its {name} is {getattr(self.model, name)}, the model's is {value}"

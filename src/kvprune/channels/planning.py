@@ -39,11 +39,14 @@ def grid_of(s: Settings, view: ModelView, merge: int) -> allocation.Grid:
     def widest(head_dim: int) -> int | None:
         return max(WIDEST, head_dim) if merge > 1 else None
 
-    own = [shape.of(layer) for layer in shape.stores]  # others have no bytes of their own
-    each = [allocation.LayerGrid(s.kv_heads // merge, s.head_dim * merge, widest(s.head_dim)) for s in own]
-    layers, differ = len(own), tuple(each) if shape.per_layer else ()
-    head_dim = shape.head_dim
-    return allocation.Grid(layers, head_dim * merge, s.align, s.min_width, unit, widest(head_dim), differ)
+    stores = [shape.of(layer) for layer in shape.stores]  # others have no bytes of their own
+    each = (
+        allocation.LayerGrid(own.kv_heads // merge, own.head_dim * merge, widest(own.head_dim))
+        for own in stores
+        if shape.per_layer
+    )
+    channels = shape.head_dim * merge
+    return allocation.Grid(len(stores), channels, s.align, s.min_width, unit, widest(shape.head_dim), tuple(each))
 
 
 def reachable(s: Settings, grid: allocation.Grid) -> None:

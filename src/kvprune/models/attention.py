@@ -5,7 +5,7 @@ of a pair, then those it leaves alone, then the second ones in the same order, s
 Of channels that RoPE leaves alone two make a pair that turns by nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import cast
@@ -54,6 +54,11 @@ class AttentionShape:
     def channels(self) -> int:
         """Of the keys of one token, all layers and KV heads together."""
         return sum(self.of(layer).kv_heads * self.of(layer).head_dim for layer in self.stores)
+
+    @property
+    def numbers(self) -> Sequence[int]:
+        """Of the layers, among the blocks."""
+        return range(self.layers) if self.attention_layers is None else self.attention_layers
 
     @property
     def stores(self) -> list[int]:

@@ -20,12 +20,11 @@ def attention_of(lm: PreTrainedModel, family: Family) -> dict[int, nn.Module]:
     return {number: module for number, module in found.items() if module is not None}
 
 
-def sources_of(lm: PreTrainedModel, family: Family) -> tuple[int, ...]:
+def _sources(config: Any, modules: dict[int, nn.Module]) -> tuple[int, ...]:
     """See AttentionShape: a layer without keys and values of its own attends to those of the last one before it that
-    has some and is of its type. Of a dense or a pruned model."""
+    has some and is of its type. modules: see `attention_of`."""
     found: list[int] = []
-    types = getattr(lm.config, "layer_types", None) or [""] * lm.config.num_hidden_layers
-    modules = attention_of(lm, family)
+    types = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
     numbers = list(modules)
     for layer, (number, module) in enumerate(modules.items()):
         shares = getattr(module, "is_kv_shared_layer", False)
@@ -65,7 +64,7 @@ class ModelView:
             groups=config.num_attention_heads // kv_heads,
             head_dim=head_dim,
             per_layer=tuple(shapes) if len(set(shapes)) > 1 else (),
-            sources=sources_of(lm, self.family),
+            sources=_sources(config, found),
             attention_layers=None if len(found) == len(self.blocks) else tuple(found),
         )
         self.norm = lm.base_model.get_submodule(self.family.norm)

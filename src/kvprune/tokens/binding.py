@@ -1,7 +1,7 @@
 """What every way to filter tokens asks of a model and of a call, and how a model's parts are stood in for."""
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -10,8 +10,11 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from kvprune.errors import CacheMismatch, FilterMisuse
+from kvprune.models.family import Family
+from kvprune.models.view import attention_of
 from kvprune.runtime.attention import NAME as PACKED
 from kvprune.runtime.modeling import CACHE, take_cache
+from kvprune.tokens.attention import FilteredAttention
 
 ADMISSION = "kvprune_admission"  # the attention function of late admission
 ATTENTION = ("eager", "sdpa", PACKED)
@@ -128,10 +131,17 @@ def is_capped(module: nn.Module) -> bool:
     return capped is not None or getattr(module, "sinks", None) is not None
 
 
-def check_apart(config: Any, modules: Iterable[nn.Module]) -> None:
-    """Raise FilterMisuse where layers attend to the keys and values of others, whose tokens are not theirs to keep."""
+def attention_to_filter(model: PreTrainedModel, family: Family) -> dict[int, nn.Module]:
+    """The attention modules of a model, by the number of their block. Raises FilterMisuse where tokens are filtered
+    already, and where layers attend to the keys and values of others, whose tokens are not theirs to keep."""
+    found = attention_of(model, family)
+    modules = found.values()
+    if any(isinstance(getattr(vars(m).get(forward_of(m)), "__self__", None), FilteredAttention) for m in modules):
+        raise FilterMisuse("the model has a TokenFilter already; leave its context first")
     if any(getattr(module, "is_kv_shared_layer", False) for module in modules):
-        raise FilterMisuse(f"layers of this {config.model_type} share keys and values, which filters take one by one")
+        name = model.config.model_type
+        raise FilterMisuse(f"layers of this {name} share keys and values, which filters take one by one")
+    return found
 
 
 def forward_of(module: nn.Module) -> str:

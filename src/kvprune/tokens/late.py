@@ -25,16 +25,14 @@ from kvprune.tokens.admitted import AdmittedLayer
 from kvprune.tokens.admitted_quantized import QuantizedAdmittedLayer
 from kvprune.tokens.admitted_static import StaticAdmittedLayer
 from kvprune.tokens.apart import Shared
-from kvprune.tokens.attention import FilteredAttention
 from kvprune.tokens.binding import (
     ADMISSION,
+    attention_to_filter,
     begun_call,
-    check_apart,
     check_attention,
     check_even,
     check_generate,
     check_model,
-    forward_of,
     has_attention,
     is_capped,
     own_layers,
@@ -129,14 +127,7 @@ class LateAdmission:
         family, rule = family_of(config.model_type), self.settings
         check_config(config)
         check_attention(config)
-        every = {i: family.attention_of(block) for i, block in enumerate(family.blocks(model))}
-        modules = {i: module for i, module in every.items() if module is not None}
-        if any(
-            isinstance(getattr(vars(m).get(forward_of(m)), "__self__", None), FilteredAttention)
-            for m in modules.values()
-        ):
-            raise FilterMisuse("the model has a TokenFilter already; leave its context first")
-        check_apart(config, modules.values())
+        modules = attention_to_filter(model, family)
         if any(map(is_capped, modules.values())):
             raise FilterMisuse(f"keep cannot work on {config.model_type}, whose attention has a cap or sinks")
         self._modules = {i: m for i, m in modules.items() if has_attention(m) and window_of(m, config) is None}

@@ -60,7 +60,7 @@ def bytes_of(model: Any, cache: Any) -> dict[str, int]:
     found = no_bytes()
     a_number = filtered[0].dtype.itemsize
     for index, layer in enumerate(cache.layers):
-        if layer not in layers:
+        if not hasattr(layer, "keys"):
             continue
         tokens = filtered[0].real_tokens()
         window = layer.window if isinstance(layer, FilteredLayer) else getattr(layer, "sliding_window", None)

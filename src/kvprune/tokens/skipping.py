@@ -18,8 +18,8 @@ from kvprune.runtime.modeling import CACHE, take_cache
 from kvprune.runtime.quantized import is_quantized
 from kvprune.tokens.attention import FilteredAttention
 from kvprune.tokens.binding import (
+    attention_to_filter,
     begun_call,
-    check_apart,
     check_attention,
     check_even,
     check_generate,
@@ -62,9 +62,7 @@ class Skipping:
         config = model.config
         family = family_of(config.model_type)
         check_config(config)
-        every = [family.attention_of(block) for block in family.blocks(model)]
-        modules = [module for module in every if module is not None and has_attention(module)]
-        check_apart(config, modules)
+        modules = [module for module in attention_to_filter(model, family).values() if has_attention(module)]
         if any(map(is_capped, modules)):
             raise FilterMisuse(f"skipping cannot work on {config.model_type}, whose attention has a cap or sinks")
         if family.norm_behind_rope or family.temperature:
@@ -72,9 +70,7 @@ class Skipping:
                 f"skipping turns queries and keys by RoPE last, and {config.model_type} does more behind it; use keep"
             )
         check_attention(config)
-        if any(isinstance(getattr(vars(m).get(forward_of(m)), "__self__", None), FilteredAttention) for m in modules):
-            raise FilterMisuse("the model has a TokenFilter already; leave its context first")
-        if len(modules) < len(every):
+        if len(modules) < len(family.blocks(model)):
             raise FilterMisuse("skipping needs attention in every layer, and some have none; use keep")
         s = self.settings
         skip = s.rates(s.ratio, len(modules))
