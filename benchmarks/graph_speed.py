@@ -26,7 +26,7 @@ from kvprune.channels.choice.merging import AUTO
 from kvprune.measure import memory
 from kvprune.measure.shapes import dense_config, pruned_config, random_model
 from kvprune.measure.speed import Side, Timing, alternate
-from kvprune.models.source import find_device
+from kvprune.models.places import find_device
 from kvprune.runtime import attention
 from kvprune.runtime.attention import pack_groups
 from kvprune.runtime.modeling import CACHE

@@ -35,7 +35,7 @@ def enough(model: Path) -> int:
     """Bytes: what the whole model takes by the formula."""
     s, view = Settings(source=str(model)), ModelView(skeleton(resolve(model)))
     merge = choose_merge(s, view.shape, print)
-    return sum(find_room(s, view, merge, torch.device("cpu"), 2**60, None, resolve(str(model))).needs.values())
+    return sum(find_room(s, view, merge, [torch.device("cpu")], 2**60, None, resolve(str(model))).needs.values())
 
 
 def prune(model: Path, out: Path, memory: int) -> None:

@@ -22,7 +22,8 @@ from kvprune.measure.evaluate import bytes_per_token
 from kvprune.measure.shapes import dense_config, pruned_config, random_model
 from kvprune.measure.speed import Side, alternate
 from kvprune.models.family import dense_kv_heads, dense_shapes, mlp_width
-from kvprune.models.source import Source, find_device, load_config, load_model, resolve
+from kvprune.models.places import find_device
+from kvprune.models.source import Source, load_config, load_model, resolve
 from kvprune.models.tokenizer import one_tokenizer
 from kvprune.options import size_in_bytes, whole_numbers
 from kvprune.progress import Progress

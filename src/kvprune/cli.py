@@ -16,6 +16,7 @@ from kvprune.cli_measure import bench, evaluate, fit
 from kvprune.cli_options import (
     TEXT_KINDS,
     Device,
+    Devices,
     Dtype,
     Eval,
     EvalTokens,
@@ -124,10 +125,10 @@ def prune(
     plan: Annotated[str | None, typer.Option(help="apply this plan.json instead of making one")] = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="what may be used, as 20GiB; more is done block by block  [default: what is free]"),
+        typer.Option(help="of each device, as 20GiB; more is done block by block  [default: what is free]"),
     ] = None,
     resume: Resume = False,
-    device: Device = "auto",
+    device: Devices = "auto",
     dtype: Dtype = "auto",
     seed: int = 0,
     revision: Revision = None,

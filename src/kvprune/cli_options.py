@@ -8,6 +8,9 @@ TEXT_KINDS = "text name, file, chat:FILE of conversations, hub:NAME:COLUMN"
 SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help="hub id, checkpoint folder or .gguf file")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Devices = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, ..., or several, as cuda:0,cuda:1, for a model that fits on none alone")
+]
 Dtype = Annotated[
     str,
     typer.Option(

@@ -57,7 +57,7 @@ def source(tmp_path):
 def too_little(source, options):
     """Bytes: one too few for the whole model."""
     found, s = resolve(source), Settings(source=str(source), **options)
-    room = find_room(s, ModelView(skeleton(found)), 2, torch.device("cpu"), 2**60, None, found)
+    room = find_room(s, ModelView(skeleton(found)), 2, [torch.device("cpu")], 2**60, None, found)
     return sum(room.needs.values()) - 1
 
 

@@ -80,7 +80,7 @@ def pruning_a_gguf_file(checkpoint, pruned_half, _stock):
     write_gguf(tiny_model("llama", groups=2, head_dim=32, layers=4, hidden=64), path, kind="Q8_0")
     source, options = resolve(path), PRUNE | {"merge": 1}
     s, view = room.Settings(source=str(path), **options), ModelView(skeleton(source))
-    whole = sum(room.find_room(s, view, 1, torch.device("cpu"), 2**60, None, source).needs.values())
+    whole = sum(room.find_room(s, view, 1, [torch.device("cpu")], 2**60, None, source).needs.values())
 
     def run(out, **resume):
         tokenizer = kvprune.load_tokenizer(checkpoint)

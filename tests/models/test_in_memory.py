@@ -257,7 +257,7 @@ MISTAKES = {
     "memory": (lambda: tiny_model("llama"), {"memory": "1GiB"}, errors.BadOption, "--memory 1GiB"),
     "fit": (lambda: tiny_model("llama"), {"fit": "1GiB", "context": 100}, errors.BadOption, "--fit"),
     "device": (lambda: tiny_model("llama"), {"device": "nosuch"}, errors.BadOption, "nosuch"),
-    "two devices": (lambda: tiny_model("llama"), {"device": "cuda:0,cuda:1"}, errors.BadOption, "takes one.*torchrun"),
+    "two devices": (lambda: tiny_model("llama"), {"device": "cuda:0,cuda:1"}, errors.BadOption, "--device cuda:0"),
     "dtype": (lambda: tiny_model("llama"), {"dtype": "int3"}, errors.BadOption, "int3"),
     "tokenizer": (lambda: tiny_model("llama"), {"tokenizer": "gpt2"}, errors.BadOption, "tokenizer is a str"),
 }

@@ -14,6 +14,7 @@ from kvprune import errors
 from kvprune.channels import room
 from kvprune.channels.settings import DECIDED_BY_A_PLAN
 from kvprune.models import held
+from kvprune.models.places import Place
 from kvprune.models.source import load_model, resolve, skeleton
 from kvprune.models.stream import input_of
 from kvprune.models.view import ModelView
@@ -26,13 +27,17 @@ FAMILIES += ("lfm2", "qwen3_5_text")
 
 @pytest.fixture
 def little(monkeypatch):
-    """Memory that is too little for the whole model, whatever it is, and enough for its blocks."""
+    """Memory that is too little for the whole model and enough for its blocks, of which every other one stays."""
     needs = room.needs_of
 
     def told(s, view, merge, batch, streamed):
         return needs(s, view, merge, batch, streamed) if streamed else {"weights": 2**62}
 
+    def every_other(sizes, devices, left):
+        return [Place(devices[0], bool(number % 2)) for number in range(len(sizes))]
+
     monkeypatch.setattr(room, "needs_of", told)
+    monkeypatch.setattr(room, "place", every_other)
 
 
 def tensors_of(folder):

@@ -183,7 +183,7 @@ def test_the_memory_and_the_disk_of_unpacking_are_counted(packed, tmp_path, text
     whole, largest = sum(p.nbytes for p in view.lm.parameters()), 300 * 64  # the embedding
 
     def found(asked, device="cpu"):
-        return room.find_room(s, view, 1, torch.device(device), asked, tmp_path / "out", source)
+        return room.find_room(s, view, 1, [torch.device(device)], asked, tmp_path / "out", source)
 
     monkeypatch.setattr(room, "needs_of", lambda s, view, merge, batch, streamed: {"weights": 2 if streamed else 2**62})
     monkeypatch.setattr(room, "_rate", lambda *a: 1e9)

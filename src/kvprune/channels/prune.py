@@ -2,9 +2,8 @@
 
 import hashlib
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,18 +28,19 @@ from kvprune.errors import BadOption, NotFinite, PlanMismatch, UnreachableRatio
 from kvprune.measure import memory
 from kvprune.measure.fit import fit
 from kvprune.measure.perplexity import perplexity
+from kvprune.models.aside import load_left_on_disk, tidy
 from kvprune.models.held import each_parameter, quietly
 from kvprune.models.in_memory import InMemory, copied, from_memory
 from kvprune.models.origin import origin
-from kvprune.models.source import Source, find_device, load_config, load_model, resolve, skeleton
+from kvprune.models.places import find_devices
+from kvprune.models.source import Source, load_config, load_model, resolve, skeleton
 from kvprune.models.tokenizer import load_tokenizer
-from kvprune.models.unpacked import unpack
 from kvprune.models.view import ModelView, has_sinks
 from kvprune.options import given_of
 from kvprune.progress import Progress
 from kvprune.runtime.checkpoint import save
 from kvprune.runtime.dtype import round_as_stored
-from kvprune.runtime.files import DENSE, alone, writing_to
+from kvprune.runtime.files import DENSE, alone
 from kvprune.runtime.hub import remember
 from kvprune.text.given import GivenText, Text, find_text
 from kvprune.text.judged import GivenTexts, find_texts
@@ -125,9 +125,10 @@ def prune(
     calibration_window tokens. eval: one text of these kinds to judge on, or a list of them (strings that are a text are
     a list in it), eval_tokens of each in windows of every length of `windows`; without, the test split of a named text,
     or the end of what else was given.
-    memory: what may be used of the device ("20GiB"; None: most of what is free). A model that does not fit stays on
+    memory: what may be used of each device ("20GiB"; None: most of what is free). A model that does not fit stays on
     disk and is pruned block by block, to the same plan and weights: see docs/large-models.md.
-    device: "auto", "cpu", "cuda", ...; dtype: to compute in, "auto", "float32", "bfloat16" or "float16"; seed: of text
+    device: "auto", "cpu", "cuda", ..., or several ("cuda:0,cuda:1"), over which the blocks of a model are spread that
+    does not fit on the first; dtype: to compute in, "auto", "float32", "bfloat16" or "float16"; seed: of text
     that is sampled.
 
     Raises a KVPruneError for what the user can mend; nothing is written then but the journal of an unfinished run,
@@ -138,7 +139,8 @@ def prune(
         raise BadOption(f"tokenizer is a {type(tokenizer).__name__}; give one of transformers, loaded")
     text, judged = find_text(calibration), find_texts(eval)
     found = None if isinstance(source, (str, os.PathLike)) else from_memory(source, revision, trust_remote_code)
-    for name, value in (("memory", memory), ("fit", fit)):
+    spread = device if "," in device else None
+    for name, value in (("memory", memory), ("fit", fit), ("device", spread)):
         if found is not None and value is not None:
             raise BadOption(f"--{name} {value} is for a model on disk; this one is in memory already: leave it out")
     parameters |= {"calibration": text.name, "eval": tuple(one.known_as for one in judged)}
@@ -203,6 +205,7 @@ class _Run:
     ):
         self.settings, self.text, self.judged, self.out = settings, text, judged, out
         self.memory, self.resume, self.progress, self.fit, self.target = memory, resume, progress, fit, target
+        self.device = settings.device  # of several the first
 
     def run(self, source: Source, tokenizer: PreTrainedTokenizerBase | None) -> Pruned:
         s = self.settings
@@ -214,9 +217,12 @@ class _Run:
         with ExitStack() as stack:
             if self.out is not None:
                 processes.after_main(partial(self._claim, self.out, stack))
-                stack.callback(_tidy, self.out)
+                stack.callback(tidy, self.out)
             torch.manual_seed(s.seed)
-            peak = memory.PeakMemory(find_device(s.device))
+            self.devices = find_devices(s.device)
+            if len(self.devices) > 1:
+                self.device = str(self.devices[0])
+            peak = memory.PeakMemory(*self.devices)
             return self._pruned(source, tokenizer, given, peak)
 
     def _claim(self, out: Path, stack: ExitStack) -> None:
@@ -237,7 +243,7 @@ class _Run:
             load_config(source)  # refuses what is not supported, before anything is said of the tokenizer
             if tokenizer is None and not isinstance(source, InMemory):
                 tokenizer = load_tokenizer(source)
-            view = ModelView(skeleton(source, s.device, s.dtype))
+            view = ModelView(skeleton(source, self.device, s.dtype))
             check_sinks(self.target, s.layout, has_sinks(view.lm))
             check_mixed(self.target, view.shape.attention_layers is not None)
         if source.is_wrapper:
@@ -250,14 +256,17 @@ class _Run:
         else:
             given.check(view.family.model_type, view.shape)
         portable.check(view, s.layout if given is None else given.layout)
-        room = find_room(s, view, merge, find_device(s.device), self.memory, self.out, source)
+        room = find_room(s, view, merge, self.devices, self.memory, self.out, source)
         if room.streamed:
             self.progress.say(room.line(view))
-            lm = self._left_on_disk(source, view, cast(Path, self.out))
+            aside = cast(Path, self.out) / DENSE
+            lm = load_left_on_disk(source, view.lm, room.places, aside, self.device, s.dtype, self.phase)
         else:
+            if len(self.devices) > 1:
+                self.progress.say(f"the model fits on {self.device} whole: the other devices are not used")
             with self.phase("load"):
                 loaded: Callable[..., PreTrainedModel] = copied if isinstance(source, InMemory) else load_model
-                lm = loaded(source, s.device, s.dtype)
+                lm = loaded(source, self.device, s.dtype)
         view = ModelView(lm)
         calibrate = s.ratio > 0 if given is None else given.is_rotated or _refits(given)
         texts = prepare(s, self.text, self.judged, lm, tokenizer, calibrate, room.batch_tokens, self.progress)
@@ -306,19 +315,6 @@ class _Run:
         remember(pruned, tokenizer, plan.to_json(), saved)
         return Pruned(None if room.streamed else pruned, tokenizer, plan, saved)
 
-    def _left_on_disk(self, source: Source, view: ModelView, out: Path) -> PreTrainedModel:
-        """The source's model, of which the blocks stay on disk; view: of that model without weights."""
-        s, own = self.settings, out / DENSE / str(processes.number())
-        if source.gguf_file:
-            with self.phase("unpack", len(view.blocks)) as advance:
-                unpacked = partial(unpack, source, view.lm, s.dtype, out / DENSE / "gguf", advance)
-                source = processes.after_main(unpacked)
-        with self.phase("load"):
-            with writing_to(out):
-                shutil.rmtree(own, ignore_errors=True)
-                own.mkdir(parents=True)
-            return load_model(source, s.device, s.dtype, own, view.lm)
-
     def _identity(self, view: ModelView, texts: Texts) -> dict[str, Any]:
         """What must be the same for an unfinished run to go on: the settings, and what they led to."""
         weights = hashlib.sha256()
@@ -349,16 +345,6 @@ class _Run:
     def _perplexities(self, model: PreTrainedModel, texts: list[tuple[str, torch.Tensor]], phase: str):
         with self.phase(phase, sum(len(ids) for _, ids in texts)) as advance:
             return [(name, perplexity(model, ids, advance, shared=True)) for name, ids in texts]
-
-
-def _tidy(out: Path) -> None:
-    """Take away what stood in `out` for the source's files, from this run or one that was killed."""
-    aside = out / DENSE
-    if aside.exists():
-        shutil.rmtree(aside if processes.is_main() else aside / str(processes.number()), ignore_errors=True)
-        for place in (aside, out):
-            with suppress(OSError):  # something is in it, or another process was faster
-                place.rmdir()
 
 
 def _refits(plan: PruningPlan) -> bool:

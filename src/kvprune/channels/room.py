@@ -1,11 +1,13 @@
 """What of a prune is held where, whether that fits, and about how long it takes: said before work begins.
 
-A model that fits is loaded whole. Of one that does not the blocks stay on disk and come one at a time (models/held.py).
-The arithmetic is the same, so are plan and weights. docs/large-models.md has the formula, and figures.
+A model that fits is loaded whole. Of one that does not the blocks stay on disk and come one at a time (models/held.py),
+but for those that there is room to keep, on one device or on several (models/places.py). The arithmetic is the same, so
+are plan and weights. docs/large-models.md has the formula, and figures.
 """
 
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from kvprune.channels.settings import ESTIMATED_ON, Settings
 from kvprune.errors import BadOption, NoSpace, TooLittleMemory
 from kvprune.measure import memory
 from kvprune.models.in_memory import InMemory
+from kvprune.models.places import Place, place
 from kvprune.models.source import Source
 from kvprune.models.unpacked import unpacking_bytes
 from kvprune.models.view import ModelView
@@ -31,39 +34,50 @@ UNPACKED = 1e8  # weights a second that come of a .gguf file on one core [measur
 @dataclass(frozen=True)
 class Room:
     """streamed: whether blocks come and go; batch_tokens: how many tokens pass a block at once; needs: bytes of working
-    memory, by what takes them; disk: bytes written at most, with what an interrupted run would go on from."""
+    memory of a device, by what takes them; disk: bytes written at most, with what an interrupted run would go on from;
+    places: of the blocks of a model that is streamed."""
 
     streamed: bool
     batch_tokens: int
     needs: dict[str, int]
     disk: int
     seconds: float
+    places: tuple[Place, ...] = ()
 
     def line(self, view: ModelView) -> str:
         """What is held where, and about how long it takes."""
         of, outside, block = (_gib(x) for x in (memory.weight_bytes(view.lm), outside_of(view), largest_block(view)))
         return (
             f"block by block: of {of} of weights {outside} are held, and a block of {block} at a time; "
-            f"{_gib(sum(self.needs.values()))} of memory and {_gib(self.disk)} of disk at most, about "
-            f"{max(self.seconds / 60, 1):.0f} minutes"
+            f"{self._staying(view)}{_gib(sum(self.needs.values()))} of memory and {_gib(self.disk)} of disk at most, "
+            f"about {max(self.seconds / 60, 1):.0f} minutes"
         )
+
+    def _staying(self, view: ModelView) -> str:
+        """Which blocks stay where."""
+        told = []
+        for device in dict.fromkeys(one.device for one in self.places if one.stays):
+            kept = [size for size, one in zip(_blocks(view), self.places, strict=True) if one == Place(device, True)]
+            told.append(f"{len(kept)} on {device} ({_gib(sum(kept))})")
+        return f"of {len(self.places)} blocks {' and '.join(told)} stay; beside that " if told else ""
 
 
 def find_room(
     s: Settings,
     view: ModelView,
     merge: int,
-    device: torch.device,
+    devices: Sequence[torch.device],
     asked: str | int | None,
     out: Path | None,
     source: Source,
 ) -> Room:
-    """How to work within `asked` ("20GiB"; None: most of what is free on the device).
+    """How to work within `asked` bytes of each device ("20GiB"; None: most of what is free there).
 
-    view: of the source's model without weights. Raises TooLittleMemory where not even one block has room, NoSpace,
-    BadOption.
+    view: of the source's model without weights; devices: the first one holds what is no block. Raises TooLittleMemory
+    where not even one block has room, NoSpace, BadOption.
     """
-    limit = size_in_bytes(asked) if asked is not None else _free(device)
+    limits = [size_in_bytes(asked) if asked is not None else _free(device) for device in devices]
+    device, limit = devices[0], limits[0]
     can_stream = out is not None and not isinstance(source, InMemory)
 
     def needs(tokens: int, streamed: bool) -> dict[str, int]:
@@ -77,6 +91,7 @@ def find_room(
         raise BadOption(f"--memory {asked} is too little for the whole model, and block by block needs --out")
     tokens = BATCH_TOKENS
     parts = needs(tokens, streamed=True)
+    limit = min(limit, *(one for one in limits if one is not None))
     while sum(parts.values()) > limit and tokens > s.calibration_window:
         tokens //= 2
         parts = needs(tokens, streamed=True)
@@ -90,7 +105,8 @@ def find_room(
     if source.gguf_file:
         disk += memory.weight_bytes(view.lm)
         seconds += memory.parameters(view.lm) / UNPACKED
-    room = Room(True, tokens, parts, disk, seconds)
+    left = [0 if one is None else one - sum(parts.values()) for one in limits]
+    room = Room(True, tokens, parts, disk, seconds, tuple(place(_blocks(view), devices, left)))
     _check_disk(room, out)
     return room
 

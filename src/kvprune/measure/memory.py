@@ -93,26 +93,26 @@ def unread_embeddings(model: PreTrainedModel) -> list[torch.Tensor]:
 
 
 class PeakMemory:
-    """The process's peak above what it held when this was made: on the GPU if there is one, else resident memory.
+    """The process's peak above what it held when this was made: on a GPU, of several on the one that took most, else
+    resident memory.
 
     On a CPU the operating system only keeps the peak of the process's whole life: the figure is right in a process
     that did nothing heavy before, such as the command line's.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self.baseline = torch.cuda.memory_allocated(device)
-        else:
-            self.baseline = _resident()
+    def __init__(self, *devices: torch.device):
+        self.baselines: dict[torch.device, int] = {}
+        for gpu in (device for device in devices if device.type == "cuda"):
+            torch.cuda.reset_peak_memory_stats(gpu)
+            self.baselines[gpu] = torch.cuda.memory_allocated(gpu)
+        self.baseline = _resident()
 
     def bytes(self) -> int:
         """Peak so far above the baseline; never below 0, though the system counts both in its own time, and the peak
         may lag some pages behind what is held."""
-        is_cuda = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self.device) if is_cuda else _peak_resident()
-        return max(peak - self.baseline, 0)
+        if not self.baselines:
+            return max(_peak_resident() - self.baseline, 0)
+        return max(0, *(torch.cuda.max_memory_allocated(gpu) - held for gpu, held in self.baselines.items()))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,8 +1,8 @@
 """Blocks whose weights are on disk, and come while they are worked on.
 
-A block of such a model (see shelf.py) brings its weights when it is called and lets them go behind it; `held` keeps
-them for as long as a loop works on it. Of a model that is all there no block comes or goes, and `held` does nothing:
-whoever walks through blocks is the same for both.
+A block of such a model (see shelf.py) brings its weights when it is called and lets them go behind it, unless there is
+room for them to stay (places.py); `held` keeps them for as long as a loop works on it. Of a model that is all there no
+block comes or goes, and `held` does nothing: whoever walks through blocks is the same for both.
 """
 
 import logging
@@ -32,8 +32,7 @@ def held(*blocks: nn.Module) -> Iterator[None]:
             if hook is not None:
                 hook.fetch(block)
                 stack.callback(hook.release, block)
-                if hook.following is not None:
-                    hook.shelf.read_ahead(hook.following)
+                hook.read_ahead()
         yield
 
 

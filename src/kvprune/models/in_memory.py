@@ -16,7 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvprune.errors import BadOption, UnknownSource
 from kvprune.models.check import check_quantised
 from kvprune.models.family import family_of
-from kvprune.models.source import Source, find_device
+from kvprune.models.places import find_device
+from kvprune.models.source import Source
 from kvprune.runtime import PREFIX
 from kvprune.runtime.dtype import compute_in_auto, find_dtype, stored_dtype
 from kvprune.runtime.linear import PackedLinear

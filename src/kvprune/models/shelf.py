@@ -6,7 +6,7 @@ where in the checkpoint's files each one lies, and the files are mapped, not cop
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kvprune.errors import BrokenCheckpoint
+from kvprune.models.places import Place
 
 # Arguments that stay where, and what, they are: what is put into a copy is lost
 CACHES = ("cache", "past_key_values", "past_key_value", "shared_kv_states")
@@ -90,11 +91,15 @@ def _places(file: str) -> dict[str, tuple[int, int]]:
 
 
 class Coming(ModelHook):
-    """Of one block: brings its weights to `device` and lets them go. weights_map is also read by transformers when the
-    model is saved."""
+    """Of one block: brings its weights to its place, and lets them go unless they stay there. weights_map is also read
+    by transformers when the model is saved.
 
-    def __init__(self, shelf: Shelf, prefix: str, device: torch.device, following: str | None):
-        self.shelf, self.prefix, self.device, self.following = shelf, prefix, device, following
+    beside: the block of another model that has some of the same weights: those are not brought again while they are
+    there."""
+
+    def __init__(self, shelf: Shelf, prefix: str, place: Place, beside: nn.Module | None = None):
+        self.shelf, self.prefix, self.place, self.device, self.beside = shelf, prefix, place, place.device, beside
+        self.following: nn.Module | None = None
         self.holders = 0
         self._asked_from: Any = None
 
@@ -112,16 +117,33 @@ class Coming(ModelHook):
         if not self.holders:
             self._let_go(block)
 
+    def read_ahead(self) -> None:
+        """Have the operating system read what the following block will bring."""
+        block = self.following
+        if block is not None and any(p.is_meta for p in block.parameters()):
+            self.shelf.read_ahead(cast(Any, block)._hf_hook.prefix)
+
     def _bring(self, block: nn.Module) -> None:
-        for name, _ in list(block.named_parameters()):
-            set_module_tensor_to_device(block, name, self.device, value=self.shelf[self.prefix + name])
+        for name, parameter in list(block.named_parameters()):
+            if parameter.is_meta:
+                set_module_tensor_to_device(block, name, self.device, value=self._weight(name, parameter))
         for name, buffer in list(block.named_buffers()):  # few numbers, which stay
-            if not buffer.is_meta and buffer.device.type != torch.device(self.device).type:
+            if not buffer.is_meta and buffer.device != self.device:
                 set_module_tensor_to_device(block, name, self.device, value=buffer)
 
+    def _weight(self, name: str, wanted: torch.Tensor) -> torch.Tensor:
+        if self.beside is not None:
+            other: Any = cast(Any, self.beside)._hf_hook
+            if self.shelf.index[self.prefix + name] == other.shelf.index.get(other.prefix + name):
+                there = self.beside.get_parameter(name).data
+                if not there.is_meta and there.dtype == wanted.dtype:
+                    return there
+        return self.shelf[self.prefix + name]
+
     def _let_go(self, block: nn.Module) -> None:
-        for name, _ in list(block.named_parameters()):
-            set_module_tensor_to_device(block, name, "meta")
+        if not self.place.stays:
+            for name, _ in list(block.named_parameters()):
+                set_module_tensor_to_device(block, name, "meta")
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
         self._asked_from = find_device([args, kwargs])
@@ -135,13 +157,22 @@ class Coming(ModelHook):
         return output if self._asked_from is None else send_to_device(output, self._asked_from)
 
 
-def let_come(lm: PreTrainedModel, path: str, shelf: Shelf, device: torch.device) -> None:
-    """Let the blocks below `path` of the model, whose weights are not there, come to `device` from the shelf."""
+def let_come(
+    lm: PreTrainedModel, path: str, shelf: Shelf, places: Sequence[Place], beside: nn.ModuleList | None = None
+) -> None:
+    """Let the blocks below `path` of the model, whose weights are not there, come to their places from the shelf.
+
+    beside: the blocks of another model that share weights with these.
+    """
     blocks: Any = lm.get_submodule(path)
-    lm.hf_device_map = {"": str(device), path: "disk"}  # type: ignore[assignment]  # transformers saves by it
-    for number, block in enumerate(blocks):
-        following = f"{path}.{number + 1}." if number + 1 < len(blocks) else None
-        add_hook_to_module(block, Coming(shelf, f"{path}.{number}.", device, following))
+    lm.hf_device_map = {"": str(places[0].device), path: "disk"}  # type: ignore[assignment]  # transformers saves by it
+    hooks = [
+        Coming(shelf, f"{path}.{number}.", place, None if beside is None else beside[number])
+        for number, place in enumerate(places)
+    ]
+    for block, hook, following in zip(blocks, hooks, [*blocks[1:], None], strict=True):
+        hook.following = following
+        add_hook_to_module(block, hook)
 
 
 def around(lm: PreTrainedModel, path: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import copy
 import struct
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from kvprune import processes
 from kvprune.errors import (
     BadOption,
     BrokenCheckpoint,
@@ -33,6 +33,7 @@ from kvprune.models import gguf, wrapped
 from kvprune.models.check import check_adapter, check_folder, check_quantised, check_settings, first_line
 from kvprune.models.family import family_of, supported
 from kvprune.models.held import quietly
+from kvprune.models.places import Place, find_device
 from kvprune.progress import without_bars
 from kvprune.runtime import register
 from kvprune.runtime.dtype import asked_dtype, compute_in_auto, find_dtype
@@ -123,13 +124,15 @@ def load_model(
     dtype: str = "auto",
     offload: Path | None = None,
     outline: PreTrainedModel | None = None,
+    places: Sequence[Place] = (),
 ) -> PreTrainedModel:
     """The model in eval mode on `device`, which is stored (see dtype.py) in the checkpoint's own dtype, bfloat16 for
     GGUF, and computes in that or in what the CPU has instructions for; or both in the `dtype` that is named.
 
     offload: leave the weights of the blocks on disk, from where they come one block at a time (see held.py); what the
     checkpoint's files do not hold as the model wants it is written to that folder. A .gguf file must be unpacked before
-    (see unpacked.py). outline: `skeleton` of it, where there is one already."""
+    (see unpacked.py). outline: `skeleton` of it, where there is one already. places: where each of these blocks comes,
+    and whether it stays; without, all come to `device` and go."""
     register()
     target = find_device(device)
     config = load_config(source)
@@ -171,7 +174,9 @@ def load_model(
     weights = shelf.as_it_came(model)
     if dtype == "auto":
         compute_in_auto(model, target)
-    shelf.let_come(model, _path_of_blocks(model), weights, target)
+    path = _path_of_blocks(model)
+    count = len(model.get_submodule(path))  # type: ignore[arg-type]
+    shelf.let_come(model, path, weights, places or [Place(target, False)] * count)
     return model.eval()
 
 
@@ -253,24 +258,6 @@ def _check_settings(source: Source) -> None:
     if not source.is_wrapper:
         family_of(source.settings.get("model_type", "unknown"))
     check_quantised(source.name, source.settings)
-
-
-def find_device(name: str) -> torch.device:
-    """The device that an option names, "auto" being the GPU if there is one. Raises BadOption."""
-    if name == "auto":
-        own = processes.device()
-        return own or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if "," in name:
-        raise BadOption(
-            f"--device takes one, not {name!r}; several GPUs share a prune's text, each with a process of its own: "
-            "torchrun --standalone --nproc-per-node 2 -m kvprune.cli prune ..."
-        )
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        return device
-    except (RuntimeError, AssertionError) as error:
-        raise BadOption(f"device {name!r} cannot be used: {first_line(error)}") from None
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvprune.errors import BadOption, KVPruneError
 from kvprune.measure import memory
+from kvprune.models.aside import tidy
 from kvprune.models.in_memory import InMemory, from_memory
-from kvprune.models.source import Source, find_device, load_model, resolve
+from kvprune.models.places import find_device
+from kvprune.models.source import Source, load_model, resolve
 from kvprune.models.tokenizer import check_ids, load_tokenizer
 from kvprune.options import given_of, size_in_bytes
 from kvprune.progress import Progress
@@ -29,7 +31,7 @@ from kvprune.recovery.train import Training
 from kvprune.recovery.trainee import ADAPTER, Trainee, add_adapters, checkpoint_activations
 from kvprune.runtime.checkpoint import save
 from kvprune.runtime.dtype import name_of, round_as_stored, stored_dtype
-from kvprune.runtime.files import PLAN, alone, read_shown, weight_checksums
+from kvprune.runtime.files import DENSE, PLAN, alone, read_shown, weight_checksums
 from kvprune.runtime.hub import remember
 from kvprune.text.corpus import SELF
 from kvprune.text.given import GivenText, Text, find_text
@@ -154,8 +156,13 @@ class _Run:
         self.progress = progress if self.main else Progress()
 
     def run(self) -> Recovered:
-        with tempfile.TemporaryDirectory(prefix="kvprune-") as aside, self._alone():
-            self.aside = Path(aside)
+        with ExitStack() as stack:
+            stack.enter_context(self._alone())
+            if self.out is None:
+                self.aside = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvprune-")))
+            else:
+                self.aside = self.out / DENSE
+                stack.callback(tidy, self.out)
             return self._recovered()
 
     def _alone(self) -> AbstractContextManager[None]:
@@ -171,7 +178,7 @@ class _Run:
             self.computes = name_of(lm.dtype)
             self.weight_bytes = memory.weight_bytes(lm)
             limit = lm.config.max_position_embeddings
-            dense = self._dense(lm, old) if s.needs_dense else None
+        dense = self._dense(lm, old) if s.needs_dense else None
         data = self._data(tokenizer, limit, dense)
         if data[0].empty:
             self.progress.say(f"{data[0].empty} examples are left out: they have no instruction or no output")
@@ -248,7 +255,7 @@ class _Run:
         s = self.settings
         piece = activations(lm, s, self.text.row or s.window, self.accelerator.num_processes)
         room = Room(self.device, self.limit, self.weight_bytes, piece, self.aside)
-        return load_teacher(s, self.teacher, old, lm, room, self.progress.say)
+        return load_teacher(s, self.teacher, old, lm, room, self._phase, self.progress.say)
 
     def _identity(
         self, data: tuple[Data, Data], texts: evaluation.Texts, teacher: PreTrainedModel | None

@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 
 from kvprune.errors import BadOption, KVPruneError, UnknownSource
 from kvprune.measure import memory
+from kvprune.models.aside import Phase, load_left_on_disk
 from kvprune.models.family import family_of, mlp_width
 from kvprune.models.held import held
 from kvprune.models.in_memory import InMemory, copied
-from kvprune.models.source import Source, load_model, resolve, skeleton
+from kvprune.models.places import Place, place
+from kvprune.models.source import load_model, resolve, skeleton
 from kvprune.recovery.settings import Settings
 from kvprune.recovery.train import MICRO_TOKENS
 from kvprune.recovery.trainee import blocks
@@ -24,8 +26,7 @@ from kvprune.runtime.dtype import name_of
 @dataclass(frozen=True)
 class Room:
     """limit: bytes that may be used of the device, None for what is free. weights: bytes of the pruned model;
-    activations: of one piece of a batch. aside: a folder for weights that the source's files do not hold as the model
-    wants them."""
+    activations: of one piece of a batch. aside: see `load_left_on_disk`."""
 
     device: torch.device
     limit: int | None
@@ -33,12 +34,12 @@ class Room:
     activations: int
     aside: Path
 
-    def holds(self, teacher: int) -> bool:
-        """Whether a teacher of so many bytes has room beside the pruned model."""
+    def left(self) -> int | None:
+        """Bytes beside the pruned model and its activations; None where nobody says."""
         if self.limit is not None:
-            return self.weights + teacher + self.activations <= self.limit
+            return self.limit - self.weights - self.activations
         free = memory.free(self.device)
-        return free is None or teacher + self.activations <= free
+        return None if free is None else free - self.activations
 
 
 def load_teacher(
@@ -47,10 +48,11 @@ def load_teacher(
     record: dict[str, Any],
     lm: PreTrainedModel,
     room: Room,
+    phase: Phase,
     say: Callable[[str], None],
 ) -> PreTrainedModel:
     """The dense model, frozen, in the dtype of the pruned model `lm`: given, named in the settings, or in the folder's
-    record. Where there is no room for it, its blocks stay on disk. Raises UnknownSource or BadOption."""
+    record. Where there is no room for it, blocks stay on disk. Raises UnknownSource or BadOption."""
     name = s.teacher or record["source"]
     if s.teacher is None and record.get("from_memory"):
         raise UnknownSource(
@@ -63,10 +65,16 @@ def load_teacher(
             teacher = copied(given, device, dtype)
         else:
             source = resolve(name, None if s.teacher else record.get("revision"))
-            offload = _offload(source, device, dtype, room, say)
-            teacher = load_model(source, device, s.dtype, offload)
-            if teacher.dtype != lm.dtype:  # loaded so, since `to` would round the rotary table as well
-                teacher = load_model(source, device, dtype, offload)
+            outline = skeleton(source, device, dtype)
+            places = _places(outline, room, say)
+            for kind in (s.dtype, dtype):  # loaded again where they differ, since `to` would round the rotary table too
+                if places is not None:
+                    teacher = load_left_on_disk(source, outline, places, room.aside, device, kind, phase)
+                else:
+                    with phase("load", 1):
+                        teacher = load_model(source, device, kind)
+                if teacher.dtype == lm.dtype:
+                    break
     except KVPruneError as error:
         raise UnknownSource(f"the teacher {name}: {error}; name the dense model with --teacher") from error
     for what in ("vocab_size", "hidden_size", "num_hidden_layers"):
@@ -76,13 +84,20 @@ def load_teacher(
     return teacher.requires_grad_(False)
 
 
-def _offload(source: Source, device: str, dtype: str, room: Room, say: Callable[[str], None]) -> Path | None:
-    """Where the teacher's blocks are kept aside; None where they are in memory, as a .gguf file's must be."""
-    theirs = memory.weight_bytes(skeleton(source, device, dtype))
-    if room.holds(theirs) or source.gguf_file is not None:
+def _places(outline: PreTrainedModel, room: Room, say: Callable[[str], None]) -> list[Place] | None:
+    """Where the teacher's blocks come, as many as there is room for to stay; None where all of it has room."""
+    sizes = [memory.weight_bytes(block) for block in family_of(outline.config.model_type).blocks(outline)]
+    whole, left = memory.weight_bytes(outline), room.left()
+    if left is None or whole <= left:
         return None
-    say(f"the teacher's blocks stay on disk: there is no room for its {theirs / 2**30:.3g} GiB")
-    return room.aside
+    outside = whole - sum(sizes)
+    found = place(sizes, [room.device], [left - outside - max(sizes)])
+    stay = sum(one.stays for one in found)
+    say(
+        f"the teacher's blocks stay on disk{f', but for {stay} of {len(found)}' if stay else ''}: there is no room for "
+        f"its {whole / 2**30:.3g} GiB"
+    )
+    return found
 
 
 def activations(lm: PreTrainedModel, s: Settings, window: int, processes: int) -> int:

@@ -22,7 +22,8 @@ from kvprune.channels.settings import Settings, with_preset
 from kvprune.errors import BadOption
 from kvprune.measure import memory
 from kvprune.measure.plot import check as check_matplotlib
-from kvprune.models.source import Source, find_device, load_config, resolve
+from kvprune.models.places import find_device
+from kvprune.models.source import Source, load_config, resolve
 from kvprune.models.tokenizer import check_ids, load_tokenizer
 from kvprune.models.view import ModelView
 from kvprune.options import given_of

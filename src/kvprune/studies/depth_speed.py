@@ -15,7 +15,7 @@ from kvprune.errors import BadOption
 from kvprune.measure import memory
 from kvprune.measure.shapes import random_model
 from kvprune.measure.speed import Side, alternate
-from kvprune.models.source import find_device
+from kvprune.models.places import find_device
 from kvprune.progress import Progress
 from kvprune.runtime import modeling
 from kvprune.runtime.attention import pack_groups

@@ -19,6 +19,7 @@ from kvprune.channels.plan import LayerPlan, PruningPlan
 from kvprune.errors import PlanMismatch
 from kvprune.models.attention import Attention, AttentionWeights
 from kvprune.models.held import coming, held
+from kvprune.models.places import Place
 from kvprune.models.shelf import Shelf, let_come
 from kvprune.models.view import ModelView
 from kvprune.runtime import modeling
@@ -91,8 +92,9 @@ def cut(
     pruned.tie_weights()
     pruned.config.dtype = stored
     pruned.generation_config = copy.deepcopy(dense.generation_config)
-    if there is not None and shelf is not None:
-        let_come(pruned, path, shelf, there.device)
+    if shelf is not None:
+        places = [Place(coming(block).device, False) for block in view.blocks]
+        let_come(pruned, path, shelf, places, beside=view.blocks)
     return pruned.eval()
 
 
