@@ -10,17 +10,21 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import kvprune
+from ggufs import write_gguf
 from kvprune import errors
+from kvprune.measure.memory import weight_bytes
 from kvprune.measure.perplexity import perplexity
 from kvprune.models.source import load_model, resolve
 from kvprune.models.tokenizer import load_tokenizer
+from kvprune.progress import Progress
 from kvprune.recovery import alpaca, train
 from kvprune.recovery.recover import merge
 from kvprune.recovery.settings import PRESETS, Settings
+from kvprune.recovery.teacher import Room
 from kvprune.recovery.train import learning_rate
 from kvprune.recovery.trainee import Trainee, add_adapters
 from kvprune.runtime.files import verify_files
-from tiny import words
+from tiny import COARSE, tiny_model, tiny_tokenizer, words
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -51,6 +55,34 @@ def test_a_teacher_that_comes_block_by_block(pruned, texts, tmp_path, quick, opt
     assert result.record["recovered"]["curve"] == whole.record["recovered"]["curve"]
     assert result.record["perplexity"] == whole.record["perplexity"]
     assert all(p.is_meta for block in seen[0].model.layers for p in block.parameters())
+
+
+def test_a_teacher_of_which_some_blocks_stay(pruned, texts, tmp_path, quick, monkeypatch):
+    """As many as the memory that is left holds."""
+    options = {**quick, "steps": 3, "loss": "logits"}
+    kvprune.recover(pruned, tmp_path / "whole", **options)
+    dense = load_model(resolve(json.loads((pruned / "kvprune.json").read_text())["source"]), "cpu")
+    block, whole = weight_bytes(dense.model.layers[0]), weight_bytes(dense)
+    outside, layers = whole - block * len(dense.model.layers), len(dense.model.layers)
+    monkeypatch.setattr(Room, "left", lambda room: outside + block + int(1.5 * block))
+    said = []
+    monkeypatch.setattr(Progress, "say", lambda self, line: said.append(line))
+    kvprune.recover(pruned, tmp_path / "out", **options)
+    assert f"the teacher's blocks stay on disk, but for 1 of {layers}: there is no room" in said[0]
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
+
+
+def test_a_teacher_that_is_a_gguf_file(checkpoint, texts, tmp_path, quick):
+    """Unpacked, and its blocks come from there: the same weights as with the whole of it in memory."""
+    model = tiny_model("llama", groups=2, head_dim=32, layers=3, hidden=64)
+    path = write_gguf(model, tmp_path / "t.gguf", kind="Q8_0")
+    kvprune.prune(path, tmp_path / "pruned", tokenizer=tiny_tokenizer(), **{**COARSE, "ratio": 0.5})
+    options = {**quick, "steps": 3, "loss": "logits"}
+    kvprune.recover(tmp_path / "pruned", tmp_path / "whole", **options)
+    result = kvprune.recover(tmp_path / "pruned", tmp_path / "out", memory="1KiB", **options)
+    assert "unpack" in result.record["seconds"]
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "out"))
+    assert not (tmp_path / "out" / ".dense").exists()
 
 
 @pytest.mark.parametrize("loss", ["next-token", "logits", "logits+attention"])
