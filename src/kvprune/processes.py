@@ -31,6 +31,10 @@ def number() -> int:
     return 0 if _group() is None else _group().process_index
 
 
+def on_this_machine() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def is_main() -> bool:
     return number() == 0
 

@@ -168,6 +168,13 @@ def test_a_gpu_and_the_cpu(options, dense, enough_for, texts, tmp_path, monkeypa
         assert other["pruned"] == pytest.approx(one["pruned"], rel=2e-2)
 
 
+def test_processes_on_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(room.memory, "free", lambda device: 1000)
+    assert [room._free(torch.device(name)) for name in ("cpu", "cuda")] == [900, 900]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert [room._free(torch.device(name)) for name in ("cpu", "cuda")] == [225, 900]
+
+
 def test_devices_that_cannot_be(dense, texts, tmp_path, command, monkeypatch):
     assert find_devices("cpu") == [CPU]
     with pytest.raises(errors.BadOption, match="names cpu twice"):

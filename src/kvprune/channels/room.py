@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from kvprune import processes
 from kvprune.channels.choice.basis import slow_channels
 from kvprune.channels.record import basis_bytes, moments_bytes
 from kvprune.channels.repair.refit import RIDGES
@@ -113,7 +114,8 @@ def find_room(
 
 def _free(device: torch.device) -> int | None:
     found = memory.free(device)
-    return None if found is None else int(SHARE * found)
+    sharing = processes.on_this_machine() if device.type == "cpu" else 1  # each has a GPU of its own
+    return None if found is None else int(SHARE * found / sharing)
 
 
 def _gib(size: int) -> str:
