@@ -70,22 +70,20 @@ def test_which_engines_take_it(widths, layout, expected, tmp_path):
     assert checks["weights"] == "as recorded"
 
 
-def test_sinks_are_for_transformers_alone(tmp_path, texts, monkeypatch, capsys):
-    """vLLM's Transformers backend raises ValueError for them (tests/real/test_vllm_families.py)."""
+def test_sinks_want_todays_code_in_vllm(tmp_path, texts):
+    """An older copy of the code hides them from vLLM, which then refuses to run it."""
     AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **GPT_OSS)).save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    kvprune.prune(tmp_path / "dense", tmp_path / "pruned", **COARSE | {"align": 32, "min_width": 32, "merge": 1})
-    engines = kvprune.doctor(tmp_path / "pruned")["engines"]
-    assert [engines[name]["takes"] for name in ENGINES] == [True, False, False, False]
-    capsys.readouterr()
-    code, _, err = run(monkeypatch, capsys, tmp_path / "pruned", "--target", "vllm", "--no-check")
-    assert (code, err) == (
-        2,
-        "kvprune: vllm does not find the sinks in a pruned model's attention; serve the folder with transformers\n",
-    )
-    with pytest.raises(BadOption, match="--target vllm-cpu does not find the sinks"):
-        kvprune.prune(tmp_path / "dense", tmp_path / "no", target="vllm-cpu", **TEXTS)
-    assert not (tmp_path / "no").exists()
+    folder = tmp_path / "pruned"
+    kvprune.prune(tmp_path / "dense", folder, target="vllm-cpu", merge=1, ratio=0.5, **TEXTS)
+    engines = kvprune.doctor(folder)["engines"]
+    assert [engines[name]["takes"] for name in ENGINES] == [True, True, True, False]
+    assert "--trust-remote-code" in engines["vllm"]["how"]
+    (folder / "modeling.py").write_text("VERSION = 8\n")
+    found = kvprune.doctor(folder, target="vllm", check=False)["engines"]["vllm"]
+    assert found["takes"]
+    assert f"with kvprune installed beside it, or first: kvprune refresh {folder}" in found["how"]
+    assert "--trust-remote-code" not in found["how"]
 
 
 def run(monkeypatch, capsys, *words):

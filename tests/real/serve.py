@@ -23,7 +23,7 @@ def main(folder: str, prompts_file: str, answers_file: str, code: str = "folder"
         model_impl="vllm" if code == "vllm" else "auto",
         trust_remote_code=code == "folder",
         tensor_parallel_size=int(ranks),
-        enforce_eager=True,
+        enforce_eager="KVPRUNE_TEST_COMPILE" not in os.environ,
         dtype="float32",
         max_model_len=1024,
         enable_prefix_caching=False,

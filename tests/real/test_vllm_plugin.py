@@ -12,7 +12,7 @@ import pytest
 from served import ask, gaps
 
 ROOT = Path(__file__).parents[2]
-FOLDER = Path(os.environ.get("KVPRUNE_TEST_TINY", "missing")) / "phi3"
+FOLDERS = Path(os.environ.get("KVPRUNE_TEST_TINY", "missing"))
 LISTS = """
 from importlib.metadata import entry_points
 from transformers import CONFIG_MAPPING
@@ -47,12 +47,14 @@ def test_every_family_gets_the_class_that_vllm_itself_would_take(installed):
     subprocess.run([sys.executable, "-c", LISTS], check=True, env=os.environ | {"PYTHONPATH": installed})
 
 
-def test_a_folder_is_served_without_a_flag(installed, tmp_path):
-    difference, gap = gaps(FOLDER, ask(FOLDER, tmp_path, "plugin", PYTHONPATH=installed))
+@pytest.mark.parametrize("family", ["phi3", "gpt_oss"])  # the second in vLLM's class for experts
+def test_a_folder_is_served_without_a_flag(family, installed, tmp_path):
+    folder = FOLDERS / family
+    difference, gap = gaps(folder, ask(folder, tmp_path, "plugin", PYTHONPATH=installed))
     assert difference < 1e-3
     assert gap < 1e-3
 
 
 def test_without_kvprune_the_code_of_the_folder_is_refused(tmp_path):
     with pytest.raises(subprocess.CalledProcessError):
-        ask(FOLDER, tmp_path, "plugin")
+        ask(FOLDERS / "phi3", tmp_path, "plugin")

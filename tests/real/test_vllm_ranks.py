@@ -14,6 +14,7 @@ CASES = [  # folder, ranks, KV heads of the dense model and of this
     ("qwen2-alone", 4, (2, 2)),
     ("olmo2-merged", 2, (4, 2)),  # a norm over all heads
     ("qwen3-merged", 4, (4, 1)),  # a norm over each head; factored
+    ("gpt_oss", 2, (2, 1)),  # sinks, one for each query head
 ]
 
 

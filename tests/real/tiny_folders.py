@@ -84,7 +84,7 @@ def main(out: Path, *names: str) -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES | options))
         for key, parameter in model.named_parameters():
             if "norm" not in key:
-                torch.nn.init.normal_(parameter, std=0.08)
+                torch.nn.init.normal_(parameter, std=1.0 if key.endswith("sinks") else 0.08)
         model.save_pretrained(out / f"{name}-dense")
         tiny_tokenizer().save_pretrained(out / f"{name}-dense")
         asked = {"calibration": str(data / "valid.txt"), "eval": (str(data / "test.txt"),), "eval_tokens": 512}

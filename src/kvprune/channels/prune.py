@@ -23,7 +23,7 @@ from kvprune.channels.record import memory_of, record_of
 from kvprune.channels.repair.refit import Refitted, refit, split
 from kvprune.channels.room import find_room
 from kvprune.channels.settings import Settings, with_preset
-from kvprune.engines.targets import check_mixed, check_sinks, with_target
+from kvprune.engines.targets import check_mixed, with_target
 from kvprune.errors import BadOption, NotFinite, PlanMismatch, UnreachableRatio
 from kvprune.measure import memory
 from kvprune.measure.fit import fit
@@ -35,7 +35,7 @@ from kvprune.models.origin import origin
 from kvprune.models.places import find_devices
 from kvprune.models.source import Source, load_config, load_model, resolve, skeleton
 from kvprune.models.tokenizer import load_tokenizer
-from kvprune.models.view import ModelView, has_sinks
+from kvprune.models.view import ModelView
 from kvprune.options import given_of
 from kvprune.progress import Progress
 from kvprune.runtime.checkpoint import save
@@ -244,7 +244,6 @@ class _Run:
             if tokenizer is None and not isinstance(source, InMemory):
                 tokenizer = load_tokenizer(source)
             view = ModelView(skeleton(source, self.device, s.dtype))
-            check_sinks(self.target, s.layout, has_sinks(view.lm))
             check_mixed(self.target, view.shape.attention_layers is not None)
         if source.is_wrapper:
             wrapper = source.settings["model_type"]

@@ -24,6 +24,7 @@ from kvprune.versions import versions
 
 TOKENS = 16  # of the self-check
 RANKS_FROM = 6  # the version of modeling.py that knows tensor parallelism
+SINKS_FROM = 9  # and the one whose sinks vLLM finds
 # Largest mean KL divergence, in nats, between a text read at once and token by token: rounding of the dtype
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 3e-2}
 
@@ -119,8 +120,6 @@ def _refusals(name: str, target: Target, about: _Folder, widths: list[int]) -> l
         return []
     if about.record.get("attention_layers") is not None and not target.skips:
         return [f"{name} runs no pruned model whose other layers have no attention; serve the folder with transformers"]
-    if about.has_sinks and about.layout in OWN and not target.sinks:
-        return [f"{name} does not find the sinks in a pruned model's attention; serve the folder with transformers"]
     no = [width for width in widths if target.refused(width)]
     if not no:
         return []
@@ -139,6 +138,8 @@ def _how(name: str, about: _Folder) -> str:
         return f"AutoModelForCausalLM.from_pretrained({where!r})" + (", after import kvprune" if own else "")
     if not own:
         return f"vllm serve {where}"
+    if about.has_sinks and about.code is not None and about.code < SINKS_FROM:
+        return f"vllm serve {where}, with kvprune installed beside it, or first: kvprune refresh {where}"
     old = about.code is not None and about.code < RANKS_FROM
     alone = f"with --trust-remote-code where kvprune is not installed beside it{' (one rank only)' if old else ''}"
     return f"vllm serve {where}, {alone}"

@@ -17,7 +17,7 @@ OWN = ("per-layer", "uniform")
 class Target:
     """layouts: those that it takes, what prune takes first. widths: those that its attention has, None for any
     multiple of `step`, from `least` to `most`. align: what prune takes for it. skips: whether a layer may have no
-    attention at all; sinks: whether attention of our layouts may have sinks. caches: dtypes of its KV cache."""
+    attention at all. caches: dtypes of its KV cache."""
 
     layouts: tuple[str, ...]
     align: int = 8
@@ -26,7 +26,6 @@ class Target:
     step: int = 2
     widths: tuple[int, ...] | None = None
     skips: bool = False
-    sinks: bool = False
     caches: tuple[str, ...] = ()
 
     def refused(self, width: int) -> bool:
@@ -39,9 +38,7 @@ class Target:
 
 
 TARGETS = {
-    "transformers": Target(
-        (*OWN, *STOCK), least=2, skips=True, sinks=True, caches=("as computed", "8, 4 or 2 bits (kvprune)")
-    ),
+    "transformers": Target((*OWN, *STOCK), least=2, skips=True, caches=("as computed", "8, 4 or 2 bits (kvprune)")),
     # Triton's kernels want 32 at least
     "vllm": Target((*OWN, *STOCK), least=32, most=256, step=8, caches=("auto", "fp8")),
     "vllm-cpu": Target((*OWN, *STOCK), align=32, least=32, widths=VLLM_CPU, caches=("auto", "fp8")),
@@ -54,12 +51,6 @@ def find_target(name: str) -> Target:
     if name not in TARGETS:
         raise BadOption(f"unknown target {name!r}; choose {', '.join(TARGETS)}")
     return TARGETS[name]
-
-
-def check_sinks(name: str | None, layout: str, has_sinks: bool) -> None:
-    """Raise BadOption for an engine that would refuse what `prune` makes of attention with sinks."""
-    if name is not None and has_sinks and layout in OWN and not find_target(name).sinks:
-        raise BadOption(f"--target {name} does not find the sinks in a pruned model's attention; take transformers")
 
 
 def check_mixed(name: str | None, is_hybrid: bool) -> None:

@@ -67,8 +67,9 @@ FAMILIES = (
 PREFIX = "kvprune_"  # model_type of the twin: kvprune_llama, ...
 # Of this file. 1 (which said no number) loses the cache from transformers 5.24 on; 2 knows no merged heads; 3 has no
 # channels that RoPE leaves alone; 4 knows Llama, Mistral and Qwen2 alone; 5 drops no blocks, and refuses tensor
-# parallelism; 7 wants dense layers that are alike, each with its own keys.
-VERSION = 8
+# parallelism; 7 wants dense layers that are alike, each with its own keys; 8 hides sinks from vLLM, and runs
+# experts one by one.
+VERSION = 9
 MANY = 256  # new tokens at once from which attention at the dense width saves more than leading keys and values there
 CACHE_NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")  # what transformers has called it, or may
 # What it is called here, in calls of a model and in what a model returns: "cache" from transformers 5.24 on.
@@ -404,8 +405,14 @@ class PrunedAttention(nn.Module):
         return (kwargs.get("attention_instances") or {}).get(self.layer_idx) or getattr(self, "attn", None)
 
     def _check_engine(self, kwargs):
-        """vLLM before 0.27.2 gives all layers the one head_dim of the config, and would mix up tokens."""
+        """vLLM before 0.27.2 gives all layers the one head_dim of the config, and would mix up tokens; older ones leave
+        out sinks without a word."""
         engine = self._engine(kwargs)
+        if engine is not None and self.sinks is not None and not getattr(engine, "has_sink", False):
+            raise ValueError(
+                f"layer {self.layer_idx} has attention sinks, which this vLLM leaves out; update vLLM, or serve the "
+                "folder with transformers"
+            )
         if engine is not None and getattr(engine, "head_size", self.head_dim) != self.head_dim:
             raise ValueError(
                 f"layer {self.layer_idx} has {self.head_dim} channels a head and this vLLM gives it "
@@ -461,8 +468,6 @@ class PrunedAttention(nn.Module):
         )
         if self.softcap is not None:
             kwargs["softcap"] = self.softcap
-        if self.sinks is not None:
-            kwargs["s_aux"] = self.sinks
         attn_output, attn_weights = attention_interface(
             self.dense_heads if is_rebuilt else self,
             query_states,
@@ -472,6 +477,7 @@ class PrunedAttention(nn.Module):
             dropout=0.0 if not self.training else self.attention_dropout,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
+            s_aux=self.sinks,  # vLLM looks for it in this call's source
             **kwargs,
         )
         attn_output = attn_output.reshape(*input_shape, -1).contiguous()
@@ -642,6 +648,7 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
         config_class = Config
         _supports_attention_backend = True
         _can_record_outputs = {**(dense_model._can_record_outputs or {}), "attentions": PrunedAttention}  # noqa: RUF012
+        _can_set_experts_implementation = _experts_of(dense_model)
 
         def __init__(self, config):
             super().__init__(config.dense())
@@ -670,6 +677,7 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
     class ForCausalLM(dense_lm):
         config_class = Config
         _supports_attention_backend = True
+        _can_set_experts_implementation = _experts_of(dense_lm)
 
         def __init__(self, config):
             super().__init__(config.dense())
@@ -699,12 +707,19 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
         globals()[cls.__name__] = cls
     for auto in HEADS:
         # Its base model comes from AutoModel, and is named as in the causal LM, whose weights it loads
-        if _dense_head(auto, model_type) is None:
+        head = _dense_head(auto, model_type)
+        if head is None:
             continue
         name = _head_name(auto, model_type)
         own = {"config_class": Config, "base_model_prefix": dense_lm.base_model_prefix, "__module__": __name__}
-        globals()[name] = type(name, (_dense_head(auto, model_type),), own)
+        globals()[name] = type(name, (head,), own | {"_can_set_experts_implementation": _experts_of(head)})
     return Config, Model, ForCausalLM
+
+
+def _experts_of(dense: Any) -> Any:
+    """Whether a twin's experts can run at once, as the family's. transformers reads it in the source of a class's
+    module, which here says nothing of them, and else loops over experts, which vLLM cannot compile."""
+    return classmethod(lambda _cls: dense._can_set_experts_implementation())
 
 
 def _dense_head(auto: Any, model_type: str) -> Any:
