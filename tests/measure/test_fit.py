@@ -14,6 +14,7 @@ from kvprune.channels.cut.surgery import cut
 from kvprune.measure import fit as fitting
 from kvprune.measure.memory import cache_bytes, weight_bytes
 from kvprune.measure.shapes import random_model
+from kvprune.measure.weights import Cut, Weights
 from kvprune.models.view import ModelView
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.quantized import quantized_cache
@@ -208,8 +209,8 @@ def test_layers_around_the_mean_width_hold_no_more(data, family, merge):
     model = tiny_model(family, kv_heads=4, groups=2, layers=3, head_dim=8)
     widths = data.draw(st.lists(st.sampled_from(range(2, 8 * merge + 1, 2)), min_size=3, max_size=3))
     numbers = sum(p.numel() for p in twin(model, merge, widths)[0].parameters())
-    mean = fitting._Cut(0.5, merge, sum(widths) / 3)
-    counted = fitting._Weights.of(model.config, False).kept(mean)
+    mean = Cut(0.5, merge, sum(widths) / 3)
+    counted = Weights.of(model.config, False).kept(mean)
     slack = 4 * 2 * 8 * merge * 3 if family == "qwen2" else 0  # Q's bias, which is_factored leaves out
     assert numbers <= counted + slack
     if len(set(widths)) == 1:

@@ -19,9 +19,9 @@ from kvprune.channels.journal import Journal
 from kvprune.channels.plan import PruningPlan
 from kvprune.channels.settings import DECIDED_BY_A_PLAN
 from kvprune.errors import BadOption, PlanMismatch, UnreachableRatio
-from kvprune.measure.fit import _Cut, _Weights
 from kvprune.measure.memory import parameters
 from kvprune.measure.shapes import pruned_config, random_model
+from kvprune.measure.weights import Cut, Weights
 from kvprune.models.view import ModelView
 from kvprune.runtime.checkpoint import save
 from tiny import COARSE, make_plan, tiny_tokenizer
@@ -161,8 +161,8 @@ def test_fit_counts_the_numbers_that_there_are(name, merge):
     shape = ModelView(family_model(name)).shape
     number = 1 if merge == "1" else shape.shared_heads
     pruned = random_model(pruned_config(config, 0.5, 2, number), torch.device("meta"), torch.float32)
-    cut = _Cut(0.5, number, shape.head_dims[0] * number / 2)
-    assert _Weights.of(config, is_portable=False).kept(cut) == parameters(pruned)
+    cut = Cut(0.5, number, shape.head_dims[0] * number / 2)
+    assert Weights.of(config, is_portable=False).kept(cut) == parameters(pruned)
 
 
 @torch.no_grad()

@@ -7,35 +7,27 @@ several ranks each holds its share of both, and a KV head whole: where there are
 
 import math
 import operator
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from kvprune.channels.choice.merging import (
-    AUTO,
-    asked_merge,
-    check_alike,
-    divisors,
-    for_ranks,
-    is_factored,
-    is_within,
-    merge_of,
-)
+from kvprune.channels.choice.merging import AUTO, asked_merge, check_alike
 from kvprune.channels.cut.portable import LAYOUTS
-from kvprune.channels.widths.asked import check_drop_blocks, ratio_left
+from kvprune.channels.widths.asked import check_drop_blocks
 from kvprune.engines.targets import degrees
 from kvprune.errors import BadOption
 from kvprune.measure.context import held_each, longest, slides
-from kvprune.measure.memory import kv_bytes_per_token, parameters, unread_embeddings
+from kvprune.measure.grid import Grid
+from kvprune.measure.memory import kv_bytes_per_token
 from kvprune.measure.shapes import dense_config
+from kvprune.measure.weights import DENSE, Cut, Weights, copies
 from kvprune.models.attention import AttentionShape
-from kvprune.models.view import ModelView
 from kvprune.options import size_in_bytes
 from kvprune.runtime.dtype import find_dtype, name_of
 from kvprune.runtime.quantized import BACKENDS, bytes_per_number, recent_tokens
@@ -88,12 +80,12 @@ def fit(
         raise BadOption(f"{source} does not say which dtype its weights have; give --dtype")
     if context > config.max_position_embeddings:
         raise BadOption(f"--context {context} is more than the {config.max_position_embeddings} that the model takes")
-    weights = _Weights.of(config, layout in LAYOUTS, drop_blocks, tensor_parallel)
+    weights = Weights.of(config, layout in LAYOUTS, drop_blocks, tensor_parallel)
     shape = weights.shape
     _check_ranks(config, shape, tensor_parallel)
     check_alike(shape, layout, drop_blocks)
     least = math.ceil(min_width / align) * align
-    grid = _Grid(shape, layout, asked_merge(merge), least, align, drop_blocks, tensor_parallel)
+    grid = Grid(shape, layout, asked_merge(merge), least, align, drop_blocks, tensor_parallel)
     if layout == "stock":  # whole heads, of the width that they have
         grid = replace(grid, least=shape.head_dim, align=1)
     sizes = _Sizes(weights, kind.itemsize, int(room * (1 - reserve)), grid)
@@ -105,12 +97,12 @@ def fit(
         return sum(map(operator.mul, held_each(config, tokens), per_layer))
 
     kv = batch * held(context)
-    cut = _DENSE if sizes.parts(kv, _DENSE)["fits"] else sizes.needed(lambda merge: kv)
+    cut = DENSE if sizes.parts(kv, DENSE)["fits"] else sizes.needed(lambda merge: kv)
     with_bits = [] if slides(config) else [_quantized(sizes, kind, bits, kv, context) for bits in BACKENDS]
     reached = grid.largest if cut is None else cut
 
-    def both(of: Callable[[_Cut], int]) -> dict[str, int]:
-        return {"dense": of(_DENSE), "pruned": of(reached)}
+    def both(of: Callable[[Cut], int]) -> dict[str, int]:
+        return {"dense": of(DENSE), "pruned": of(reached)}
 
     def longest_in(left: float) -> int:
         return longest(config, lambda tokens: batch * held(tokens) <= left)
@@ -129,7 +121,7 @@ def fit(
         "ratio": None if cut is None else cut.ratio,
         "largest_ratio": grid.largest.ratio,
         "merge": reached.merge,
-        "dense": sizes.parts(kv, _DENSE),
+        "dense": sizes.parts(kv, DENSE),
         "pruned": None if cut is None else sizes.parts(kv, cut),
         "weights_read_bytes": both(lambda c: round(weights.read(c) * kind.itemsize)),
         "largest_batch": both(lambda c: int(sizes.left(c) / held(context))),
@@ -140,212 +132,29 @@ def fit(
     }
 
 
-class _Cut(NamedTuple):
-    """The fraction of the KV bytes that goes, how many KV heads become one, and the mean width of such a head in the
-    layers that have some; of the narrowest dense heads, where layers differ, and of others in proportion."""
-
-    ratio: float
-    merge: int
-    width: float
-
-
-_DENSE = _Cut(0.0, 1, math.nan)  # of the width that it has
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """How many numbers a model has: all of the dense one's, those of an input embedding of which a step reads but a
-    row, and what its attention is made of; biases: which of Q, K, V and O have one. with_values: the layers with a
-    projection that is V's alone. dropped: how many blocks go, and with them these many numbers. ranks: that share
-    it."""
-
-    all: int
-    unread: int
-    shape: AttentionShape
-    biases: frozenset[str]
-    is_portable: bool
-    is_normed: bool
-    has_normed_values: bool
-    is_gated: bool
-    with_values: frozenset[int]
-    dropped: tuple[int, int]
-    ranks: int
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig, is_portable: bool, drop_blocks: int = 0, ranks: int = 1) -> "_Weights":
-        """Counted on a model without memory."""
-        with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(config)
-        view = ModelView(lm)
-        biases = frozenset(name for name in "qkvo" if view.attention[0].has_bias(name))
-        unread = sum(table.numel() for table in unread_embeddings(view.lm))
-        ratio_left(1.0, view.shape.layers, drop_blocks)  # refuses too many
-        smallest = sorted(parameters(view.blocks[number]) for number in view.attention_layers)[:drop_blocks]
-        dropped = drop_blocks, sum(smallest) - drop_blocks * view.shape.hidden  # a constant stays
-        first = view.attention[0]
-        norms = first.is_normed, first.has_normed_values, first.is_gated
-        values = frozenset(
-            i
-            for i, a in enumerate(view.attention)
-            if a.source is None and (view.family.qkv or a.projection("v") is not a.projection("k"))
-        )
-        return cls(parameters(view.lm), unread, view.shape, biases, is_portable, *norms, values, dropped, ranks)
-
-    def kept(self, cut: _Cut) -> float:
-        """Numbers of the pruned model that a rank holds, all its attention at the mean width: widths around it never
-        make more. What does not belong to a KV head is shared evenly."""
-        blocks, numbers = (0, 0) if cut is _DENSE else self.dropped
-        gained = [self._gained(layer, cut) for layer in range(self.shape.layers)]
-        return (self.all - numbers + math.fsum(gained[blocks:])) / self.ranks  # all alike, where some are dropped
-
-    def read(self, cut: _Cut) -> float:
-        """Numbers that a rank reads in a step of decoding."""
-        return self.kept(cut) - self.unread / self.ranks
-
-    def _gained(self, layer: int, cut: _Cut) -> float:
-        """By how many numbers one layer grows, on all ranks together."""
-        shape = self.shape.of(layer)
-        times = copies(shape.kv_heads // cut.merge, self.ranks)
-        dense = self._dense(layer, shape, 1)
-        if cut is _DENSE:
-            return self._dense(layer, shape, times) - dense
-        width = cut.width * shape.head_dim / self.shape.head_dims[0]
-        has_keys = self.shape.source(layer) == layer
-        factored = not self.is_portable and is_factored(shape, width)
-        has = {"k": has_keys, "v": has_keys}
-        pruned = self._attention(shape, shape.kv_heads // cut.merge, width, factored, has, times)
-        if "v" in self.biases and "o" not in self.biases and not self.has_normed_values:
-            pruned += shape.hidden  # what V's bias loses is a constant behind O
-        return pruned - dense
-
-    def _dense(self, layer: int, shape: AttentionShape, times: int) -> float:
-        has = {"k": self.shape.source(layer) == layer, "v": layer in self.with_values}
-        return self._attention(shape, shape.kv_heads, shape.head_dim, None, has, times)
-
-    def _attention(
-        self,
-        shape: AttentionShape,
-        kv_heads: int,
-        width: float,
-        factored: bool | None,
-        has: dict[str, bool],
-        times: int,
-    ) -> float:
-        """Numbers of one layer's Q, K, V and O, without O's bias, norms and gate, which no cut changes; factored None:
-        as it was; has: whether there is a K, a V; times: how often each KV head is held. Behind a norm Q, K and V are
-        as wide as they were, with matrices of their own; so is O behind a gate."""
-        columns = {name: shape.hidden + (name in self.biases) for name in "qkv"}
-        query_heads, channels = shape.kv_heads * shape.groups, shape.kv_heads * shape.head_dim
-        behind_norms = self.is_normed and factored is not None
-        behind_gate = self.is_gated and factored is not None
-        normed_values = self.has_normed_values and factored is not None
-        q = query_heads * (shape.head_dim if factored or behind_norms else width) * columns["q"]
-        k = (channels if behind_norms else kv_heads * width) * columns["k"]
-        o = query_heads * (shape.head_dim if factored or behind_gate else width) * shape.hidden
-        v = (channels if normed_values else kv_heads * width) * columns["v"]
-        mixes = (behind_norms or bool(factored)) + (behind_gate or bool(factored))  # of Q and of O
-        mixes += has["k"] * behind_norms + has["v"] * normed_values
-        return q + o + times * (has["k"] * k + has["v"] * v + mixes * channels * width)
-
-
-def copies(kv_heads: int, ranks: int) -> int:
-    """How many ranks hold the same KV head."""
-    return max(ranks // kv_heads, 1)
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """What the KV heads may be cut to: multiples of `align`, from `least` on."""
-
-    shape: AttentionShape
-    layout: str
-    merge: int | str
-    least: int
-    align: int
-    dropped: int  # whole blocks
-    ranks: int
-
-    @property
-    def is_free(self) -> bool:
-        """Whether each layer may have a width of its own."""
-        return self.layout == "per-layer"
-
-    def widest(self, merge: int) -> int:
-        """Channels of a head that stands for so many."""
-        return self.shape.head_dims[-1] * (1 if self.layout == "stock" else merge)
-
-    def cut(self, merge: int, kept: int) -> _Cut:
-        """With so many steps kept: of `align` channels of one layer, or of all."""
-        layers = self.shape.layers
-        channels = kept * self.align * (1 if self.is_free else layers)
-        return _Cut(1 - channels / (merge * self.narrowest * layers), merge, channels / (layers - self.dropped))
-
-    @property
-    def narrowest(self) -> int:
-        """Channels of the narrowest dense heads; wider ones are cut in proportion."""
-        return self.shape.head_dims[0]
-
-    @cached_property
-    def steps(self) -> list[tuple[int, range]]:
-        """For each number of KV heads that may become one, what of them may be kept, so that ratios ascend."""
-        shape = self.shape
-        if self.merge == AUTO:
-            return [(merge, self._steps(merge)) for merge in divisors(shape.shared_heads)]
-        merge = merge_of(self.merge, shape.shared_heads, shape.head_dims[-1], 1.0)  # refuses what does not divide
-        return [(self._for_ranks(merge), self._steps(merge))]
-
-    def _for_ranks(self, merge: int) -> int:
-        may_change = self.merge == AUTO and self.layout != "stock"
-        return for_ranks(merge, may_change, self.shape.shared_heads, self.ranks, lambda message: None)
-
-    def _steps(self, merge: int) -> range:
-        shape, unit = self.shape, self.shape.layers - self.dropped if self.is_free else 1
-        if self.layout == "stock":
-            left = shape.kv_heads // merge
-            can_be = merge > 1 and (left % self.ranks == 0 or self.ranks % left == 0)
-            return range(shape.head_dim, shape.head_dim + can_be)
-        most = merge * self.narrowest * unit - (not self.dropped)  # something must go
-        every = range(most // self.align, self.least // self.align * unit - 1, -1)
-
-        def merged(kept: int) -> int:
-            ratio = ratio_left(self.cut(merge, kept).ratio, shape.layers, self.dropped)
-            if self.merge == AUTO and ratio < 1e-9:  # as prune does where the others keep all
-                return 1
-            if self.merge == AUTO:
-                return self._for_ranks(merge_of(AUTO, shape.shared_heads, shape.head_dims[-1], ratio))
-            return merge if is_within(merge, shape.head_dims[-1], ratio) else 0
-
-        return every[bisect_left(every, merge, key=merged) : bisect_right(every, merge, key=merged)]
-
-    @property
-    def largest(self) -> _Cut:
-        """At the largest ratio."""
-        return max((self.cut(merge, kept[-1]) for merge, kept in self.steps if kept), default=_DENSE)
-
-
 @dataclass(frozen=True)
 class _Sizes:
     """Bytes, of a rank; usable: of the memory that may be used."""
 
-    weights: _Weights
+    weights: Weights
     itemsize: int
     usable: int
-    grid: _Grid
+    grid: Grid
 
-    def held(self, kv: float, cut: _Cut) -> float:
+    def held(self, kv: float, cut: Cut) -> float:
         """Of a cache of `kv` bytes with nothing removed, on one rank; layers count by their channels."""
         shape, ranks = self.grid.shape, self.grid.ranks
         stores = [shape.of(layer) for layer in shape.stores]
         copied = sum(own.kv_heads * own.head_dim * copies(own.kv_heads // cut.merge, ranks) for own in stores)
         return (1 - cut.ratio) * kv * copied / shape.channels / ranks
 
-    def parts(self, kv: float, cut: _Cut) -> dict[str, Any]:
+    def parts(self, kv: float, cut: Cut) -> dict[str, Any]:
         """What is held; kv: bytes of the cache with nothing removed."""
         weights, held = self.weights.kept(cut) * self.itemsize, self.held(kv, cut)
         total = math.ceil(round(weights + held, 3))  # a ratio is a rounded number
         return {"weights": round(weights), "kv_cache": round(held), "total": total, "fits": total <= self.usable}
 
-    def needed(self, kv: Callable[[int], float]) -> _Cut | None:
+    def needed(self, kv: Callable[[int], float]) -> Cut | None:
         """The least that must be removed so that it fits, None where nothing is enough; kv: bytes of the cache with
         nothing removed, by how many heads become one."""
         for merge, kept in self.grid.steps:
@@ -357,7 +166,7 @@ class _Sizes:
     def _fits(self, merge: int, kv: float, kept: int) -> bool:
         return self.parts(kv, self.grid.cut(merge, kept))["fits"]
 
-    def left(self, cut: _Cut) -> float:
+    def left(self, cut: Cut) -> float:
         """Bytes of a cache, nothing removed, for which there is room once the cut is made."""
         return max(self.usable - self.weights.kept(cut) * self.itemsize, 0) / self.held(1.0, cut)
 
@@ -375,16 +184,16 @@ def _quantized(sizes: _Sizes, dtype: torch.dtype, bits: int, kv: float, context:
         widths = range(grid.least, grid.widest(merge) + 1, grid.align)
         return max(map(held, widths), default=kv)
 
-    found = sizes.parts(max(map(held, grid.shape.head_dims)), _DENSE)
+    found = sizes.parts(max(map(held, grid.shape.head_dims)), DENSE)
     del found["weights"]
-    cut = _DENSE if found["fits"] else sizes.needed(worst)
+    cut = DENSE if found["fits"] else sizes.needed(worst)
     ratio, merge = (None, 1) if cut is None else (cut.ratio, cut.merge)
     return {"kv_bits": bits, **found, "ratio": ratio, "merge": merge}
 
 
 def _share_kept(sizes: _Sizes, kv: float) -> float:
     """kv: bytes of the dense cache with all tokens."""
-    left = sizes.left(_DENSE)
+    left = sizes.left(DENSE)
     return min(math.floor(left / kv / KEEP_STEP + 1e-9) * KEEP_STEP, 1.0)
 
 
