@@ -648,7 +648,7 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
         config_class = Config
         _supports_attention_backend = True
         _can_record_outputs = {**(dense_model._can_record_outputs or {}), "attentions": PrunedAttention}  # noqa: RUF012
-        _can_set_experts_implementation = _experts_of(dense_model)
+        _can_set_experts_implementation, set_experts_implementation = _experts_of(dense_model)
 
         def __init__(self, config):
             super().__init__(config.dense())
@@ -656,6 +656,7 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
             if hasattr(self, "rotary_emb"):
                 self.rotary_emb.register_forward_hook(with_still)  # once for all layers
             config._attn_implementation = self.config._attn_implementation
+            config._experts_implementation = self.config._experts_implementation
             self.config: Any = config
             words = WORDS | (config.words or {})
             layers: Any = self.get_submodule(words["layers"])
@@ -677,11 +678,12 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
     class ForCausalLM(dense_lm):
         config_class = Config
         _supports_attention_backend = True
-        _can_set_experts_implementation = _experts_of(dense_lm)
+        _can_set_experts_implementation, set_experts_implementation = _experts_of(dense_lm)
 
         def __init__(self, config):
             super().__init__(config.dense())
             config._attn_implementation = self.config._attn_implementation
+            config._experts_implementation = self.config._experts_implementation
             self.config: Any = config
             setattr(self, self.base_model_prefix, Model(config))
             self.post_init()
@@ -712,14 +714,23 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
             continue
         name = _head_name(auto, model_type)
         own = {"config_class": Config, "base_model_prefix": dense_lm.base_model_prefix, "__module__": __name__}
-        globals()[name] = type(name, (head,), own | {"_can_set_experts_implementation": _experts_of(head)})
+        names = ("_can_set_experts_implementation", "set_experts_implementation")
+        globals()[name] = type(name, (head,), own | dict(zip(names, _experts_of(head), strict=True)))
     return Config, Model, ForCausalLM
 
 
-def _experts_of(dense: Any) -> Any:
-    """Whether a twin's experts can run at once, as the family's. transformers reads it in the source of a class's
-    module, which here says nothing of them, and else loops over experts, which vLLM cannot compile."""
-    return classmethod(lambda _cls: dense._can_set_experts_implementation())
+def _experts_of(dense: Any) -> tuple[Any, Any]:
+    """How a twin's experts run: whether they can at once, as the family's, and what lets them. transformers reads the
+    one in the source of a class's module, which here says nothing of them, and else loops over experts, which vLLM
+    cannot compile; and it sets the other in the model's config, where experts have the dense one."""
+
+    def let(self, experts_implementation):
+        dense.set_experts_implementation(self, experts_implementation)
+        for module in self.modules():
+            if getattr(module, "config", None) is not None:
+                module.config._experts_implementation = self.config._experts_implementation
+
+    return classmethod(lambda _cls: dense._can_set_experts_implementation()), let
 
 
 def _dense_head(auto: Any, model_type: str) -> Any:
