@@ -70,6 +70,21 @@ def test_rounded_widths_are_on_the_grid_and_meet_the_total(ratios, head_dim, ali
     assert abs(1 - sum(widths) / (len(ratios) * head_dim) - ratio) <= 0.01
 
 
+@pytest.mark.parametrize("layers", [2, 6])
+def test_rounding_where_an_engine_lacks_widths(layers):
+    """One layer of 32 channels, of which a width may have up to 16 or all; whatever can be met is met."""
+    each = (LayerGrid(1, 16, None),) * (layers - 1) + (LayerGrid(1, 32, None),)
+    grid = Grid(layers, 16, 2, 4, 2, None, each, refused=lambda width: 16 < width < 32)
+    assert grid.widths_of(layers - 1) == [*range(4, 17, 2), 32]
+    every = [grid.widths_of(layer) for layer in range(layers)]
+    totals = {sum(widths) for widths in itertools.product(*every)}
+    for total in totals:
+        ratio = 1 - total / grid.total
+        widths = allocation.round_widths([ratio] * layers, ratio, grid)
+        assert sum(widths) == total
+        assert all(width in own for width, own in zip(widths, every, strict=True))
+
+
 def test_rounding_reaches_the_brute_force_total():
     """Of all combinations on a small grid, none is nearer to the asked total."""
     grid = Grid(4, 16, 2, 4, 2)
@@ -147,7 +162,7 @@ def test_no_layer_is_wider_than_kernels_take(layers, spread, ratio):
 
 
 def test_min_width_above_what_kernels_take_is_refused():
-    with pytest.raises(BadOption, match="lower it"):
+    with pytest.raises(BadOption, match=r"no width up to the 256 channels .* lower them"):
         Grid(2, 512, 8, 264, 2, 256)
 
 

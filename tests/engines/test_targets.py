@@ -4,7 +4,7 @@ import pytest
 
 import kvprune
 from kvprune.channels.choice.merging import for_ranks
-from kvprune.engines.targets import TARGETS, degrees, kernels, with_target
+from kvprune.engines.targets import TARGETS, degrees, kernels, refusals, with_target
 from kvprune.errors import BadOption
 
 SET = {
@@ -47,6 +47,7 @@ REFUSED = [
     ("vllm-cpu", {"min_width": 16}, "32 at least, not --min-width 16"),
     ("llama.cpp", {"layout": "per-layer"}, "stock and portable, not --layout per-layer"),
     ("vllm", {"depth": "auto"}, "no layer without attention, not --depth auto"),
+    ("vllm", {"drop_blocks": 1}, "no layer without attention, not --drop-blocks 1"),
     ("vllm", {"plan": "plan.json"}, "ask kvprune doctor"),
     ("tgi", {}, "choose transformers, vllm, vllm-cpu, llama.cpp"),
 ]
@@ -106,4 +107,43 @@ def test_kernels_by_hand():
         "FlashInfer": "not with 48, 96",
         "Triton": "pads 48 as 64, 96 as 128",
     }
-    assert kernels([320])["FlashAttention"] == "not with 320"
+    assert kernels([64, 512]) == {
+        "FlashAttention": "not with 512, except on Hopper (its version 4)",
+        "FlashInfer": "as it is",
+        "Triton": "as it is",
+    }
+    assert kernels([520])["FlashAttention"] == "not with 520"
+
+
+PLAIN = {"layout": "per-layer", "has_sinks": False, "is_hybrid": False}
+SINKS = "does not find the sinks in a pruned model's attention; take transformers"
+MIXED = "runs no pruned model some of whose layers never had attention; take transformers"
+NO_SUCH = "; prune again with --target vllm-cpu, or take transformers"
+
+
+@pytest.mark.parametrize(
+    ("name", "about", "expected"),
+    [
+        ("vllm", {"widths": [32, 256, 512]}, []),
+        (
+            "vllm",
+            {"widths": [520]},
+            ["has no attention for heads of 520 channels; prune again with --target vllm, or "],
+        ),
+        ("vllm-cpu", {"widths": [72, 64, 40, 72]}, [f"has no attention for heads of 40, 72 channels{NO_SUCH}"]),
+        (
+            "vllm-cpu",
+            {"widths": [0, 384]},
+            ["runs no layer without", f"has no attention for heads of 384 channels{NO_SUCH}"],
+        ),
+        ("vllm", {"has_sinks": True, "is_hybrid": True}, [MIXED, SINKS]),
+        ("vllm", {"has_sinks": True, "layout": "stock"}, []),  # vLLM's own class, which knows them
+        ("llama.cpp", {"is_hybrid": True}, [MIXED]),
+        ("transformers", {"has_sinks": True, "is_hybrid": True, "widths": [0, 2, 1024]}, []),
+    ],
+)
+def test_what_an_engine_refuses(name, about, expected):
+    found = list(refusals(name, **PLAIN | about))
+    assert len(found) == len(expected)
+    for sentence, words in zip(found, expected, strict=True):
+        assert sentence.startswith(f"{name} {words}")

@@ -1,4 +1,5 @@
-"""With kvprune installed beside vLLM a folder is served without any flag, in all of vLLM's processes.
+"""With kvprune installed beside vLLM a folder is served without any flag, in all of vLLM's processes; and what doctor
+takes vLLM for is what vLLM says of itself.
 
 The environment has no kvprune: it is installed into a folder of the test's own, which PYTHONPATH names.
 """
@@ -13,6 +14,7 @@ from served import ask, gaps
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = Path(os.environ.get("KVPRUNE_TEST_TINY", "missing"))
+FOLDER, EXPERTS = FOLDERS / "phi3", FOLDERS / "gemma4_text-experts"
 LISTS = """
 from importlib.metadata import entry_points
 from transformers import CONFIG_MAPPING
@@ -31,6 +33,25 @@ for model_type, (config, _, lm) in modeling.TWINS.items():
     kind = "TransformersMoEForCausalLM" if experts else "TransformersForCausalLM"
     assert ModelRegistry.models[lm.__name__].class_name == kind, model_type
     ModelRegistry.models[lm.__name__].load_model_cls()
+"""
+
+WIDTHS = """
+from vllm.v1.attention.backends import flash_attn
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+from kvprune.engines.targets import FLASH_ATTENTION, FLASH_ATTENTION_4, TARGETS, VLLM_CPU
+
+def taken(backend):
+    return [width for width in range(1, 2048) if backend.supports_head_size(width)]
+
+assert taken(CPUAttentionBackend) == list(VLLM_CPU)
+target = TARGETS["vllm"]
+for newest, widest in ((3, FLASH_ATTENTION[-1]), (4, FLASH_ATTENTION_4)):
+    flash_attn.is_fa_version_supported = lambda version: version <= newest
+    assert taken(flash_attn.FlashAttentionBackend) == list(range(8, widest + 1, 8))
+assert target.most == FLASH_ATTENTION_4
+assert target.least == taken(TritonAttentionBackend)[0]
+assert set(taken(TritonAttentionBackend)) >= {width for width in range(1, 2048) if not target.refused(width)}
 """
 
 
@@ -57,4 +78,19 @@ def test_a_folder_is_served_without_a_flag(family, installed, tmp_path):
 
 def test_without_kvprune_the_code_of_the_folder_is_refused(tmp_path):
     with pytest.raises(subprocess.CalledProcessError):
-        ask(FOLDERS / "phi3", tmp_path, "plugin")
+        ask(FOLDER, tmp_path, "plugin")
+
+
+def test_the_widths_that_doctor_judges_by(installed):
+    """FlashInfer is not there on a CPU."""
+    subprocess.run([sys.executable, "-c", WIDTHS], check=True, env=os.environ | {"PYTHONPATH": installed})
+
+
+def test_experts_that_vllm_alone_stops_at(installed, tmp_path, capfd):
+    """As doctor says of Gemma 4's; where the folder's own code runs, doctor is wrong. One layer has heads of 512."""
+    difference, gap = gaps(EXPERTS, ask(EXPERTS, tmp_path, "plugin", PYTHONPATH=installed))
+    assert difference < 1e-3
+    assert gap < 1e-3
+    with pytest.raises(subprocess.CalledProcessError):
+        ask(EXPERTS, tmp_path)
+    assert "assert top_k is not None" in "".join(capfd.readouterr())

@@ -47,6 +47,15 @@ FOLDERS = {  # name -> model_type, what its config says beside the sizes, how it
         },
         {"ratio": 0.5, "align": 32},
     ),
+    # heads as wide as the real ones, of which one layer keeps all 512 channels; and experts
+    "gemma4_text-experts": (
+        "gemma4_text",
+        {
+            **{"head_dim": 256, **OTHER_HEADS, "global_head_dim": 512, **SLIDING},
+            **{"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+        },
+        {"ratio": 0.125, "target": "vllm-cpu"},
+    ),
     "phi3": ("phi3", {"hidden_size": 256}, UNIFORM),  # fused projections
     "glm": ("glm", {"head_dim": 64, "partial_rotary_factor": 0.5}, UNIFORM),  # interleaved and partial RoPE
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 64}, UNIFORM),  # RoPE, then a norm

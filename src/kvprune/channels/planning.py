@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -22,6 +22,7 @@ from kvprune.channels.widths.blocks import Dropped, choose_blocks, skipping
 from kvprune.channels.widths.depth import choose_depth, masked_loss, widths_without
 from kvprune.channels.widths.estimate import estimate_sensitivity
 from kvprune.channels.widths.sensitivity import Probe, measure_sensitivity, probe_width
+from kvprune.engines.targets import find_target
 from kvprune.errors import BadOption, PlanMismatch
 from kvprune.models.attention import AttentionShape, rope_pairs
 from kvprune.models.source import Source
@@ -32,8 +33,8 @@ from kvprune.versions import versions
 BUDGET_PROBES = (0.25, 0.5, 0.75)  # shares of a block's channels that `budget` probes
 
 
-def grid_of(s: Settings, view: ModelView, merge: int) -> allocation.Grid:
-    """The widths that a layer can have. Raises BadOption."""
+def grid_of(s: Settings, view: ModelView, merge: int, target: str | None = None) -> allocation.Grid:
+    """The widths that a layer can have, for an engine, if one is named. Raises BadOption."""
     shape, unit = view.shape, view.units.shape[1]
 
     def widest(head_dim: int) -> int | None:
@@ -46,7 +47,8 @@ def grid_of(s: Settings, view: ModelView, merge: int) -> allocation.Grid:
         if shape.per_layer
     )
     channels = shape.head_dim * merge
-    return allocation.Grid(len(stores), channels, s.align, s.min_width, unit, widest(shape.head_dim), tuple(each))
+    grid = allocation.Grid(len(stores), channels, s.align, s.min_width, unit, widest(shape.head_dim), tuple(each))
+    return grid if target is None else replace(grid, refused=find_target(target).refused)
 
 
 def reachable(s: Settings, grid: allocation.Grid) -> None:

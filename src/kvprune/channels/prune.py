@@ -23,7 +23,7 @@ from kvprune.channels.record import memory_of, record_of
 from kvprune.channels.repair.refit import Refitted, refit, split
 from kvprune.channels.room import find_room
 from kvprune.channels.settings import Settings, with_preset
-from kvprune.engines.targets import check_mixed, with_target
+from kvprune.engines.targets import refusals, with_target
 from kvprune.errors import BadOption, NotFinite, PlanMismatch, UnreachableRatio
 from kvprune.measure import memory
 from kvprune.measure.fit import fit
@@ -244,12 +244,12 @@ class _Run:
             if tokenizer is None and not isinstance(source, InMemory):
                 tokenizer = load_tokenizer(source)
             view = ModelView(skeleton(source, self.device, s.dtype))
-            check_mixed(self.target, view.shape.attention_layers is not None)
+            self._check_target(view)
         if source.is_wrapper:
             wrapper = source.settings["model_type"]
             self.progress.say(f"the text model of {wrapper} alone; what it has for images is left out")
         merge = given.merge if given is not None else choose_merge(s, view.shape, self.progress.say)
-        grid = grid_of(s, view, merge)
+        grid = grid_of(s, view, merge, self.target)
         if given is None:
             reachable(s, grid)
         else:
@@ -313,6 +313,12 @@ class _Run:
         journal.close()
         remember(pruned, tokenizer, plan.to_json(), saved)
         return Pruned(None if room.streamed else pruned, tokenizer, plan, saved)
+
+    def _check_target(self, view: ModelView) -> None:
+        """Raise BadOption for an engine that would refuse what comes of this model."""
+        if self.target is not None:
+            for why in refusals(self.target, is_hybrid=view.shape.attention_layers is not None):
+                raise BadOption(f"--target {why}")
 
     def _identity(self, view: ModelView, texts: Texts) -> dict[str, Any]:
         """What must be the same for an unfinished run to go on: the settings, and what they led to."""

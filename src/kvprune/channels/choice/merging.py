@@ -6,7 +6,7 @@ from kvprune.errors import BadOption, UnreachableRatio
 from kvprune.models.attention import AttentionShape
 
 AUTO = "auto"
-WIDEST = 256  # channels of a head that FlashAttention, and so vLLM, takes; a model with wider ones has another
+WIDEST = 256  # channels of a head that all of FlashAttention takes; a model with wider ones has another kernel
 
 
 def asked_merge(given: int | str) -> int | str:

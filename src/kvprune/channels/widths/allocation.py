@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Grid:
 
     unit: channels that leave Q and K together; `align` must be a multiple of it. widest: a limit of attention kernels,
     for heads that can become wider than they were; None: no limit. each: what each layer has, where layers differ;
-    head_dim and widest are then of no layer.
+    head_dim and widest are then of no layer. refused: whether the engine that is pruned for has no such width.
     """
 
     layers: int
@@ -37,6 +37,7 @@ class Grid:
     unit: int
     widest: int | None = None
     each: tuple[LayerGrid, ...] = ()
+    refused: Callable[[int], bool] = lambda width: False
 
     def __post_init__(self) -> None:
         if self.align < 1 or self.align % self.unit:
@@ -45,9 +46,9 @@ class Grid:
             if not 1 <= self.min_width <= channels:
                 raise BadOption(f"--min-width {self.min_width} must lie between 1 and a KV head's {channels} channels")
             if not self._widths(channels, widest):
+                limit = "" if widest is None else f" up to the {widest} channels that attention kernels take"
                 raise BadOption(
-                    f"--min-width {self.min_width} leaves no width up to the {widest} channels that attention kernels "
-                    "take; lower it"
+                    f"--min-width {self.min_width} and --align {self.align} leave no width{limit}; lower them"
                 )
 
     @property
@@ -68,7 +69,7 @@ class Grid:
     def _widths(self, channels: int, widest: int | None) -> list[int]:
         first = math.ceil(self.min_width / self.align) * self.align
         found = [*range(first, channels, self.align), channels]
-        return [width for width in found if widest is None or width <= widest]
+        return [width for width in found if (widest is None or width <= widest) and not self.refused(width)]
 
     @property
     def total(self) -> int:
@@ -148,8 +149,9 @@ def _clipped(ratios: list[float], mean: float, top: float) -> list[float]:
 def round_widths(ratios: Sequence[float], ratio: float, grid: Grid) -> list[int]:
     """Ratios per layer -> widths on the grid, whose sum is as near to the asked total as the grid allows.
 
-    Every layer is first rounded down; then the one that fell furthest short of its wish is raised, until the total is
-    reached. Raises UnreachableRatio when the total stays further off than 1 % of the dense bytes.
+    Every layer is first rounded down; then the one that fell furthest short of its wish is raised, of those whose next
+    width is not too far, until the total is reached. Raises UnreachableRatio when the total stays further off than 1 %
+    of the dense bytes.
     """
     grid.check(ratio)
     layers, widths = range(grid.layers), [grid.widths_of(layer) for layer in range(grid.layers)]
@@ -164,18 +166,21 @@ def round_widths(ratios: Sequence[float], ratio: float, grid: Grid) -> list[int]
     def total() -> int:
         return sum(heads[layer] * width(layer) for layer in layers)
 
-    while True:
-        open_layers = [i for i in layers if level[i] + 1 < len(widths[i])]
-        if not open_layers or total() >= target - 1e-9:
+    def step(layer: int, up: int) -> int:
+        """The channels from a layer's width to the next one, or to the one before; of all its heads."""
+        return heads[layer] * abs(widths[layer][level[layer] + up] - width(layer))
+
+    # Some widths may be far from the next: what would lead away from the target is left as it is
+    while (missing := target - total()) > 1e-9:
+        nearer = [i for i in layers if level[i] + 1 < len(widths[i]) and step(i, 1) <= 2 * missing]
+        if not nearer:
             break
-        best = max(open_layers, key=lambda i: (wish[i] - width(i), -i))
-        step = heads[best] * (widths[best][level[best] + 1] - width(best))
-        if total() + step - target > target - total():
+        level[max(nearer, key=lambda i: (wish[i] - width(i), -i))] += 1
+    while (excess := total() - target) > grid.align * max(heads) / 2:  # the minimum width held layers above their wish
+        nearer = [i for i in layers if level[i] > 0 and step(i, -1) < 2 * excess]
+        if not nearer:
             break
-        level[best] += 1
-    while total() - target > grid.align * max(heads) / 2:  # layers that the minimum width held above their wish
-        high = max((i for i in layers if level[i] > 0), key=lambda i: (width(i) - wish[i], i))
-        level[high] -= 1
+        level[max(nearer, key=lambda i: (width(i) - wish[i], i))] -= 1
     achieved = 1 - total() / grid.total
     if abs(achieved - ratio) > TOLERANCE:
         per_step = grid.align * max(heads) / grid.total

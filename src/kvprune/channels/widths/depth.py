@@ -6,6 +6,7 @@ least in truth, all cuts at once, on the probed text; more layers are tried unti
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
@@ -29,8 +30,7 @@ def widths_without(dropped: Sequence[int], ratio: float, grid: Grid) -> list[int
     """Widths of all layers, 0 for those without attention, as even as the grid allows, with the asked total. Raises
     UnreachableRatio where what is left is too wide or too narrow."""
     own, left = ratio_left(ratio, grid.layers, 0, len(dropped)), grid.layers - len(dropped)
-    inner = Grid(left, grid.head_dim, grid.align, grid.min_width, grid.unit, grid.widest)
-    widths = iter(round_widths(uniform(left, own), own, inner))
+    widths = iter(round_widths(uniform(left, own), own, replace(grid, layers=left)))
     return [0 if layer in set(dropped) else next(widths) for layer in range(grid.layers)]
 
 
