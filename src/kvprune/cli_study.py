@@ -7,6 +7,7 @@ import typer
 
 import kvprune
 from kvprune.cli_options import (
+    TEXT_KINDS,
     AsPrune,
     Device,
     Dtype,
@@ -32,7 +33,7 @@ def study_calibration(
     out: Out,
     texts: Annotated[
         list[str] | None,
-        typer.Option("--text", help="text name, file, or self, repeatable  [default: wikitext2, ptb and self]"),
+        typer.Option("--text", help=f"{TEXT_KINDS}, or self, repeatable  [default: wikitext2, ptb and self]"),
     ] = None,
     tokens: Annotated[
         list[int] | None, typer.Option(help="how much of it, repeatable  [default: 2048 and 16384]")
@@ -48,7 +49,7 @@ def study_calibration(
     min_width: Annotated[int | None, AsPrune] = None,
     eval: Annotated[
         list[str] | None,
-        typer.Option(help="text name or file, repeatable  [default: the test splits of the named texts]"),
+        typer.Option(help=f"{TEXT_KINDS}, repeatable  [default: the test splits of the named texts]"),
     ] = None,
     eval_tokens: EvalTokens = 16384,
     window: Annotated[int, typer.Option(help="evaluation window")] = 512,

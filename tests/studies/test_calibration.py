@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import kvprune
 from kvprune import cli, errors
 from kvprune.studies import calibration
+from tiny import tiny_tokenizer, words
 
 SMALL = {"eval_tokens": 128, "window": 32, "device": "cpu", "allocation": "uniform"}
 GRID = {"texts": ("ptb", "self"), "tokens": (512, 256), "seeds": 2, "eval": ("wikitext2",), **SMALL}
@@ -77,6 +79,107 @@ def test_a_study(checkpoint, texts, tmp_path):
             assert cell["perplexity"] == direct(tmp_path / "rest.txt", cell["tokens"], 0)
     values = [cell["perplexity"][0]["pruned"] for cell in report["cells"]]
     assert len(set(values)) == len(values)
+
+
+CHATS = [
+    [{"role": "user", "content": words(30, seed)}, {"role": "assistant", "content": words(60, seed + 1000)}]
+    for seed in range(20)
+]
+DOCUMENTS = [words(120, seed) for seed in range(15)]
+IDS = torch.randint(3, 300, (1500,), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def chatting(checkpoint, tmp_path):
+    """The checkpoint, and its tokenizer with a chat template."""
+    folder = shutil.copytree(checkpoint, tmp_path / "chatting")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>\n{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_texts_of_every_kind(chatting, texts, tmp_path):
+    """Each cell is what prune makes of the same text without what stands before the stretch, cut off here."""
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": chat}) for chat in CHATS))
+    given = [DOCUMENTS, CHATS, f"chat:{file}", IDS, IDS.view(-1, 50)]
+    options = {"repair": "rotate", "tokens": (250,), "seeds": 2, **SMALL}
+    report = kvprune.study_calibration(chatting, tmp_path / "out", texts=given, eval=[DOCUMENTS[:9], "ptb"], **options)
+    names = [name.split(", sha256 ")[0] for name in report["texts"]]
+    assert names == ["15 strings", "20 conversations", f"chat:{file}", "1500 token ids", "30 windows of 50 token ids"]
+    assert [row["overlap"] for row in report["summary"]] == [0] * 10
+    judged = report["eval"]
+    assert [name.split(", sha256 ")[0] for name in judged] == ["9 strings", "ptb"]
+    whole = "\n\n".join(DOCUMENTS)
+    rest = (  # behind the first piece of a stretch
+        lambda first: [whole[first:]],
+        lambda first: CHATS[first:],
+        lambda first: CHATS[first:],
+        lambda first: IDS[first:],
+        lambda first: IDS.view(-1, 50)[first:],
+    )
+    size = {"calibration_tokens": 250, "repair_tokens": 250, "windows": (32,), "eval_tokens": 128}
+    more = {"repair": "rotate", "device": "cpu", "allocation": "uniform", "eval": [DOCUMENTS[:9], "ptb"]}
+    found = []
+    for number, cell in enumerate(report["cells"]):
+        text, seed = number // 2, number % 2
+        assert (cell["text"], cell["seed"]) == (report["texts"][text], seed)
+        assert cell["unit"] == ("character", "conversation", "conversation", "token", "window")[text]
+        parts = (len(whole), 20, 20, 1500, 30)[text]
+        assert cell["first"] == pytest.approx(seed * parts // 2, abs=10 if text == 0 else 0)
+        assert cell["first_character"] == (cell["first"] if text == 0 else None)
+        pruned = kvprune.prune(chatting, calibration=rest[text](cell["first"]), **size, **more)
+        assert cell["perplexity"] == pruned.record["perplexity"]
+        found.append(cell["perplexity"][0]["pruned"])
+    assert found[2:4] == found[4:6]  # the same conversations
+    assert len(set(found)) == 8
+    again = kvprune.study_calibration(
+        chatting, tmp_path / "out", texts=(one for one in given), eval=[DOCUMENTS[:9], "ptb"], resume=True, **options
+    )
+    assert again == report
+    with pytest.raises(errors.OutputExists, match="texts"):
+        kvprune.study_calibration(
+            chatting, tmp_path / "out", texts=[DOCUMENTS[1:], *given[1:]], eval=["ptb"], resume=True, **options
+        )
+
+
+WRONG = {
+    "conversations, no template": ({"texts": [CHATS]}, "has no chat template"),
+    "a whole conversation": ({"texts": [{"messages": CHATS[0]}]}, "the calibration text is a list of conversations"),
+    "numbers": ({"texts": [[1, 2]]}, "row 1 of the calibration text is a int"),
+    "floats": ({"texts": torch.zeros(3)}, "the calibration text is a tensor of torch.float32"),
+    "an id too high": ({"texts": torch.full((900,), 300)}, "has the token id 300, but the model's embedding has 300"),
+    "few ids": ({"texts": IDS[:200]}, "200 token ids, sha256 .* has 200 tokens, but 256 are needed"),
+    "long windows": ({"texts": IDS.view(-1, 300)}, "the model takes windows of 128 tokens"),
+    "one window alone": ({"texts": IDS[:1300].view(-1, 130)[:, :128], "tokens": (255,)}, "give at least 256"),
+    "less than a window": ({"texts": IDS.view(-1, 100), "tokens": (99,), "repair": "rotate"}, "give at least 100"),
+    "nothing to judge on": ({"texts": [DOCUMENTS], "eval": ()}, "give one to judge on with --eval"),
+    "judged on the same strings": ({"texts": [DOCUMENTS], "eval": [DOCUMENTS]}, "is calibrated on; judge on another"),
+    "judged on the file of them": ({"texts": [DOCUMENTS], "eval": "same.txt"}, "is calibrated on; judge on another"),
+    "judged on the same ids": ({"texts": IDS, "eval": [IDS.clone()]}, "is calibrated on; judge on another"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG.values(), ids=WRONG)
+def test_kinds_that_are_refused(checkpoint, texts, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "same.txt").write_text("\n\n".join(DOCUMENTS))
+    with pytest.raises(errors.KVPruneError, match=message) as caught:
+        kvprune.study_calibration(
+            checkpoint, tmp_path / "out", **{"eval": ("ptb",), "tokens": (256,), "seeds": 1, **SMALL, **options}
+        )
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_and_conversations(command, chatting, texts, tmp_path):
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, CHATS)))
+    given = ["--text", f"chat:{tmp_path / 'chats.jsonl'}", "--seeds", 1, "--eval", "ptb", *SMALL_OPTIONS]
+    code, out, err = command("study", "calibration", chatting, "--out", tmp_path / "a", *given)
+    assert code == 0, err
+    assert "chats.jsonl" in out
+    assert (tmp_path / "a" / "study.png").stat().st_size > 0
 
 
 def test_kill_and_resume(checkpoint, texts, tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ read the same `tokens` tokens, so that the size means the size. Nothing but the 
 """
 
 import hashlib
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,10 +32,10 @@ from kvprune.runtime.files import writing_to
 from kvprune.studies import plot
 from kvprune.studies.journal import PICTURE, StudyJournal
 from kvprune.studies.noted import Noted
-from kvprune.studies.stretches import Stretches, find_stretches
+from kvprune.studies.stretches import Pieces, Stretches, find_stretches, pieces_of
 from kvprune.studies.summary import summarise
-from kvprune.text.corpus import SELF, is_file, read_text, text_names
-from kvprune.text.windows import token_ids, windows
+from kvprune.text.corpus import SELF, is_file
+from kvprune.text.judged import GivenTexts, find_texts, judged_windows, same
 from kvprune.versions import versions
 
 _OWN = ("calibration", "calibration_tokens", "repair_tokens", "seed", "plan", "windows")  # what the study decides
@@ -46,10 +45,10 @@ def study_calibration(
     source: str | Path,
     out: str | Path,
     *,
-    texts: Sequence[str | Path] = ("wikitext2", "ptb", SELF),
+    texts: GivenTexts = ("wikitext2", "ptb", SELF),
     tokens: Sequence[int] = (2048, 16384),
     seeds: int = 3,
-    eval: Sequence[str | Path] = (),
+    eval: GivenTexts = (),
     eval_tokens: int = 16384,
     window: int = 512,
     resume: bool = False,
@@ -79,22 +78,24 @@ def study_calibration(
 ) -> dict[str, Any]:
     """Prune `source` once for every text, size and seed, and report the spread of perplexity, pruned / dense.
 
-    texts: names, files, or "self". tokens: sizes. seeds: how many of each. eval: texts that all cells are judged on
-    (default: the test splits of the named ones). preset to trust_remote_code: as in `prune`.
+    texts: one text, or a list of them, each of any kind that `prune` calibrates on: names, files, "self", "chat:FILE",
+    "hub:..."; strings as a list within the list, token ids or windows as tensors, conversations. tokens: sizes. seeds:
+    how many of each. eval: texts that all cells are judged on, of these kinds (default: the test splits of the named
+    ones). preset to trust_remote_code: as in `prune`.
     Writes out/study.jsonl (a cell a line, as they finish), study.json (the report, which is returned) and study.png.
     Raises a KVPruneError before anything is pruned or written for whatever can be known by then.
     """
     options = with_preset(preset, given_of(Settings, locals()))
-    options |= {"eval": text_names(eval), "windows": (window,)}
-    return _Study(options, out, texts, tokens, seeds, resume, progress).run()
+    options |= {"windows": (window,)}
+    return _Study(options, out, texts, eval, tokens, seeds, resume, progress).run()
 
 
 class _Study:
     """The checks, then the cells, then the report."""
 
-    def __init__(self, options: dict[str, Any], out, texts, tokens, seeds: int, resume: bool, progress) -> None:
+    def __init__(self, options: dict[str, Any], out, texts, eval, tokens, seeds: int, resume: bool, progress) -> None:
         check_matplotlib()
-        self.texts = list(dict.fromkeys(text_names(texts)))
+        self.texts = {text.known_as: text for text in find_texts(texts, "calibration")}
         self.sizes = sorted(set(tokens))
         self.seeds = seeds
         self.progress: Progress = progress or Progress()
@@ -104,8 +105,12 @@ class _Study:
             raise BadOption(f"--seeds {seeds} is too few: give at least 1")
         if self.sizes[0] < 2:
             raise BadOption(f"--tokens {self.sizes[0]} is too few: give at least 2")
-        self.options = options | {"eval": self._judged(options["eval"])}
-        checked = Settings(**self.options, calibration_tokens=self.sizes[0], repair_tokens=self.sizes[0])
+        self.judged = find_texts(eval) or tuple(text for text in self.texts.values() if not text.judges)
+        if not self.judged:
+            raise BadOption("none of the texts has a test split; give one to judge on with --eval")
+        self.options = options | {"eval": self.judged}
+        names = {"eval": tuple(text.known_as for text in self.judged)}
+        checked = Settings(**options | names, calibration_tokens=self.sizes[0], repair_tokens=self.sizes[0])
         if not checked.ratio > 0:
             raise BadOption(f"--ratio {checked.ratio:g} removes nothing to study; give one above 0")
         self.settings = checked
@@ -114,18 +119,11 @@ class _Study:
         self._check_reachable(config)
         self._check_windows(config)
         tokenizer = load_tokenizer(self.source)
-        self.contents: dict[str, str] = {}
+        self.pieces: dict[str, Pieces] = {}
         self.stretches = self._find_stretches(tokenizer, config.vocab_size)
-        judged = self._check_evaluation(tokenizer, config)
-        self.journal = StudyJournal(Path(out), self._identity(judged), resume)
-
-    def _judged(self, names: Sequence[str]) -> tuple[str, ...]:
-        """The texts that all cells are judged on."""
-        named_texts = [text for text in self.texts if text != SELF and not is_file(text)]
-        judged = list(dict.fromkeys(names)) or named_texts
-        if not judged:
-            raise BadOption("files and self have no test split; name a text to judge on with --eval")
-        return tuple(judged)
+        read = {name: _sha256(pieces) for name, pieces in self.pieces.items()}
+        judged = self._check_evaluation(tokenizer, config, read)
+        self.journal = StudyJournal(Path(out), self._identity(read, judged), resume)
 
     def _resolve(self, s: Settings) -> Source:
         find_device(s.device)
@@ -145,44 +143,47 @@ class _Study:
         reachable(self.settings, grid_of(self.settings, view, merge))
 
     def _check_windows(self, config: PreTrainedConfig) -> None:
-        """Refit holds out some of the windows: the smallest size must have two."""
-        s = self.settings
-        length = min(s.calibration_window, config.get_text_config().max_position_embeddings)
-        if s.refits and self.sizes[0] < 2 * length:
-            raise BadOption(
-                f"--tokens {self.sizes[0]} is too few for --repair {s.repair}, which needs two windows of {length}: "
-                f"give at least {2 * length}"
-            )
+        """Refit holds out some of the windows: the smallest size must have two, and where windows were given, one."""
+        s, limit = self.settings, config.get_text_config().max_position_embeddings
+        for text in self.texts.values():
+            text.check_fits(limit)
+            length = text.row or min(s.calibration_window, limit)
+            few = f"--tokens {self.sizes[0]} is too few for"
+            if s.refits and self.sizes[0] < 2 * length:
+                needs = f"--repair {s.repair}, which needs two windows of {length}: give at least {2 * length}"
+                raise BadOption(f"{few} {needs}")
+            if text.row is not None and self.sizes[0] < text.row:
+                raise BadOption(f"{few} {text.name}: give at least {text.row}")
 
     def _find_stretches(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[tuple[str, int], Stretches]:
         """By (text, tokens), largest size first: a text that is too short is found out at once."""
         found = {}
-        for name in self.texts:
+        for name, text in self.texts.items():
             if name == SELF and not is_file(name):
                 continue
-            self.contents[name] = text = read_text(name, "valid")
+            self.pieces[name] = pieces = pieces_of(text, tokenizer)
             for size in reversed(self.sizes):
                 what = f"the calibration text {name}"
-                found[name, size] = find_stretches(text, tokenizer, size, self.seeds, what)
+                found[name, size] = find_stretches(pieces, text.whole(size), self.seeds, what)
                 for start, end in found[name, size].spans:
-                    check_ids(token_ids(text[start:end], tokenizer), rows, what)
+                    check_ids(pieces.ids(start, end), rows, what)
         return found
 
-    def _check_evaluation(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> dict[str, str]:
-        """The sha256 of every evaluation text, which is long enough."""
+    def _check_evaluation(
+        self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, read: dict[str, str]
+    ) -> dict[str, str]:
+        """The sha256 of every evaluation text, which is long enough and none of those that are read."""
         s, found = self.settings, {}
-        limit = config.get_text_config().max_position_embeddings
-        length = min(s.windows[0], limit, s.eval_tokens)
-        for name in s.eval:
-            text = read_text(name, "test")
-            if text in self.contents.values():
+        length = min(s.windows[0], config.get_text_config().max_position_embeddings, s.eval_tokens)
+        for text in self.judged:
+            ((name, pages),) = judged_windows([text], tokenizer, [length], s.eval_tokens)
+            check_ids(pages, config.vocab_size, f"the evaluation text {name}")
+            found[name] = _sha256(pieces_of(text, tokenizer, "test"))
+            if found[name] in read.values() or any(same(text, one) for one in self.texts.values()):
                 raise BadOption(f"--eval {name} is calibrated on; judge on another text")
-            what = f"the evaluation text {name}"
-            check_ids(windows(text, tokenizer, length, s.eval_tokens, what), config.vocab_size, what)
-            found[name] = _sha256(text)
         return found
 
-    def _identity(self, judged: dict[str, str]) -> dict[str, Any]:
+    def _identity(self, read: dict[str, str], judged: dict[str, str]) -> dict[str, Any]:
         """What must be the same for an unfinished study to go on."""
         s = self.settings
         fixed = {name: value for name, value in s.as_json().items() if name not in _OWN and name != "eval"}
@@ -191,11 +192,11 @@ class _Study:
             **fixed,
             "device": str(find_device(s.device)),
             "window": s.windows[0],
-            "texts": self.texts,
+            "texts": list(self.texts),
             "tokens": self.sizes,
             "seeds": self.seeds,
             "eval": list(s.eval),
-            "calibration_sha256": {name: _sha256(text) for name, text in self.contents.items()},
+            "calibration_sha256": read,
             "eval_sha256": judged,
             "versions": versions(),
         }
@@ -221,17 +222,14 @@ class _Study:
     def _cell(self, text: str, size: int, seed: int, advance: Callable[..., None]) -> dict[str, Any]:
         """One prune."""
         start = time.perf_counter()
-        inner = Noted(self.progress, advance, f"{Path(text).name} {size:,} #{seed}")
-        first = None
-        with tempfile.TemporaryDirectory(prefix="kvprune-study-") as folder:
-            given: dict[str, Any] = {"calibration": SELF, "seed": seed}
-            if (text, size) in self.stretches:
-                first, _ = self.stretches[text, size].spans[seed]
-                path = Path(folder) / "stretch.txt"  # to the text's end: prune reads `size` tokens of it
-                with writing_to(path.parent):
-                    path.write_text(self.contents[text][first:], encoding="utf-8")
-                given = {"calibration": str(path), "seed": 0}
-            result = prune(progress=inner, calibration_tokens=size, repair_tokens=size, **given, **self.options)
+        inner = Noted(self.progress, advance, f"{plot.short(text)} {size:,} #{seed}")
+        given: dict[str, Any] = {"calibration": SELF, "seed": seed}
+        first = unit = None
+        if text in self.pieces:
+            pieces = self.pieces[text]
+            first, unit = self.stretches[text, size].spans[seed][0], pieces.unit
+            given = {"calibration": pieces.behind(first), "seed": 0}  # to the text's end: prune reads `size` tokens
+        result = prune(progress=inner, calibration_tokens=size, repair_tokens=size, **given, **self.options)
         record = result.record
         del result
         memory.release()
@@ -239,7 +237,9 @@ class _Study:
             "text": text,
             "tokens": size,
             "seed": seed,
-            "first_character": first,
+            "first": first,
+            "unit": unit,
+            "first_character": first if unit == "character" else None,
             "ratio_achieved": record["ratio_achieved"],
             "widths": record["widths"],
             "merge": record["merge"],
@@ -265,5 +265,5 @@ class _Study:
         }
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+def _sha256(pieces: Pieces) -> str:
+    return hashlib.sha256(pieces.content).hexdigest()

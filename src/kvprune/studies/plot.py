@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from kvprune.text.given import CHAT
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito
 _MARKERS = "osD^vPX"
 _MARGIN = 1.35  # the axis goes on by this factor at both ends
@@ -26,13 +28,13 @@ def draw(report: dict[str, Any], path: Path) -> None:
             continue
         for number, text in enumerate(texts):
             rows = [row for row in report["summary"] if (row["eval"], row["text"]) == (judged[index], text)]
-            handles[_short(text)] = _line(axes, rows, number, 0.015 * (number - (len(texts) - 1) / 2))
+            handles[short(text)] = _line(axes, rows, number, 0.015 * (number - (len(texts) - 1) / 2))
         handles["dense"] = axes.axhline(1, color="0.35", linewidth=1, linestyle="--")
         _frame(axes, report, judged[index], first=index % columns == 0)
     _limits(panels[0, 0], [row[end] for row in report["summary"] for end in ("min", "max")])
     seeds = f"{report['seeds']} seeds: mean, band from min to max" if report["seeds"] > 1 else "1 seed"
     figure.suptitle(
-        f"{_short(report['source'])}, {report['ratio']:.0%} of the KV cache removed, repair {report['repair']}\n"
+        f"{short(report['source'])}, {report['ratio']:.0%} of the KV cache removed, repair {report['repair']}\n"
         f"what the calibration text does to perplexity ({seeds})",
         fontsize=11,
     )
@@ -65,7 +67,7 @@ def _frame(axes, report: dict[str, Any], judged: str, first: bool) -> None:
     axes.set_xlabel("calibration tokens")
     if first:
         axes.set_ylabel("perplexity, pruned / dense")
-    axes.set_title(f"judged on {_short(judged)} (dense: {report['dense'][judged]:.2f})", fontsize=10)
+    axes.set_title(f"judged on {short(judged)} (dense: {report['dense'][judged]:.2f})", fontsize=10)
     axes.grid(axis="y", color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -98,6 +100,8 @@ def _limits(axes, values: list[float]) -> None:
     axes.ticklabel_format(axis="y", useOffset=False)
 
 
-def _short(name: str) -> str:
-    """A path's last part, a name as it is."""
-    return Path(name).name if Path(name).exists() or name.startswith(("/", ".")) else name
+def short(name: str) -> str:
+    """A path's last part, also of conversations' file; a name as it is."""
+    kind = CHAT if name.startswith(CHAT) else ""
+    path = name.removeprefix(kind)
+    return kind + Path(path).name if Path(path).exists() or path.startswith(("/", ".")) else name

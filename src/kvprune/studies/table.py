@@ -1,10 +1,11 @@
 """Studies as tables for a terminal."""
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+
+from kvprune.studies.plot import short
 
 
 def calibration_table(report: dict[str, Any]) -> RenderableType:
@@ -12,7 +13,7 @@ def calibration_table(report: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = []
     for judged in report["eval"]:
         table = Table(
-            title=f"perplexity on {_short(judged)}, pruned / dense ({report['dense'][judged]:.2f}), "
+            title=f"perplexity on {short(judged)}, pruned / dense ({report['dense'][judged]:.2f}), "
             f"{report['ratio']:.0%} of the KV cache removed, repair {report['repair']}"
         )
         table.add_column("calibration")
@@ -20,7 +21,7 @@ def calibration_table(report: dict[str, Any]) -> RenderableType:
             table.add_column(column, justify="right")
         for row in report["summary"]:
             if row["eval"] == judged:
-                name = _short(row["text"]) + (" *" if row["overlap"] else "")
+                name = short(row["text"]) + (" *" if row["overlap"] else "")
                 figures = (_figure(row[column]) for column in ("mean", "min", "max", "stdev"))
                 table.add_row(name, f"{row['tokens']:,}", str(row["seeds"]), *figures)
         parts.append(table)
@@ -32,7 +33,7 @@ def calibration_table(report: dict[str, Any]) -> RenderableType:
 
 def layers_table(report: dict[str, Any]) -> RenderableType:
     """The layers, those that should skip first at the top."""
-    table = Table(title=f"error of the output anchor, {_short(report['text'])}, {report['tokens']:,} tokens")
+    table = Table(title=f"error of the output anchor, {short(report['text'])}, {report['tokens']:,} tokens")
     for column in ("layer", "error"):
         table.add_column(column, justify="right")
     for layer in report["layers"]:
@@ -48,16 +49,12 @@ def _overall(report: dict[str, Any]) -> Table:
         table.add_column(title, justify="right")
     table.add_column("most / least - 1", justify="right")
     for row in report["overall"]:
-        table.add_row(_short(row["eval"]), *(_figure(row[name]) for name in names), f"{row['relative']:.2%}")
+        table.add_row(short(row["eval"]), *(_figure(row[name]) for name in names), f"{row['relative']:.2%}")
     return table
 
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
-
-
-def _short(name: str) -> str:
-    return Path(name).name if Path(name).is_file() else name
 
 
 def robustness_table(report: dict[str, Any]) -> RenderableType:
@@ -77,7 +74,7 @@ def robustness_table(report: dict[str, Any]) -> RenderableType:
 def retrieval_table(report: dict[str, Any]) -> RenderableType:
     """A row a source, task and context; a column a share that is kept."""
     bits = "" if report["kv_bits"] is None else f", a cache of {report['kv_bits']} bits"
-    table = Table(title=f"numbers found in {_short(report['text'])}{bits} (beside: loss of the answer, nats)")
+    table = Table(title=f"numbers found in {short(report['text'])}{bits} (beside: loss of the answer, nats)")
     for column in ("source", "task", "tokens"):
         table.add_column(column, overflow="fold")
     for keep in report["keeps"]:
@@ -94,7 +91,7 @@ def depth_table(report: dict[str, Any]) -> RenderableType:
     """A row a ratio, number of blocks and depth, and what is best."""
     table = Table(title="perplexity, pruned / dense, at equal KV bytes; decoding: times as fast as dense")
     texts = list(dict.fromkeys(row["text"] for row in report["cells"][0]["perplexity"]))
-    names = ("KV bytes cut", "blocks dropped", "without attention", "width", *map(_short, texts))
+    names = ("KV bytes cut", "blocks dropped", "without attention", "width", *map(short, texts))
     for column in (*names, "weights a step reads", "KV bytes a token", "decoding"):
         table.add_column(column, justify="right", overflow="fold")
     for cell in report["cells"]:

@@ -26,7 +26,6 @@ from kvprune.text.windows import cut_windows, start_token, token_ids
 CHAT, HUB = "chat:", "hub:"
 BETWEEN = "\n\n"  # documents
 _LONGEST_NAME = 1000  # characters
-GivenText = str | Path | torch.Tensor | Iterable[str] | Iterable[Conversation]
 Use = Literal["calibration", "recovery", "evaluation"]
 
 
@@ -60,10 +59,14 @@ class Text:
         """What is read, where that is a file."""
         return self.name
 
+    def read(self, split: Split = "valid") -> str:
+        """Its characters. split: of a named text. Raises UnknownText."""
+        return read_text(self.name, split)
+
     def ids(self, tokenizer: Any, tokens: int | None = None, split: Split = "valid") -> torch.Tensor:
         """All ids (n,), or at least the first `tokens` of them. split: of a named text. Raises UnknownText or
         BadOption."""
-        return token_ids(read_text(self.name, split), tokenizer, tokens)
+        return token_ids(self.read(split), tokenizer, tokens)
 
     def cut(self, ids: torch.Tensor, window: int, tokenizer: Any) -> torch.Tensor:
         """Ids (n,) of this text as whole windows (count, window)."""
@@ -116,10 +119,8 @@ class Documents(Text):
     def content(self) -> bytes:
         return json.dumps(self.documents).encode()
 
-    def ids(
-        self, tokenizer: PreTrainedTokenizerBase, tokens: int | None = None, split: Split = "valid"
-    ) -> torch.Tensor:
-        return token_ids(BETWEEN.join(self.documents), tokenizer, tokens)
+    def read(self, split: Split = "valid") -> str:
+        return BETWEEN.join(self.documents)
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,15 @@ class Tokens(Text):
         return rows.flatten()
 
 
+GivenText = Text | str | Path | torch.Tensor | Iterable[str] | Iterable[Conversation]
+
+
 def find_text(given: Any, use: Use = "calibration") -> Text:
-    """What `given` is. Raises UnknownText, for what is named as a test split too, but to evaluate on; or BadOption."""
+    """What `given` is; a Text as it is. Raises UnknownText, for what is named as a test split too, but to evaluate on;
+    or BadOption."""
     what = f"the {use} text"
+    if isinstance(given, Text):
+        return given
     if isinstance(given, (str, os.PathLike)):
         return _named(str(given), use)
     if isinstance(given, torch.Tensor):

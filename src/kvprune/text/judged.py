@@ -1,4 +1,4 @@
-"""What a user gives to judge a model on: one text or several, of every kind that calibration takes."""
+"""What a user gives to judge a model on, or to compare: one text or several, of every kind that calibration takes."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -9,24 +9,24 @@ from transformers import PreTrainedTokenizerBase
 
 from kvprune.errors import BadOption
 from kvprune.text.corpus import local_file
-from kvprune.text.given import GivenText, Text, find_text
+from kvprune.text.given import GivenText, Text, Use, find_text
 
 GivenTexts = GivenText | Sequence[GivenText]
 
 
-def find_texts(given: Any) -> tuple[Text, ...]:
+def find_texts(given: Any, use: Use = "evaluation") -> tuple[Text, ...]:
     """One text, or those of a list, in which a string is a name or a file: strings that are a text are a list in it.
 
     Raises UnknownText or BadOption.
     """
     is_column = isinstance(getattr(given, "column_name", None), str)
-    if isinstance(given, (str, os.PathLike, torch.Tensor)) or is_column or not isinstance(given, Iterable):
+    if isinstance(given, (Text, str, os.PathLike, torch.Tensor)) or is_column or not isinstance(given, Iterable):
         given = (given,)
     found = {}
     for one in given:
         if isinstance(one, dict):
-            raise BadOption("the evaluation text is a list of conversations; give it in a list, as one text of several")
-        text = find_text(one, "evaluation")
+            raise BadOption(f"the {use} text is a list of conversations; give it in a list, as one text of several")
+        text = find_text(one, use)
         found[text.known_as] = text
     return tuple(found.values())
 
