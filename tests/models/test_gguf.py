@@ -9,7 +9,7 @@ from gguf import RopeScalingType
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import kvprune
-from ggufs import as_gguf, write_gguf
+from ggufs import CONVERTED, as_gguf, capped, converted, windowed, write_gguf
 from kvprune import errors
 from tiny import QUICK, tiny_model, tiny_tokenizer
 
@@ -64,6 +64,15 @@ def test_a_hybrid(tmp_path):
     loaded = kvprune.load(tmp_path / "lfm2.gguf", dtype="float32")
     assert loaded.config.layer_types == config.layer_types
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+@torch.no_grad()
+def test_what_transformers_leaves_at_a_default(kind, tmp_path):
+    model, path = converted(*CONVERTED[kind], tmp_path)
+    ids = torch.randint(3, 300, (1, 50))
+    loaded = kvprune.load(path, dtype="float32")
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-4)
 
 
 def linear(writer):
@@ -187,6 +196,18 @@ def silent(writer):
     pass
 
 
+def pattern(writer):
+    writer.add_sliding_window_pattern([True, False])
+
+
+def local_base(writer):
+    writer.add_rope_freq_base_swa(50.0)
+
+
+def not_causal(writer):
+    writer.add_causal_attention(False)
+
+
 WRONG = {
     "a tensor is missing": (without("blk.1.attn_k.weight"), silent, "lacks blk.1.attn_k.weight: .* plain llama"),
     "prefixed": (lambda t: {f"model.{k}": v for k, v in t.items()}, silent, "lacks blk.0.attn_k.weight and .* more"),
@@ -196,6 +217,9 @@ WRONG = {
     "yarn of its own kind": (same, unknown_key("llama.rope.scaling.yarn_beta_fast", 8.0), "yarn_beta_fast"),
     "a scale": (same, unknown_key("llama.logit_scale", 0.5), "llama.logit_scale.*checkpoint"),
     "partial rotary": (same, half_rotary, "partial rotary"),
+    "a number for each layer": (same, pattern, "sliding_window_pattern.*checkpoint"),
+    "a table for windows": (same, local_base, "rope.freq_base_swa.*checkpoint"),
+    "it looks ahead": (same, not_causal, "looks ahead"),
     "named as what transformers fails on": (same, lambda writer: writer.add_name("mistral"), "mistral.*checkpoint"),
     "a part": (same, part, "llama-gguf-split --merge"),
 }
@@ -210,6 +234,26 @@ def test_what_would_be_another_model_is_refused(written, kind):
         with pytest.raises(errors.KVPruneError, match=message) as caught:
             use(path)
         assert "\n" not in str(caught.value)
+
+
+GEMMAS = {
+    "a head of its own": (
+        "gemma2",
+        {"tie_word_embeddings": False},
+        capped,
+        "GGUF has no lm_head of gemma2.*checkpoint",
+    ),
+    "yarn in windows": ("gemma3_text", {"sliding_window": 6}, lambda w: (windowed(w), yarn(w)), "RoPE scaling.*family"),
+}
+
+
+@pytest.mark.parametrize("kind", GEMMAS)
+def test_gemmas_that_are_refused(kind, tmp_path):
+    family, options, more, message = GEMMAS[kind]
+    _, path = converted(family, {"head_dim": 32, **options}, more, tmp_path)
+    with pytest.raises(errors.UnsupportedArchitecture, match=message) as caught:
+        kvprune.load(path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("left", [5, 40, 3000, -100], ids=str)

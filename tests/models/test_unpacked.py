@@ -20,7 +20,7 @@ from kvprune.models.unpacked import unpack
 from kvprune.models.view import ModelView
 from tiny import COARSE, stop, tiny_model, tiny_tokenizer
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "nemotron", "starcoder2", "stablelm", "gpt2")
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "nemotron", "starcoder2", "stablelm", "gpt2")
 
 
 def model_of(family):

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import kvprune
+from ggufs import CONVERTED, converted
 from kvprune.runtime.checkpoint import save
 
 STOCK = Path(os.environ.get("KVPRUNE_TEST_STOCK", "missing"))
@@ -130,3 +131,30 @@ def test_the_tokens_of_a_sentencepiece_bpe(first, tmp_path):
         assert found["differences"] == []
     answers = ask(tmp_path / "m.gguf", tmp_path, [], texts)
     assert answers["tokens"] == [tokenizer(text)["input_ids"] for text in texts]
+
+
+def letters(writer):
+    """A vocabulary of pairs of letters, of which llama.cpp tells every probability."""
+    pairs = [first + second for first in "abcdefghijklmnopqrst" for second in "abcdefghijklmnopqrst"]
+    del writer.kv_data[0]["tokenizer.ggml.tokens"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *pairs[:297]])
+    writer.add_token_types([3] * 3 + [1] * 297)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+@pytest.mark.parametrize("kind", CONVERTED)
+def test_what_is_read_from_a_file_is_what_llama_cpp_reads(kind, tmp_path):
+    """Caps, scales, bases, shares of a head that turn: where a file says them, and where it does not."""
+    family, options, more = CONVERTED[kind]
+    _, path = converted(family, options, lambda writer: (more(writer), letters(writer)), tmp_path)
+    drawn = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 300, (length,), generator=drawn).tolist() for length in (5, 20, 40, 50)]
+    answers = ask(path, tmp_path, prompts, new_tokens=1, forced=50)
+    divergence, _, gap = compared(kvprune.load(path, dtype="float32"), prompts, answers)
+    print(f"\n{family}, {kind}: KL {divergence:.1e}")
+    assert abs(divergence) < 1e-4
+    assert gap < 0.02

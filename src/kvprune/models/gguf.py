@@ -1,9 +1,11 @@
 """What a .gguf file says of its model that transformers does not read, and what is refused.
 
-transformers drops every key and tensor that it does not know without a word, RoPE scaling among them. Here each of them
-is read, known to change nothing, or refused. What the keys mean is what llama.cpp makes of them.
+transformers drops every key and tensor that it does not know without a word, RoPE scaling among them, and leaves at a
+default what a family's table of keys forgets. Here each of them is read, known to change nothing, or refused. What the
+keys mean, and what holds where one is missing, is what llama.cpp makes of them.
 """
 
+import math
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +22,19 @@ from kvprune.models.family import family_of
 
 ORIGINAL = "give the checkpoint that it was made from"
 FREQUENCIES = "rope_freqs.weight"
+_THETA = 10000.0  # where a file says none
+_ARRAYS = {"attention.head_count_kv"}  # of a hybrid
+# What transformers leaves at a default: a config's name, and the key that says it.
+_LEFT_OUT = {
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "n_inner": "feed_forward_length",
+    "n_positions": "context_length",
+    "norm_eps": "attention.layer_norm_epsilon",
+}
+# The layers of the family's one model whose queries are scaled by hidden size / heads in place of a head's channels, by
+# which llama.cpp knows it: no key says so.
+_SCALED_BY_HIDDEN = {"gemma2": 46, "gemma3": 62}
 # Keys below the architecture that transformers reads, or that are read here, or that change no logit.
 _KNOWN = {
     "attention.causal", "attention.head_count", "attention.head_count_kv", "attention.key_length",
@@ -36,10 +51,12 @@ _COUNTED = ("block_count", "head_count", "head_count_kv", "key_length", "value_l
 
 @dataclass(frozen=True)
 class Header:
-    """A file's metadata without its arrays, its tensors' names, and the factors that divide RoPE's frequencies."""
+    """A file's metadata without its arrays, of which only the names are kept, its tensors' names, and the factors that
+    divide RoPE's frequencies."""
 
     name: str
     keys: dict[str, Any]
+    arrays: frozenset[str]
     tensors: frozenset[str]
     factors: tuple[float, ...] | None
 
@@ -67,7 +84,8 @@ def _read(path: Path, _mtime: int, _size: int) -> Header:
 
     try:
         reader = GGUFReader(path)
-        keys = {k: field.contents() for k, field in reader.fields.items() if field.types[:1] != [GGUFValueType.ARRAY]}
+        arrays = {name for name, field in reader.fields.items() if field.types[:1] == [GGUFValueType.ARRAY]}
+        keys = {name: field.contents() for name, field in reader.fields.items() if name not in arrays}
         tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     except (ValueError, IndexError, KeyError, struct.error) as error:
         if "QuantizationType" in str(error):
@@ -83,54 +101,101 @@ def _read(path: Path, _mtime: int, _size: int) -> Header:
     if "general.architecture" not in keys:
         raise UnsupportedArchitecture(f"{path} names no architecture: it is no language model; {ORIGINAL}")
     factors = tuple(tensors[FREQUENCIES].tolist()) if FREQUENCIES in tensors else None
-    return Header(str(path), keys, frozenset(tensors), factors)
+    return Header(str(path), keys, frozenset(arrays), frozenset(tensors), factors)
 
 
 def complete(config: PreTrainedConfig, header: Header) -> None:
     """Put into `config`, as transformers reads it from the file, what it leaves out. Raises UnsupportedArchitecture."""
-    architecture = header.keys["general.architecture"]
-    prefix = architecture + "."
-    read: dict[str, Any] = cast(Any, GGUF_CONFIG_MAPPING).get(architecture, {})
-    for name, value in header.keys.items():
-        key = name.removeprefix(prefix)
-        known = key in _KNOWN or read.get(key) is not None
-        if key != name and value and not known and (key, value) != ("rope.scaling.attn_factor", 1.0):
-            raise UnsupportedArchitecture(f"{header.name} has {name}, which is not read here; {ORIGINAL}")
-    head_dim = header.get("attention.key_length", config.hidden_size // config.num_attention_heads)
-    turned, family = header.get("rope.dimension_count", head_dim), family_of(config.model_type)
-    if family.rope != "none" and turned != head_dim:
-        raise UnsupportedArchitecture(f"{header.name}: partial rotary embeddings are not read from GGUF; {ORIGINAL}")
+    left_out = {name: key for name, key in _LEFT_OUT.items() if hasattr(config, name)}
+    _check_keys(config, header, left_out)
+    for name, key in left_out.items():
+        if value := header.get(key):
+            setattr(config, name, value)
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = header.get("attention.key_length", hidden // heads)
+    family = family_of(config.model_type)
     if family.is_plain or hasattr(config, "head_dim"):
         config.head_dim = head_dim
-    rope = _rope(header, config)
+    if hasattr(config, "query_pre_attn_scalar"):
+        by_hidden = _SCALED_BY_HIDDEN.get(header.keys["general.architecture"]) == config.num_hidden_layers
+        config.query_pre_attn_scalar = hidden // heads if by_hidden else head_dim
+    if _has_two_tables(config) and not header.get("attention.sliding_window"):
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
+    turned = header.get("rope.dimension_count", head_dim)
+    is_partial = "partial_rotary_factor" in (getattr(config, "rope_parameters", None) or {})
+    if family.rope != "none" and turned != head_dim and not (is_partial and turned < head_dim):
+        raise UnsupportedArchitecture(f"{header.name}: partial rotary embeddings are not read from GGUF; {ORIGINAL}")
+    rope = _rope(header, config, _share(turned, head_dim))
     if rope is not None:
         config.rope_parameters = rope
     _check_tensors(config, header)
 
 
-def _rope(header: Header, config: PreTrainedConfig) -> dict[str, Any] | None:
-    """RoPE scaling as transformers says it, or None where there is none.
+def _share(turned: int, head_dim: int) -> float:
+    """The factor by which transformers finds that `turned` of a head's channels turn: it rounds down."""
+    found = turned / head_dim
+    return found if int(head_dim * found) == turned else math.nextafter(found, math.inf)
+
+
+def _check_keys(config: PreTrainedConfig, header: Header, left_out: dict[str, str]) -> None:
+    """Raise UnsupportedArchitecture for what the file says and nobody reads."""
+    architecture = header.keys["general.architecture"]
+    prefix = architecture + "."
+    read: dict[str, Any] = cast(Any, GGUF_CONFIG_MAPPING).get(architecture, {})
+    known = _KNOWN | set(left_out.values()) | {key for key, name in read.items() if name is not None}
+    known |= {"rope.freq_base_swa"} if _has_two_tables(config) else set()
+    left = {name for name, value in header.keys.items() if value and name.removeprefix(prefix) not in known}
+    left |= {name for name in header.arrays if name.removeprefix(prefix) not in _ARRAYS}
+    if header.get("rope.scaling.attn_factor") == 1.0:
+        left.discard(prefix + "rope.scaling.attn_factor")
+    for name in sorted(left):
+        if name.startswith(prefix):
+            raise UnsupportedArchitecture(f"{header.name} has {name}, which is not read here; {ORIGINAL}")
+    if not header.get("attention.causal", True):
+        raise UnsupportedArchitecture(f"{header.name}: its attention looks ahead, so it is no model that writes text")
+
+
+def _has_two_tables(config: PreTrainedConfig) -> bool:
+    """Whether RoPE turns otherwise in layers with a window than in full ones, and in no way of its own."""
+    tables = getattr(config, "rope_parameters", None) or {}
+    return set(tables) == {"full_attention", "sliding_attention"} and all(
+        table.get("rope_type") == "default" for table in tables.values()
+    )
+
+
+def _rope(header: Header, config: PreTrainedConfig, turned: float) -> dict[str, Any] | None:
+    """RoPE as transformers says it, or None to leave it. turned: the share of a head's channels that it turns."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    theta = {"rope_theta": header.get("rope.freq_base", _THETA)}
+    if "rope_theta" in parameters:
+        partial = {"partial_rotary_factor": turned} if "partial_rotary_factor" in parameters else {}
+        return _scaled(header, config, theta | partial)
+    full = _scaled(header, config, theta)
+    if _has_two_tables(config) and full["rope_type"] in ("default", "linear"):  # scaled in full layers alone
+        sliding = {"rope_type": "default", "rope_theta": header.get("rope.freq_base_swa", _THETA)}
+        return {"full_attention": full, "sliding_attention": sliding}
+    if full["rope_type"] != "default":
+        raise UnsupportedArchitecture(f"{header.name} has RoPE scaling, which is not read for this family; {ORIGINAL}")
+    return None
+
+
+def _scaled(header: Header, config: PreTrainedConfig, base: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the file's RoPE scaling.
 
     The kinds are llama.cpp's: linear where none is named. Frequency factors (of Llama 3.1) are said as longrope's, the
     same for short and long, as the portable layout has them.
     """
-    parameters = getattr(config, "rope_parameters", None) or {}
     kind = header.get("rope.scaling.type", "linear")
     factor = header.get("rope.scaling.factor", header.get("rope.scale_linear", 0.0)) or 1.0
     original = header.get("rope.scaling.original_context_length", config.max_position_embeddings)
     if kind == "none" or factor == 1.0:
         kind, factor = "linear", 1.0
-    if "rope_theta" not in parameters:  # none at all, or a table for each type of layer
-        if factor == 1.0 and header.factors is None:
-            return None
-        raise UnsupportedArchitecture(f"{header.name} has RoPE scaling, which is not read for this family; {ORIGINAL}")
-    base: dict[str, Any] = {"rope_theta": parameters["rope_theta"]}
     if kind == "yarn" and header.factors is None:
         return base | {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     if kind != "linear":
         raise UnsupportedArchitecture(f"{header.name} has RoPE scaling {kind!r}, which is not read here; {ORIGINAL}")
     if header.factors is None:
-        return None if factor == 1.0 else base | {"rope_type": "linear", "factor": factor}
+        return base | ({"rope_type": "default"} if factor == 1.0 else {"rope_type": "linear", "factor": factor})
     factors = [factor * one for one in header.factors]
     return base | {
         "rope_type": "longrope",
@@ -152,9 +217,16 @@ def _check_tensors(config: PreTrainedConfig, header: Header) -> None:
         raise UnsupportedArchitecture(f"{header.name}: transformers reads no {config.model_type} from GGUF; {ORIGINAL}")
     names = get_tensor_name_map(kinds[architecture], config.num_hidden_layers)
     with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(config).state_dict()
-    wanted = {f"{names.get_name(stem)}.{leaf}" for stem, _, leaf in (name.rpartition(".") for name in parameters)}
-    optional = {FREQUENCIES, *(["output.weight"] if config.tie_word_embeddings else [])}
+        model = AutoModelForCausalLM.from_config(config)
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    wanted, tied = set(), {head} if config.tie_word_embeddings else set()
+    for stem, _, leaf in (name.rpartition(".") for name in model.state_dict()):
+        own = names.get_name(stem)
+        if own is not None:
+            wanted.add(f"{own}.{leaf}")
+        elif stem not in tied:
+            raise UnsupportedArchitecture(f"{header.name}: GGUF has no {stem} of {config.model_type}; {ORIGINAL}")
+    optional = {FREQUENCIES, *(["output.weight"] if tied else [])}
     for problem, some in (("lacks", wanted - header.tensors), ("has", header.tensors - wanted)):
         if left := sorted(some - optional):
             raise UnsupportedArchitecture(

@@ -234,13 +234,13 @@ def _read_config(source: Source) -> PreTrainedConfig:
     config: Any
     with _as_user_error(source), _by_config(source):
         config = AutoConfig.from_pretrained(source.folder, **source.arguments())
+        if source.is_wrapper:
+            config = wrapped.text_config(config)
+        if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
+            config.pad_token_id = None  # nothing is computed with it, but transformers builds no embedding with it
         if source.gguf_file:
             family_of(config.model_type)
             gguf.complete(config, gguf.read_header(Path(source.name)))
-        if source.is_wrapper:
-            config = wrapped.text_config(config)
-    if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
-        config.pad_token_id = None  # nothing is computed with it, but transformers builds no embedding with it
     return config
 
 
