@@ -115,8 +115,6 @@ def test_kernels_by_hand():
     assert kernels([520])["FlashAttention"] == "not with 520"
 
 
-PLAIN = {"layout": "per-layer", "has_sinks": False, "is_hybrid": False}
-SINKS = "does not find the sinks in a pruned model's attention; take transformers"
 MIXED = "runs no pruned model some of whose layers never had attention; take transformers"
 NO_SUCH = "; prune again with --target vllm-cpu, or take transformers"
 
@@ -136,14 +134,13 @@ NO_SUCH = "; prune again with --target vllm-cpu, or take transformers"
             {"widths": [0, 384]},
             ["runs no layer without", f"has no attention for heads of 384 channels{NO_SUCH}"],
         ),
-        ("vllm", {"has_sinks": True, "is_hybrid": True}, [MIXED, SINKS]),
-        ("vllm", {"has_sinks": True, "layout": "stock"}, []),  # vLLM's own class, which knows them
+        ("vllm", {"is_hybrid": True}, [MIXED]),
         ("llama.cpp", {"is_hybrid": True}, [MIXED]),
-        ("transformers", {"has_sinks": True, "is_hybrid": True, "widths": [0, 2, 1024]}, []),
+        ("transformers", {"is_hybrid": True, "widths": [0, 2, 1024]}, []),
     ],
 )
 def test_what_an_engine_refuses(name, about, expected):
-    found = list(refusals(name, **PLAIN | about))
+    found = list(refusals(name, **{"is_hybrid": False} | about))
     assert len(found) == len(expected)
     for sentence, words in zip(found, expected, strict=True):
         assert sentence.startswith(f"{name} {words}")

@@ -129,6 +129,12 @@ def type_of(name):
     return name.partition(":")[0]
 
 
+def has_sdpa(name):
+    """Whether the family has "sdpa", and that the cap on its scores, if there is one."""
+    model = family_model(name)
+    return model._supports_sdpa and not getattr(model.config, "attn_logit_softcapping", None)
+
+
 def family_model(name, attention="eager", seed=0):
     """A random model in eval mode, float32, with biases and norms that are not their defaults. name: of OPTIONS."""
     torch.manual_seed(seed)

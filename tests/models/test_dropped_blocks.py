@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from every_family import OPTIONS, VOCABULARY, family_model
+from every_family import OPTIONS, VOCABULARY, family_model, has_sdpa
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
@@ -78,7 +78,7 @@ def prompts():
 @pytest.mark.parametrize("name", KNOWN)
 @torch.no_grad()
 def test_prefill_decode_padding_and_generate(name, dropped):
-    reference, pruned = without_blocks(name, dropped, "sdpa" if family_model(name)._supports_sdpa else "eager")
+    reference, pruned = without_blocks(name, dropped, "sdpa" if has_sdpa(name) else "eager")
 
     def close(a, b):
         torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE.get(name, 1e-5))

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from every_family import OPTIONS, VOCABULARY, changed, family_model, type_of
+from every_family import OPTIONS, VOCABULARY, changed, family_model, has_sdpa, type_of
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 
 from kvprune.channels.choice.basis import Kept, basis_of
@@ -145,7 +145,7 @@ def by_steps(model, ids):
 @pytest.mark.parametrize("name", KNOWN)
 @torch.no_grad()
 def test_prefill_decode_and_left_padding(name, way, attention):
-    if attention == "sdpa" and not family_model(name)._supports_sdpa:
+    if attention == "sdpa" and not has_sdpa(name):
         pytest.skip("this family has no sdpa")
     dense, change, pruned = made(name, way, attention)
     tolerance = tolerance_of(name)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from every_family import VOCABULARY, changed, family_model
+from every_family import VOCABULARY, changed, has_sdpa
 from test_every_family import KNOWN, WAYS, made
 from transformers import DynamicCache, StaticCache
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 @pytest.mark.parametrize("name", KNOWN)
 @torch.no_grad()
 def test_prefill_decode_and_left_padding(name, way):
-    attention = "sdpa" if family_model(name)._supports_sdpa else "eager"
+    attention = "sdpa" if has_sdpa(name) else "eager"
     dense, change, pruned = made(name, way, attention)
     ids = torch.randint(3, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(ids)

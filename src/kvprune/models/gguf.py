@@ -157,7 +157,8 @@ def _check_keys(config: PreTrainedConfig, header: Header, left_out: dict[str, st
 
 def _has_two_tables(config: PreTrainedConfig) -> bool:
     """Whether RoPE turns otherwise in layers with a window than in full ones, and in no way of its own."""
-    tables = getattr(config, "rope_parameters", None) or {}
+    parameters = getattr(config, "rope_parameters", None) or {}
+    tables = {name: table for name, table in parameters.items() if isinstance(table, dict)}  # 5.16 has more beside them
     return set(tables) == {"full_attention", "sliding_attention"} and all(
         table.get("rope_type") == "default" for table in tables.values()
     )
@@ -167,13 +168,13 @@ def _rope(header: Header, config: PreTrainedConfig, turned: float) -> dict[str, 
     """RoPE as transformers says it, or None to leave it. turned: the share of a head's channels that it turns."""
     parameters = getattr(config, "rope_parameters", None) or {}
     theta = {"rope_theta": header.get("rope.freq_base", _THETA)}
-    if "rope_theta" in parameters:
+    if "rope_theta" in parameters and not _has_two_tables(config):
         partial = {"partial_rotary_factor": turned} if "partial_rotary_factor" in parameters else {}
         return _scaled(header, config, theta | partial)
     full = _scaled(header, config, theta)
     if _has_two_tables(config) and full["rope_type"] in ("default", "linear"):  # scaled in full layers alone
         sliding = {"rope_type": "default", "rope_theta": header.get("rope.freq_base_swa", _THETA)}
-        return {"full_attention": full, "sliding_attention": sliding}
+        return parameters | {"full_attention": full, "sliding_attention": sliding}
     if full["rope_type"] != "default":
         raise UnsupportedArchitecture(f"{header.name} has RoPE scaling, which is not read for this family; {ORIGINAL}")
     return None

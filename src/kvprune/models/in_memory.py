@@ -19,6 +19,7 @@ from kvprune.models.family import family_of
 from kvprune.models.places import find_device
 from kvprune.models.source import Source
 from kvprune.runtime import PREFIX
+from kvprune.runtime.attention import wants_eager
 from kvprune.runtime.dtype import compute_in_auto, find_dtype, stored_dtype
 from kvprune.runtime.linear import PackedLinear
 
@@ -104,6 +105,8 @@ def copied(source: InMemory, device: str, dtype: str) -> PreTrainedModel:
     model = source.model
     target = model.device if device == "auto" else find_device(device)
     config = copy.deepcopy(source.config)
+    if wants_eager(config):
+        config._attn_implementation = "eager"
     stored = _stored(model) if dtype == "auto" else find_dtype(dtype)
     with torch.device("meta"):
         found: PreTrainedModel = type(model)(config)

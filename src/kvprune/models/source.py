@@ -36,6 +36,7 @@ from kvprune.models.held import quietly
 from kvprune.models.places import Place, find_device
 from kvprune.progress import without_bars
 from kvprune.runtime import register
+from kvprune.runtime.attention import wants_eager
 from kvprune.runtime.dtype import asked_dtype, compute_in_auto, find_dtype
 from kvprune.runtime.files import RECORD
 from kvprune.runtime.hub import pruned_snapshot
@@ -147,6 +148,8 @@ def load_model(
     else:
         arguments["dtype"] = dtype if dtype == "auto" else find_dtype(dtype)
         arguments["use_safetensors"] = True
+    if wants_eager(config):
+        arguments["attn_implementation"] = "eager"
     if source.is_wrapper:
         arguments["key_mapping"] = wrapped.TENSORS
     others = wrapped.without_others() if source.is_wrapper else nullcontext()

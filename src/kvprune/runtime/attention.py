@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -50,6 +50,12 @@ def packed_attention(
             packed, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
         )
     return found.reshape(batch, 1, heads, -1), None
+
+
+def wants_eager(config: PreTrainedConfig) -> bool:
+    """Whether attention's scores have a cap. "sdpa" leaves it out, and transformers 5.16 to 5.19 take that for Gemma 2
+    all the same."""
+    return bool(getattr(config, "attn_logit_softcapping", None))
 
 
 def pack_groups(model: PreTrainedModel) -> None:

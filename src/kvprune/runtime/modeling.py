@@ -584,6 +584,8 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
     dense_model: Any = MODEL_MAPPING[dense_config]
     dense_lm: Any = MODEL_FOR_CAUSAL_LM_MAPPING[dense_config]
     stem = _stem(model_type)
+    # "sdpa" leaves out a cap on the scores; transformers 5.16 to 5.19 take it for Gemma 2 all the same
+    has_sdpa = dense_model._supports_sdpa and not getattr(dense_config(), "attn_logit_softcapping", None)
 
     class Config(dense_config):
         dense_head_dim: int | None = None
@@ -647,6 +649,7 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
     class Model(dense_model):
         config_class = Config
         _supports_attention_backend = True
+        _supports_sdpa = has_sdpa
         _can_record_outputs = {**(dense_model._can_record_outputs or {}), "attentions": PrunedAttention}  # noqa: RUF012
         _can_set_experts_implementation, set_experts_implementation = _experts_of(dense_model)
 
@@ -678,6 +681,7 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
     class ForCausalLM(dense_lm):
         config_class = Config
         _supports_attention_backend = True
+        _supports_sdpa = has_sdpa
         _can_set_experts_implementation, set_experts_implementation = _experts_of(dense_lm)
 
         def __init__(self, config):
@@ -714,6 +718,7 @@ def _twin(model_type: str) -> tuple[Any, Any, Any]:
             continue
         name = _head_name(auto, model_type)
         own = {"config_class": Config, "base_model_prefix": dense_lm.base_model_prefix, "__module__": __name__}
+        own["_supports_sdpa"] = has_sdpa
         names = ("_can_set_experts_implementation", "set_experts_implementation")
         globals()[name] = type(name, (head,), own | dict(zip(names, _experts_of(head), strict=True)))
     return Config, Model, ForCausalLM
