@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-TEXT_KINDS = "text name, file, chat:FILE of conversations, hub:NAME:COLUMN"
+TEXT_KINDS = "text name, file, chat:FILE of conversations, hub:NAME:COLUMN, mix:A,B"
 SourceArgument = Annotated[str, typer.Argument(metavar="SOURCE", help="hub id, checkpoint folder or .gguf file")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]

@@ -8,7 +8,9 @@ from tokenizers import processors
 
 import kvprune
 from kvprune import errors
+from kvprune.errors import BadOption, UnknownText
 from kvprune.text.conversations import cut_conversations, end_of_turn
+from kvprune.text.corpus import read_text
 from kvprune.text.given import find_text
 from kvprune.text.windows import windows
 from tiny import COARSE, tiny_tokenizer, words
@@ -321,3 +323,66 @@ def test_files_and_names_are_cut_as_before(texts):
     text = find_text("ptb")
     content = (texts / "ptb-valid.txt").read_text()
     assert torch.equal(text.cut(text.ids(tokenizer), 64, tokenizer), windows(content, tokenizer, 64))
+
+
+def in_turn(streams):
+    """A plain loop: 1,024 ids of each that has some left."""
+    found, at = [], 0
+    while any(at < len(ids) for ids in streams):
+        for ids in streams:
+            found += ids[at : at + 1024]
+        at += 1024
+    return found
+
+
+def whole_text(name, split="valid"):
+    return tiny_tokenizer()(read_text(name, split), verbose=False)["input_ids"]
+
+
+def test_several_texts_are_read_in_turn(dense, texts, tmp_path):
+    (tmp_path / "x.txt").write_text("\n\n".join(DOCUMENTS))
+    expected = in_turn([whole_text("wikitext2"), whole_text("ptb"), whole_text(str(tmp_path / "x.txt"))])
+    name = f"mix:wikitext2,ptb,{tmp_path / 'x.txt'}"
+    text = find_text(name)
+    assert text.ids(tiny_tokenizer()).tolist() == expected
+    assert text.ids(tiny_tokenizer(), 1500).tolist() == expected[:1500]
+    assert len({len(whole_text(part)) for part in ("wikitext2", "ptb")}) == 2  # one goes on behind the other's end
+    options = {"calibration_tokens": 2048, "eval": [DOCUMENTS[:9]]}
+    mixed = calibrated(dense, "mix:wikitext2,ptb", **options)
+    ids = torch.tensor(in_turn([whole_text("wikitext2"), whole_text("ptb")]))
+    assert mixed.plan.layers == calibrated(dense, ids, **options).plan.layers
+    assert mixed.plan.layers != calibrated(dense, "wikitext2", **options).plan.layers
+    assert mixed.record["calibration"]["text"] == "mix:wikitext2,ptb"
+
+
+def test_several_texts_are_judged_on_the_test_split_of_each(dense, texts):
+    mixed = calibrated(dense, "mix:wikitext2,ptb")
+    assert [row["text"] for row in mixed.record["perplexity"]] == ["wikitext2", "ptb"]
+    alone = calibrated(dense, DOCUMENTS, eval=["wikitext2", "ptb"])
+    assert [row["dense"] for row in mixed.record["perplexity"]] == [row["dense"] for row in alone.record["perplexity"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("mix:wikitext2", UnknownText, "names no two different texts; give mix:A,B"),
+        ("mix:wikitext2,wikitext2", UnknownText, "names no two different texts"),
+        ("mix:wikitext2,,ptb", UnknownText, "names no two different texts"),
+        ("mix:wikitext2,self", UnknownText, "'self' cannot be mixed with others"),
+        ("mix:wikitext2,mix:ptb", UnknownText, "'mix:ptb' cannot be mixed"),
+        ("mix:wikitext2,nosuch", UnknownText, "unknown text 'nosuch'"),
+        ("mix:wikitext2,chat:nosuch.json", UnknownText, "no file nosuch.json with conversations"),
+        ("mix:wikitext2,{folder}/ptb-test.txt", UnknownText, "is a test split"),
+    ],
+)
+def test_texts_that_cannot_be_mixed(name, error, message, texts):
+    with pytest.raises(error, match=message):
+        find_text(name.format(folder=texts))
+
+
+def test_a_part_of_several_texts_is_none_to_judge_on(dense, texts, tmp_path):
+    (tmp_path / "x.txt").write_text("\n\n".join(DOCUMENTS))
+    with pytest.raises(BadOption, match=r"x.txt is the calibration text; leave --eval out"):
+        calibrated(dense, f"mix:wikitext2,{tmp_path / 'x.txt'}", eval=str(tmp_path / "x.txt"))
+    with pytest.raises(BadOption, match="a study compares texts, and --text mix:wikitext2,ptb is several"):
+        kvprune.study_calibration(tmp_path, tmp_path / "out", texts=["mix:wikitext2,ptb"])

@@ -39,7 +39,7 @@ def texts(
     if not judged:
         known = dict.fromkeys(row["text"] for row in record.get("perplexity", []))
         names = [name for name in known if name in NAMES and not is_file(name)]
-        judged = [find_text(name, "evaluation") for name in names] if text.judges else [text]
+        judged = [find_text(name, "evaluation") for name in names] if text.judges else [*text.parts]
     lengths = sorted({min(window, limit, s.eval_tokens) for window in s.eval_windows})
     if judged:
         return judged_windows(judged, tokenizer, lengths, s.eval_tokens)

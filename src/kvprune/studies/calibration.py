@@ -99,6 +99,9 @@ class _Study:
         self.sizes = sorted(set(tokens))
         self.seeds = seeds
         self.progress: Progress = progress or Progress()
+        for text in self.texts.values():
+            if len(text.parts) > 1:
+                raise BadOption(f"a study compares texts, and --text {text.name} is several: name them one by one")
         if not self.texts or not self.sizes:
             raise BadOption("a study needs at least one --text and one --tokens")
         if seeds < 1:

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,8 @@ from kvprune.text.conversations import Conversation, conversation_of, cut_conver
 from kvprune.text.corpus import SELF, Split, check_known, is_file, is_test_split, read_text
 from kvprune.text.windows import cut_windows, start_token, token_ids
 
-CHAT, HUB = "chat:", "hub:"
+CHAT, HUB, MIX = "chat:", "hub:", "mix:"
+PIECE = 1024  # tokens of each text of several, in turn
 BETWEEN = "\n\n"  # documents
 _LONGEST_NAME = 1000  # characters
 Use = Literal["calibration", "recovery", "evaluation"]
@@ -41,6 +43,11 @@ class Text:
     def judges(self) -> bool:
         """Whether there is no test split of it, so that its own end is what a result is judged on."""
         return is_file(self.name) or self.name == SELF
+
+    @property
+    def parts(self) -> tuple["Text", ...]:
+        """The texts that it is made of: itself, unless it is several."""
+        return (self,)
 
     @property
     def content(self) -> bytes | None:
@@ -174,6 +181,29 @@ class Tokens(Text):
         return rows.flatten()
 
 
+@dataclass(frozen=True)
+class Mixed(Text):
+    """Several texts, PIECE tokens of each in turn; where one ends the others go on."""
+
+    of: tuple[Text, ...] = field(repr=False)
+    file = None
+
+    @property
+    def parts(self) -> tuple[Text, ...]:
+        return self.of
+
+    @property
+    def judges(self) -> bool:
+        return any(part.judges for part in self.of)
+
+    def ids(self, tokenizer: Any, tokens: int | None = None, split: Split = "valid") -> torch.Tensor:
+        turns = zip_longest(*(part.ids(tokenizer, tokens, split).split(PIECE) for part in self.of))
+        return torch.cat([piece for turn in turns for piece in turn if piece is not None])[:tokens]
+
+    def read(self, split: Split = "valid") -> str:
+        raise BadOption(f"{self.name} is several texts; name them one by one here")
+
+
 GivenText = Text | str | Path | torch.Tensor | Iterable[str] | Iterable[Conversation]
 
 
@@ -205,6 +235,8 @@ def _named(name: str, use: Use) -> Text:
             f"the {use} text {name[:20]!r}... is a string, which is a text's name or a file; give text itself as a "
             "list of strings"
         )
+    if name.startswith(MIX) and not is_file(name):
+        return _mixed(name, use)
     if name.startswith(HUB) and not is_file(name):
         return _rows(_column(name), name, f"the {use} text")
     chat = name.startswith(CHAT) and not is_file(name)
@@ -216,6 +248,16 @@ def _named(name: str, use: Use) -> Text:
     if not chat:
         check_known(name)
     return Conversations(name, read_conversations(path)) if chat else Text(name)
+
+
+def _mixed(name: str, use: Use) -> Mixed:
+    names = name.removeprefix(MIX).split(",")
+    if len(set(names)) < 2 or len(set(names)) < len(names) or not all(names):
+        raise UnknownText(f"{name} names no two different texts; give {MIX}A,B, as {MIX}wikitext2,ptb")
+    for part in names:
+        if part == SELF or part.startswith(MIX):
+            raise UnknownText(f"{name}: {part!r} cannot be mixed with others; give named texts, files or columns")
+    return Mixed(name, of=tuple(_named(part, use) for part in names))
 
 
 def _rows(rows: tuple[Any, ...], name: str | None, what: str) -> Text:

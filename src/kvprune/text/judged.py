@@ -45,7 +45,9 @@ def judged_windows(
 
 
 def same(judged: Text, read: Text) -> bool:
-    """Whether a text to judge on is the one that is calibrated or trained on."""
+    """Whether a text to judge on is, or is part of, the one that is calibrated or trained on."""
+    if len(read.parts) > 1:
+        return any(same(part, other) for part in judged.parts for other in read.parts)
     if judged.content is not None and judged.content == read.content:
         return True
     mine = None if judged.file is None else local_file(judged.file, "test")

@@ -59,7 +59,7 @@ def prepare(
         name = s.calibration if s.calibration == SELF else f"{s.calibration} (its end)"
         evaluated = [(name, text.cut(end, n, tokenizer)) for n in lengths]
     else:
-        evaluated = judged_windows(judged or (text,), tokenizer, lengths, s.eval_tokens)
+        evaluated = judged_windows(judged or text.parts, tokenizer, lengths, s.eval_tokens)
     for name, pages in evaluated:
         check_ids(pages, lm.config.vocab_size, f"the evaluation text {name}")
     if not calibrate:
