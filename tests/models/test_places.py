@@ -5,9 +5,11 @@ from itertools import combinations_with_replacement
 
 import pytest
 import torch
+from every_family import family_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING
 
 import kvprune
 from kvprune import errors
@@ -24,6 +26,8 @@ from kvprune.progress import Progress
 from tiny import COARSE, tiny_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
+FAMILIES = ("llama", "gemma3_text", "gpt2", "phi3", "mixtral", "gpt_oss", "lfm2", "qwen3_5_text")
+FAMILIES += ("gemma4_text", "gemma4_text:shared")
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
 
@@ -146,6 +150,28 @@ def test_what_a_pruned_block_shares_with_a_dense_one_that_is_there(dense, texts,
     monkeypatch.setattr(pruning, "refit", spied)
     kvprune.prune(dense, tmp_path / "out", **OPTIONS)
     assert seen == {"mlp.up_proj.weight": True, "mlp.down_proj.weight": False, "self_attn.v_proj.weight": False}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name.partition(":")[0] in CONFIG_MAPPING])
+def test_a_gpu_and_the_cpu_in_turn(family, texts, tmp_path, monkeypatch):
+    """Of other families, with blocks on the one and on the other, some of which stay."""
+    family_model(family).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    options = COARSE | {"ratio": 0.25, "dtype": "float32"}
+    kvprune.prune(tmp_path / "dense", tmp_path / "cpu", **options)
+
+    def in_turn(sizes, devices, left):
+        return [Place(devices[number % 2], bool(number % 3)) for number in range(len(sizes))]
+
+    monkeypatch.setattr(room, "needs_of", of_the_whole_too_much(room.needs_of))
+    monkeypatch.setattr(room, "place", in_turn)
+    result = kvprune.prune(tmp_path / "dense", tmp_path / "spread", **options | {"device": "cuda:0,cpu"})
+    assert result.plan.widths == kvprune.PruningPlan.read(tmp_path / "cpu").widths
+    rows = [json.loads((tmp_path / name / "kvprune.json").read_text())["perplexity"] for name in ("cpu", "spread")]
+    for one, other in zip(*rows, strict=True):
+        assert other["dense"] == pytest.approx(one["dense"], rel=1e-4)
+        assert other["pruned"] == pytest.approx(one["pruned"], rel=2e-2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -13,7 +13,7 @@ import kvprune
 from kvprune import errors
 from kvprune.channels import room
 from kvprune.channels.settings import DECIDED_BY_A_PLAN
-from kvprune.models import held
+from kvprune.models import held, shelf
 from kvprune.models.places import Place
 from kvprune.models.source import load_model, resolve, skeleton
 from kvprune.models.stream import input_of
@@ -160,6 +160,27 @@ def test_only_held_blocks_have_weights(checkpoint, tmp_path):
         assert name == other
         assert torch.equal(found, expected)
     assert not any(there())
+
+
+def test_buffers_of_a_checkpoint_are_read_whatever_accelerate_calls_the_device(tmp_path, monkeypatch):
+    """A torch.device, as it does a GPU, in which safetensors reads nothing. Gemma 4 has such a buffer in each block."""
+    family_model("gemma4_text").save_pretrained(tmp_path / "dense")
+    source, came, devices = resolve(tmp_path / "dense"), shelf.as_it_came, []
+
+    def with_a_device(lm):
+        (loader,) = {id(m._hf_hook.weights_map.dataset): m._hf_hook.weights_map.dataset for m in hooked(lm)}.values()
+        devices.append(loader.device)
+        loader.device = torch.device("cpu")
+        return came(lm)
+
+    def hooked(lm):
+        return [m for m in lm.modules() if getattr(getattr(m, "_hf_hook", None), "weights_map", None) is not None]
+
+    monkeypatch.setattr(shelf, "as_it_came", with_a_device)
+    lm, whole = load_model(source, "cpu", "auto", tmp_path / "aside"), load_model(source, "cpu")
+    assert devices
+    ids = torch.randint(3, 90, (2, 9))
+    assert torch.equal(lm(ids).logits, whole(ids).logits)
 
 
 def test_a_shard_that_changes_while_it_runs(checkpoint, texts, tmp_path, monkeypatch, little):

@@ -26,8 +26,9 @@ from transformers import PreTrainedModel
 from kvprune.errors import BrokenCheckpoint
 from kvprune.models.places import Place
 
+SHARED = "shared_kv_states"  # keys and values of layers before, by type of layer
 # Arguments that stay where, and what, they are: what is put into a copy is lost
-CACHES = ("cache", "past_key_values", "past_key_value", "shared_kv_states")
+CACHES = ("cache", "past_key_values", "past_key_value", SHARED)
 
 
 class Shelf(OffloadedWeightsLoader):
@@ -149,6 +150,9 @@ class Coming(ModelHook):
         self._asked_from = find_device([args, kwargs])
         if not self.holders:  # a call may end in an exception, so it counts as no holder
             self._bring(module)
+        shared: Any = kwargs.get(SHARED)
+        for kind, states in ({} if shared is None else dict(shared)).items():  # in place: layers behind read them here
+            shared[kind] = tuple(one.to(self.device) for one in states)
         return send_to_device(args, self.device), send_to_device(kwargs, self.device, skip_keys=CACHES)
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
@@ -189,6 +193,7 @@ def as_it_came(lm: PreTrainedModel) -> Shelf:
     maps = (getattr(getattr(module, "_hf_hook", None), "weights_map", None) for module in lm.modules())
     loader: Any = next(found for found in maps if found is not None)
     loader = loader.dataset
+    loader.device = None  # it reads buffers back, to a device as accelerate says it, which safetensors does not know
     remove_hook_from_submodules(lm)
     for module in lm.modules():  # the class's own again
         for name in ("forward", "to", "cuda"):
