@@ -7,6 +7,7 @@ import copy
 from contextlib import contextmanager
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -314,6 +315,27 @@ class Counted(Progress):
             phase[2] += steps
 
         yield advance
+
+
+class Heard(Progress):
+    """What is said, line by line."""
+
+    def __init__(self):
+        super().__init__()
+        self.said = []
+
+    def say(self, message):
+        self.said.append(message)
+
+
+def too_large_as_a_whole(needs):
+    """room.needs_of for memory that is too little for the whole model, whatever it is, and enough for its blocks."""
+    return lambda *given, streamed: needs(*given, streamed=True) if streamed else {"weights": 2**62}
+
+
+def tensors_of(folder):
+    """name -> tensor, of all the safetensors files there."""
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -14,9 +14,8 @@ from kvprune import errors
 from kvprune.channels.planning import choose_merge
 from kvprune.channels.settings import Settings, with_preset
 from kvprune.models.attention import AttentionShape
-from kvprune.progress import Progress
 from kvprune.runtime.modeling import CACHE
-from tiny import COARSE, QUICK, VOCABULARY, stop, tiny_model, tiny_tokenizer
+from tiny import COARSE, QUICK, VOCABULARY, Heard, stop, tiny_model, tiny_tokenizer
 
 WITHOUT_WIDTHS = {name: value for name, value in COARSE.items() if name not in ("repair_tokens", "align", "min_width")}
 
@@ -101,15 +100,6 @@ def test_the_paper_merges_nothing():
     assert settings.merge == 1
     with pytest.raises(errors.BadOption, match="--preset kvpruner decides --merge itself"):
         with_preset("kvpruner", {"merge": 2})
-
-
-class Heard(Progress):
-    def __init__(self):
-        super().__init__()
-        self.said = []
-
-    def say(self, message):
-        self.said.append(message)
 
 
 def test_a_model_with_one_kv_head(texts, tmp_path):

@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import kvprune
 from kvprune.channels import room
-from tiny import COARSE
+from tiny import COARSE, tensors_of, too_large_as_a_whole
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 PRUNE = {**COARSE, "ratio": 0.5, "windows": (64,), "dtype": "float32"}
@@ -18,20 +17,11 @@ def perplexity_of(folder):
     return json.loads((folder / "kvprune.json").read_text())["perplexity"]
 
 
-def tensors_of(folder):
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
-
-
 @pytest.mark.parametrize("options", [{}, {"importance": "taylor", "channels": "joint"}, {"drop_blocks": 1}], ids=str)
 def test_whole_streamed_and_on_the_cpu(options, checkpoint, texts, tmp_path, monkeypatch):
     for device in ("cpu", "cuda"):
         kvprune.prune(checkpoint, tmp_path / device, **PRUNE | options | {"device": device})
-    needs = room.needs_of
-
-    def told(s, view, merge, batch, streamed):
-        return needs(s, view, merge, batch, streamed) if streamed else {"weights": 2**62}
-
-    monkeypatch.setattr(room, "needs_of", told)
+    monkeypatch.setattr(room, "needs_of", too_large_as_a_whole(room.needs_of))
     kvprune.prune(checkpoint, tmp_path / "streamed", **PRUNE | options | {"device": "cuda"})
     for host, other in zip(perplexity_of(tmp_path / "cpu"), perplexity_of(tmp_path / "cuda"), strict=True):
         assert host["dense"] == pytest.approx(other["dense"], rel=1e-4)

@@ -8,7 +8,6 @@ import torch
 from every_family import family_model
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 
 import kvprune
@@ -22,8 +21,7 @@ from kvprune.models.held import held
 from kvprune.models.places import Place, find_devices, place
 from kvprune.models.source import load_model, resolve, skeleton
 from kvprune.models.view import ModelView
-from kvprune.progress import Progress
-from tiny import COARSE, tiny_model, tiny_tokenizer
+from tiny import COARSE, Heard, tensors_of, tiny_model, tiny_tokenizer, too_large_as_a_whole
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "gemma3_text", "gpt2", "phi3", "mixtral", "gpt_oss", "lfm2", "qwen3_5_text")
@@ -82,15 +80,6 @@ def test_blocks_that_stay_and_blocks_that_go(dense, tmp_path):
     assert there(lm.model.layers) == stays
 
 
-class Heard(Progress):
-    def __init__(self):
-        super().__init__()
-        self.said = []
-
-    def say(self, message):
-        self.said.append(message)
-
-
 WINDOW = COARSE["calibration_window"]
 OPTIONS = COARSE | {"ratio": 0.5, "merge": 2}
 
@@ -106,10 +95,6 @@ def enough_for(dense, monkeypatch):
     return lambda blocks: sum(needs.values()) + int((blocks + 0.5) * block)
 
 
-def tensors_of(folder):
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
-
-
 @pytest.mark.parametrize(
     ("blocks", "devices", "line"),
     [(0, 1, "at a time; "), (1, 1, "of 4 blocks 1 on cpu ("), (1, 2, "of 4 blocks 2 on cpu ("), (9, 1, "4 on cpu (")],
@@ -117,7 +102,7 @@ def tensors_of(folder):
 def test_as_many_as_the_memory_holds(blocks, devices, line, dense, enough_for, texts, tmp_path, monkeypatch):
     """One device, or the same one twice, of which each has the memory: the result is the whole model's."""
     whole = kvprune.prune(dense, tmp_path / "whole", **OPTIONS)
-    monkeypatch.setattr(room, "needs_of", of_the_whole_too_much(room.needs_of))
+    monkeypatch.setattr(room, "needs_of", too_large_as_a_whole(room.needs_of))
     monkeypatch.setattr(pruning, "find_devices", lambda names: [CPU] * devices)
     progress = Heard()
     result = kvprune.prune(dense, tmp_path / "parts", memory=enough_for(blocks), progress=progress, **OPTIONS)
@@ -128,10 +113,6 @@ def test_as_many_as_the_memory_holds(blocks, devices, line, dense, enough_for, t
     expected, found = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "parts")
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
-def of_the_whole_too_much(needs):
-    return lambda s, view, merge, batch, streamed: needs(s, view, merge, batch, streamed) if streamed else {"w": 2**62}
 
 
 def test_what_a_pruned_block_shares_with_a_dense_one_that_is_there(dense, texts, tmp_path, monkeypatch):
@@ -146,7 +127,7 @@ def test_what_a_pruned_block_shares_with_a_dense_one_that_is_there(dense, texts,
                 seen[name] = own.get_parameter(name).data_ptr() == block.get_parameter(name).data_ptr()
         return found
 
-    monkeypatch.setattr(room, "needs_of", of_the_whole_too_much(room.needs_of))
+    monkeypatch.setattr(room, "needs_of", too_large_as_a_whole(room.needs_of))
     monkeypatch.setattr(pruning, "refit", spied)
     kvprune.prune(dense, tmp_path / "out", **OPTIONS)
     assert seen == {"mlp.up_proj.weight": True, "mlp.down_proj.weight": False, "self_attn.v_proj.weight": False}
@@ -164,7 +145,7 @@ def test_a_gpu_and_the_cpu_in_turn(family, texts, tmp_path, monkeypatch):
     def in_turn(sizes, devices, left):
         return [Place(devices[number % 2], bool(number % 3)) for number in range(len(sizes))]
 
-    monkeypatch.setattr(room, "needs_of", of_the_whole_too_much(room.needs_of))
+    monkeypatch.setattr(room, "needs_of", too_large_as_a_whole(room.needs_of))
     monkeypatch.setattr(room, "place", in_turn)
     result = kvprune.prune(tmp_path / "dense", tmp_path / "spread", **options | {"device": "cuda:0,cpu"})
     assert result.plan.widths == kvprune.PruningPlan.read(tmp_path / "cpu").widths
@@ -181,7 +162,7 @@ def test_a_gpu_and_the_cpu(options, dense, enough_for, texts, tmp_path, monkeypa
     options = OPTIONS | {"dtype": "float32"} | options
     options |= {"merge": 1} if "channels" in options else {}
     kvprune.prune(dense, tmp_path / "cpu", **options)
-    monkeypatch.setattr(room, "needs_of", of_the_whole_too_much(room.needs_of))
+    monkeypatch.setattr(room, "needs_of", too_large_as_a_whole(room.needs_of))
     progress, memory = Heard(), enough_for(2)
     options |= {"device": "cuda:0,cpu", "memory": memory}
     result = kvprune.prune(dense, tmp_path / "spread", progress=progress, **options)

@@ -18,7 +18,7 @@ from kvprune.models.places import Place
 from kvprune.models.source import load_model, resolve, skeleton
 from kvprune.models.stream import input_of
 from kvprune.models.view import ModelView
-from tiny import COARSE, tiny_tokenizer
+from tiny import COARSE, tensors_of, tiny_tokenizer, too_large_as_a_whole
 
 FAMILIES = ("llama", "qwen2", "gemma3_text", "gpt2", "opt", "gpt_neox", "phi3", "olmo2", "mixtral", "gpt_oss")
 FAMILIES += ("gemma4_text", "gemma4_text:experts", "gemma4_text:shared")
@@ -28,23 +28,12 @@ FAMILIES += ("lfm2", "qwen3_5_text")
 @pytest.fixture
 def little(monkeypatch):
     """Memory that is too little for the whole model and enough for its blocks, of which every other one stays."""
-    needs = room.needs_of
-
-    def told(s, view, merge, batch, streamed):
-        return needs(s, view, merge, batch, streamed) if streamed else {"weights": 2**62}
 
     def every_other(sizes, devices, left):
         return [Place(devices[0], bool(number % 2)) for number in range(len(sizes))]
 
-    monkeypatch.setattr(room, "needs_of", told)
+    monkeypatch.setattr(room, "needs_of", too_large_as_a_whole(room.needs_of))
     monkeypatch.setattr(room, "place", every_other)
-
-
-def tensors_of(folder):
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
 
 
 def layers_of(folder):

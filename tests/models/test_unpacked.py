@@ -18,7 +18,7 @@ from kvprune.models import unpacked
 from kvprune.models.source import load_model, resolve, skeleton
 from kvprune.models.unpacked import unpack
 from kvprune.models.view import ModelView
-from tiny import COARSE, stop, tiny_model, tiny_tokenizer
+from tiny import COARSE, stop, tiny_model, tiny_tokenizer, too_large_as_a_whole
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "nemotron", "starcoder2", "stablelm", "gpt2")
 
@@ -60,12 +60,8 @@ def test_every_number_is_what_transformers_loads(family, kind, dtype, tmp_path):
 @pytest.fixture
 def little(monkeypatch):
     """Memory that is too little for the whole model, and enough for its blocks."""
-    needs = room.needs_of
-
-    def told(s, view, merge, batch, streamed):
-        return needs(s, view, merge, batch, streamed) if streamed else {"weights": 2**62}
-
-    return lambda: monkeypatch.setattr(room, "needs_of", told)
+    needs = too_large_as_a_whole(room.needs_of)
+    return lambda: monkeypatch.setattr(room, "needs_of", needs)
 
 
 def pruned(path, out, **options):

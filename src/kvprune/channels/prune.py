@@ -205,7 +205,6 @@ class _Run:
     ):
         self.settings, self.text, self.judged, self.out = settings, text, judged, out
         self.memory, self.resume, self.progress, self.fit, self.target = memory, resume, progress, fit, target
-        self.device = settings.device  # of several the first
 
     def run(self, source: Source, tokenizer: PreTrainedTokenizerBase | None) -> Pruned:
         s = self.settings
@@ -220,8 +219,7 @@ class _Run:
                 stack.callback(tidy, self.out)
             torch.manual_seed(s.seed)
             self.devices = find_devices(s.device)
-            if len(self.devices) > 1:
-                self.device = str(self.devices[0])
+            self.device = s.device.split(",")[0].strip()  # of several the first
             peak = memory.PeakMemory(*self.devices)
             return self._pruned(source, tokenizer, given, peak)
 

@@ -54,7 +54,7 @@ def find_devices(names: str) -> list[torch.device]:
     if processes.count() > 1:
         raise BadOption(f"--device {names}: each of several processes has a device of its own; leave it out")
     found = [find_device(name.strip()) for name in names.split(",")]
-    found = [torch.device("cuda", torch.cuda.current_device()) if str(one) == "cuda" else one for one in found]
+    found = [torch.empty(0, device=one).device for one in found]  # with their numbers
     for one in found:
         if found.count(one) > 1:
             raise BadOption(f"--device {names} names {one} twice")

@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 
 from kvprune.errors import BrokenCheckpoint
 from kvprune.models.places import Place
+from kvprune.models.stream import SHARED
 
-SHARED = "shared_kv_states"  # keys and values of layers before, by type of layer
 # Arguments that stay where, and what, they are: what is put into a copy is lost
 CACHES = ("cache", "past_key_values", "past_key_value", SHARED)
 
@@ -99,7 +99,8 @@ class Coming(ModelHook):
     there."""
 
     def __init__(self, shelf: Shelf, prefix: str, place: Place, beside: nn.Module | None = None):
-        self.shelf, self.prefix, self.place, self.device, self.beside = shelf, prefix, place, place.device, beside
+        self.shelf, self.prefix, self.stays, self.beside = shelf, prefix, place.stays, beside
+        self.device = torch.empty(0, device=place.device).device  # with its number, as buffers have it
         self.following: nn.Module | None = None
         self.holders = 0
         self._asked_from: Any = None
@@ -142,7 +143,7 @@ class Coming(ModelHook):
         return self.shelf[self.prefix + name]
 
     def _let_go(self, block: nn.Module) -> None:
-        if not self.place.stays:
+        if not self.stays:
             for name, _ in list(block.named_parameters()):
                 set_module_tensor_to_device(block, name, "meta")
 
